@@ -1,0 +1,136 @@
+// SelectionPolicy: the seam between a head slice and the structure that decides which pages matter.
+//
+// One policy object indexes the tokens of one HeadSlice: all tokens of one (segment, layer, kv head)
+// except sinks and the unindexed tail. The owner of the pages (cacheserver/context/head_slice) keeps K and V;
+// the policy keeps summaries and says how tokens are laid out into pages.
+//
+// Lifecycle:
+//   1. Make...Policy()        empty, no pages
+//   2. Build(rows)            once, on any thread; answers with the layout that the owner must store
+//   3. Insert(row)*           owner's thread; answers with the edit that the owner must apply
+//   4. const from then on     a sealed slice is shared by all readers
+//   Select at any time after 1; const and safe from many threads at once (scratch is thread-local).
+//
+// Invariants (tests/conformance/selection_policy_suite.h): every token is in exactly one page; no page is empty or
+// over kPageTokens; never more pages than asked for; a sealed slice answers the same query the same
+// way for ever; equal input and seed give equal results at any thread count; Save and Restore are exact.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "common/ids.h"
+#include "common/status.h"
+#include "kernels/attention_state.h"
+#include "kernels/paged_kv.h"
+
+namespace icecache {
+
+// How tokens of a build are laid out: page p holds tokens[page_begin[p] .. page_begin[p + 1]) in
+// that row order. tokens is a permutation of [0, count); page_begin has page_count + 1 entries.
+struct PageLayout {
+  std::vector<uint32_t> tokens;
+  std::vector<uint32_t> page_begin;
+  uint32_t page_count() const { return page_begin.empty() ? 0 : static_cast<uint32_t>(page_begin.size() - 1); }
+};
+
+// What the owner does after Insert, in this order:
+//   split: rows of `split_page` whose bit is set in split_mask move, keeping their order, to a new page
+//          whose id is the old page_count; the rest close up;
+//   then the new token becomes the last row of `page` (a new page when page == page_count).
+struct InsertPlan {
+  PageId page;
+  std::optional<PageId> split_page;
+  uint16_t split_mask = 0;
+};
+
+// By what a page's score is aggregated over the query heads of the group.
+enum class GroupRank : uint8_t {
+  kMassSum = 0,   // sum of per-head softmax mass: best output error
+  kMassMax = 1,   // largest per-head softmax mass: no head is starved
+  kMaxToken = 2,  // best single token: best coverage of the exact top-k
+};
+
+struct SelectRequest {
+  const float* queries = nullptr;   // [group, head_dim], scaled: logit = q . k
+  uint32_t group = 0;               // 1..kGroupMax
+  uint32_t max_pages = 0;           // pages to return at most
+  uint32_t read_cap = 0;            // tokens that may be read exactly beyond the returned pages; 0 = strict
+  float min_mass = 0;               // > 0: return only as many pages as reach this share of the mass
+  GroupRank rank = GroupRank::kMassSum;
+  const float* local_lse = nullptr; // optional [group]: log-sum-exp of the tokens that the worker holds
+  bool residual = true;             // false: leave `residual` empty (plain top pages)
+};
+
+struct SelectedPage {
+  PageId page;
+  float log_mass = 0;  // log of sum over its tokens of exp(logit), largest over the group; ranks pages of
+                       // different segments against each other
+};
+
+struct Selection {
+  std::vector<SelectedPage> pages;  // best first, no repeats, at most max_pages
+  AttentionStates residual;         // [group]: everything indexed that is in no returned page
+  float covered_mass = 0;           // estimated share of the indexed mass that `pages` hold, mean over the group
+  uint32_t tokens_read = 0;         // rows of K read exactly (returned pages included)
+};
+
+// Build options that come from outside the rows.
+struct BuildHints {
+  // Mean square of the query heads' elements, [head_dim], over recent queries of this slice's group;
+  // empty when unknown. Lets a policy weigh the dimensions that queries actually use.
+  std::span<const float> query_energy;
+  uint64_t seed = 0;
+};
+
+class SelectionPolicy {
+ public:
+  virtual ~SelectionPolicy() = default;
+
+  // INVALID_ARGUMENT when a value is NaN or infinite. REQUIRES: empty policy. rows.count == 0 is fine.
+  virtual Result<PageLayout> Build(const TokenRows& rows, const BuildHints& hints) = 0;
+
+  // Adds one token (row.count == 1). `pages` shows the pages before the edit, all in memory or the touched
+  // one at least. INVALID_ARGUMENT on non-finite values, and then nothing has changed.
+  virtual Result<InsertPlan> Insert(const TokenRows& row, const PagedKv& pages) = 0;
+
+  // Fills *out (reusing its memory). Reads K and V only of pages that are in memory.
+  virtual void Select(const SelectRequest& request, const PagedKv& pages, Selection* out) const = 0;
+
+  // Forgets the rows whose bit in keep[token row of page] is 0: used to drop a suffix of positions.
+  // For each page, mask of rows to keep; a page left empty disappears and later ids close up in order.
+  virtual Status Retain(std::span<const uint16_t> keep_masks, const PagedKv& pages) = 0;
+
+  // Appends a self-contained image of the structure: equal objects give equal bytes.
+  virtual void Save(std::string* image) const = 0;
+  // Replaces *this. DATA_LOSS naming what is wrong when the image is truncated, corrupt or newer.
+  virtual Status Restore(std::string_view image) = 0;
+
+  // Checks every invariant against the stored pages; slow. INTERNAL naming the first broken one.
+  virtual Status Validate(const PagedKv& pages) const = 0;
+
+  // Reports named numbers: "pages", "tokens", "index_bytes", and what else the policy knows.
+  using CounterVisitor = std::function<void(std::string_view name, double value)>;
+  virtual void VisitCounters(const CounterVisitor& visit) const = 0;
+};
+
+// Parameters common to all policies. dtype and head_dim describe the rows it will be given.
+struct PolicyOptions {
+  DType dtype = DType::kF16;
+  uint32_t head_dim = 0;
+  uint64_t seed = 1;
+};
+
+// The policies of this build, by the names used in flags, on the wire and on disk.
+enum class PolicyKind : uint8_t { kClusterTree = 0, kDciTree = 1, kExact = 2, kSequential = 3 };
+std::string_view PolicyKindName(PolicyKind kind);                 // "cluster_tree"
+Result<PolicyKind> ParsePolicyKind(std::string_view name);        // error lists the names
+std::unique_ptr<SelectionPolicy> MakePolicy(PolicyKind kind, const PolicyOptions& options);
+
+}  // namespace icecache

@@ -1,0 +1,41 @@
+# icecache_library(NAME SOURCES... [LINK libs...]): a static library whose headers are included by
+# their path from the repository's root, so that an include line shows the layer it reaches into.
+function(icecache_library name)
+  cmake_parse_arguments(ARG "" "" "SOURCES;LINK;PRIVATE_LINK" ${ARGN})
+  add_library(${name} STATIC ${ARG_SOURCES})
+  target_include_directories(${name} PUBLIC ${PROJECT_SOURCE_DIR})
+  target_link_libraries(${name} PUBLIC ${ARG_LINK} PRIVATE ${ARG_PRIVATE_LINK})
+endfunction()
+
+function(icecache_program name)
+  cmake_parse_arguments(ARG "" "" "SOURCES;LINK" ${ARGN})
+  add_executable(${name} ${ARG_SOURCES})
+  target_link_libraries(${name} PRIVATE ${ARG_LINK})
+  set_target_properties(${name} PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${PROJECT_BINARY_DIR}/bin)
+endfunction()
+
+# What every test process needs: UCX must leave signals and malloc alone (sanitizers), and lose no errors.
+set(ICECACHE_TEST_ENVIRONMENT
+    "UCX_MEM_EVENTS=n" "UCX_ERROR_SIGNALS=" "UCX_HANDLE_ERRORS=none" "OPENBLAS_NUM_THREADS=1"
+    "ICECACHE_BIN_DIR=${PROJECT_BINARY_DIR}/bin" "ICECACHE_SOURCE_DIR=${PROJECT_SOURCE_DIR}"
+    "ASAN_OPTIONS=detect_leaks=1" "TSAN_OPTIONS=halt_on_error=1:second_deadlock_stack=1")
+
+# icecache_test(FILE.cc [LINK libs...] [LABELS l...] [TIMEOUT s] [SERIAL]): one GoogleTest program = one ctest
+# entry, named after the file. SERIAL: uses both cores or fixed resources, runs alone.
+function(icecache_test file)
+  cmake_parse_arguments(ARG "SERIAL" "TIMEOUT" "LINK;LABELS;DEPENDS" ${ARGN})
+  get_filename_component(name ${file} NAME_WE)
+  add_executable(${name} ${file})
+  target_include_directories(${name} PRIVATE ${PROJECT_SOURCE_DIR})
+  target_link_libraries(${name} PRIVATE ${ARG_LINK} GTest::gmock GTest::gtest_main)
+  set_target_properties(${name} PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${PROJECT_BINARY_DIR}/tests/bin)
+  if(NOT ARG_TIMEOUT)
+    set(ARG_TIMEOUT 120)
+  endif()
+  add_test(NAME ${name} COMMAND ${name})
+  set_tests_properties(${name} PROPERTIES TIMEOUT ${ARG_TIMEOUT} LABELS "${ARG_LABELS}"
+                       ENVIRONMENT "${ICECACHE_TEST_ENVIRONMENT}" RUN_SERIAL ${ARG_SERIAL})
+  if(ARG_DEPENDS)
+    add_dependencies(${name} ${ARG_DEPENDS})
+  endif()
+endfunction()

@@ -1,0 +1,100 @@
+// Control-plane messages as plain structs, with encode and checked decode (schema: control.capnp), and the
+// framing on a stream: u32 little-endian count of 8-byte words, then one flat Cap'n Proto message.
+//
+// Decoding checks names, sizes and shapes against common/limits.h. Cap'n Proto stays behind control_codec.cc.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "common/ids.h"
+#include "common/model_shape.h"
+#include "common/status.h"
+
+namespace icecache::wire {
+
+struct SegmentInfo {
+  SegmentId id;
+  uint32_t tokens = 0;
+  bool sealed = false;
+  uint32_t references = 0;
+  uint64_t bytes = 0;
+  uint64_t index_bytes = 0;
+};
+struct ContextInfo {
+  ContextId id;
+  std::string name;
+  ModelShape shape;
+  std::string model;
+  uint32_t tokens = 0;
+  uint32_t sink_tokens = 0;
+  uint32_t window_tokens = 0;
+  uint32_t tail_tokens = 0;
+  std::string policy;
+  uint64_t seed = 0;
+  bool sealed = false;
+  bool published = false;
+  std::vector<SegmentInfo> segments;
+  std::string tenant;
+};
+struct Grant {
+  ContextInfo context;
+  Epoch epoch;
+  std::vector<std::byte> ticket;
+  uint32_t lease_ms = 0;
+};
+
+// Requests.
+struct Hello { uint16_t protocol_version = 1; std::string tenant, secret, client; };
+struct Create {
+  std::string name;
+  ModelShape shape;
+  std::string model;
+  uint32_t sink_tokens = 0;
+  uint32_t window_tokens = 0;
+  std::string policy;
+  uint64_t seed = 1;
+};
+struct Open { std::string name; };
+struct Fork { std::string parent, name; };
+struct Seal { ContextId context; };
+struct Publish { ContextId context; };
+struct Release { ContextId context; };
+struct Drop { std::string name; };
+struct List {};
+struct Describe { std::string name; };
+struct Renew {};
+struct ControlRequest {
+  uint64_t id = 0;
+  std::variant<Hello, Create, Open, Fork, Seal, Publish, Release, Drop, List, Describe, Renew> body;
+};
+
+// Replies.
+struct HelloReply {
+  uint16_t protocol_version = 1;
+  std::string version;
+  std::vector<std::string> shards;  // data-plane address of each shard, in order
+  uint32_t heartbeat_ms = 0;
+};
+struct Done {};
+struct ContextList { std::vector<ContextInfo> contexts; };
+struct ControlReply {
+  uint64_t id = 0;
+  std::variant<Status, HelloReply, Grant, Done, ContextList> body;  // Status: an error
+};
+
+// A whole frame, ready to write.
+std::vector<std::byte> EncodeFrame(const ControlRequest& request);
+std::vector<std::byte> EncodeFrame(const ControlReply& reply);
+
+// Bytes of the frame whose first 4 bytes are given (the 4 included); INVALID_ARGUMENT above kControlMessageBytesMax.
+inline constexpr size_t kFrameHeaderBytes = 4;
+Result<size_t> FrameBytes(std::span<const std::byte, kFrameHeaderBytes> header);
+Result<ControlRequest> DecodeRequest(std::span<const std::byte> frame);  // whole frame
+Result<ControlReply> DecodeReply(std::span<const std::byte> frame);
+
+}  // namespace icecache::wire

@@ -1,0 +1,117 @@
+# Messages of the data plane: worker <-> shard. Meta of an OutMessage; bulk rows and pages travel in its body.
+# Sizes are checked against common/limits.h before use (data_codec.cc). New fields at the end only.
+@0xd2c0a7a1b3f04e11;
+
+using Cxx = import "/capnp/c++.capnp";
+$Cxx.namespace("icecache::wire");
+
+struct Status {
+  code @0 :UInt8;
+  message @1 :Text;
+}
+
+struct AttachRequest {        # first message on every data connection
+  protocolVersion @0 :UInt16;
+  ticket @1 :Data;            # issued on the control plane
+}
+struct AttachReply {
+  protocolVersion @0 :UInt16;
+  shard @1 :UInt16;
+  shardCount @2 :UInt16;
+}
+
+# Body: for each head of `kvHeads`, in order: K rows [tokenCount, headDim], then V rows, in the shape's dtype.
+struct PutRowsRequest {
+  context @0 :UInt64;
+  epoch @1 :UInt64;
+  layer @2 :UInt16;
+  kvHeads @3 :List(UInt16);   # heads of this layer that the shard owns, ascending
+  firstPosition @4 :UInt32;
+  tokenCount @5 :UInt32;
+}
+struct PutRowsReply { nextPosition @0 :UInt32; }
+
+# All rows of the layer in [0, tokenCount) are there: index them. Sinks and the unindexed tail stay apart.
+# Body: query energy, f32 [kvHeads, headDim], or empty.
+struct BuildRequest {
+  context @0 :UInt64;
+  epoch @1 :UInt64;
+  layer @2 :UInt16;
+  kvHeads @3 :List(UInt16);
+  tokenCount @4 :UInt32;      # tokens of the tail segment that must have arrived
+}
+struct BuildReply { pages @0 :UInt32; }
+
+struct ResidentPage {         # a page the worker holds: not sent again unless it has changed
+  segment @0 :UInt64;
+  page @1 :UInt32;
+  version @2 :UInt32;
+  fill @3 :UInt8;
+}
+struct SelectHead {
+  kvHead @0 :UInt16;
+  resident @1 :List(ResidentPage);
+  localLse @2 :List(Float32); # [group] or empty
+}
+# Body: queries f32 [heads, group, headDim]; then, when appendCount > 0, for each head K rows [appendCount, headDim]
+# and V rows: tokens that left the worker's window. They are part of this selection.
+struct SelectRequest {
+  context @0 :UInt64;
+  epoch @1 :UInt64;
+  layer @2 :UInt16;
+  heads @3 :List(SelectHead);
+  maxPages @4 :UInt32;
+  readCap @5 :UInt32;
+  minMass @6 :Float32;
+  rank @7 :UInt8;
+  flags @8 :UInt8;            # bit 0: no residual
+  appendFirst @9 :UInt32;     # position of the first appended token
+  appendCount @10 :UInt32;
+}
+struct PagePayload {
+  segment @0 :UInt64;
+  page @1 :UInt32;
+  version @2 :UInt32;
+  fill @3 :UInt8;
+  from @4 :UInt8;             # rows [from, fill) are in the body: K rows, V rows, positions u32. from == fill: resident
+  logMass @5 :Float32;
+  checksum @6 :UInt64;        # of the whole page's content (common/checksum.h)
+}
+struct HeadSelection {
+  kvHead @0 :UInt16;
+  pages @1 :List(PagePayload);
+  residual @2 :Data;          # AttentionStates::flat of [group], f32; empty when none
+  coveredMass @3 :Float32;
+  tokensRead @4 :UInt32;
+}
+struct SelectReply {
+  heads @0 :List(HeadSelection);
+  selectNanos @1 :UInt64;     # server time spent in selection
+  gatherNanos @2 :UInt64;
+  nextPosition @3 :UInt32;    # after the append
+}
+
+# Rows that are not in the index: sinks of the chain's first segment, unindexed tail of its last.
+# Reply body: for each head K rows [count, headDim], then V rows.
+struct FetchRowsRequest {
+  context @0 :UInt64;
+  epoch @1 :UInt64;
+  layer @2 :UInt16;
+  kvHeads @3 :List(UInt16);
+  part @4 :Part;
+  enum Part { sinks @0; tail @1; }
+}
+struct FetchRowsReply {
+  firstPosition @0 :UInt32;
+  count @1 :UInt32;
+  checksum @2 :UInt64;        # of the whole body
+}
+
+# Pages by name: after a checksum mismatch. Reply: SelectReply with one HeadSelection, whole pages.
+struct FetchPagesRequest {
+  context @0 :UInt64;
+  epoch @1 :UInt64;
+  layer @2 :UInt16;
+  kvHead @3 :UInt16;
+  pages @4 :List(ResidentPage);
+}
