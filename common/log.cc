@@ -60,7 +60,8 @@ Result<LogLevel> ParseLogLevel(std::string_view name) {
   if (name == "warn") return LogLevel::kWarn;
   if (name == "error") return LogLevel::kError;
   if (name == "off") return LogLevel::kOff;
-  return InvalidArgument("log level '" + std::string(name) + "' is not one of debug, info, warn, error, off");
+  return InvalidArgument("log level '" + std::string(name) +
+                         "' is not one of debug, info, warn, error, off");
 }
 
 Result<LogFormat> ParseLogFormat(std::string_view name) {
@@ -76,17 +77,25 @@ void InitLogging(LogLevel level, LogFormat format, std::string_view program) {
   logger->set_pattern(format == LogFormat::kJson
                           ? R"({"ts":"%Y-%m-%dT%H:%M:%S.%e%z","level":"%l","program":"%n",%v})"
                           : "%Y-%m-%d %H:%M:%S.%e %L %n: %v");
-  static constexpr spdlog::level::level_enum kLevels[] = {
-      spdlog::level::debug, spdlog::level::info, spdlog::level::warn, spdlog::level::err,
-      spdlog::level::off};
+  static constexpr spdlog::level::level_enum kLevels[] = {spdlog::level::debug, spdlog::level::info,
+                                                          spdlog::level::warn, spdlog::level::err,
+                                                          spdlog::level::off};
   logger->set_level(kLevels[static_cast<int>(level)]);
   logger->flush_on(spdlog::level::info);
   spdlog::set_default_logger(std::move(logger));
 }
 
-void LogDebug(std::string_view event, LogFields fields) { Write(spdlog::level::debug, event, fields); }
-void LogInfo(std::string_view event, LogFields fields) { Write(spdlog::level::info, event, fields); }
-void LogWarn(std::string_view event, LogFields fields) { Write(spdlog::level::warn, event, fields); }
-void LogError(std::string_view event, LogFields fields) { Write(spdlog::level::err, event, fields); }
+void LogDebug(std::string_view event, LogFields fields) {
+  Write(spdlog::level::debug, event, fields);
+}
+void LogInfo(std::string_view event, LogFields fields) {
+  Write(spdlog::level::info, event, fields);
+}
+void LogWarn(std::string_view event, LogFields fields) {
+  Write(spdlog::level::warn, event, fields);
+}
+void LogError(std::string_view event, LogFields fields) {
+  Write(spdlog::level::err, event, fields);
+}
 
 }  // namespace icecache

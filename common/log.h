@@ -22,7 +22,8 @@ void InitLogging(LogLevel level, LogFormat format, std::string_view program);
 
 // A line: an event in plain words plus named values, e.g.
 //   LogInfo("listening", {{"address", a}, {"port", "7400"}});
-// text: "listening address=... port=7400"; json: {"ts":..., "level":"info", "msg":"listening", ...}.
+// text: "listening address=... port=7400"; json: {"ts":..., "level":"info", "msg":"listening",
+// ...}.
 using LogFields = std::initializer_list<std::pair<std::string_view, std::string>>;
 void LogDebug(std::string_view event, LogFields fields = {});
 void LogInfo(std::string_view event, LogFields fields = {});

@@ -17,7 +17,10 @@ std::string Escape(std::string_view value) {
   std::string out;
   for (const char c : value) {
     if (c == '\\' || c == '"') out += '\\';
-    if (c == '\n') { out += "\\n"; continue; }
+    if (c == '\n') {
+      out += "\\n";
+      continue;
+    }
     out += c;
   }
   return out;
@@ -25,7 +28,8 @@ std::string Escape(std::string_view value) {
 
 std::string RenderLabels(const MetricLabels& labels) {
   std::string out;
-  for (const auto& [key, value] : labels) out += (out.empty() ? "" : ",") + key + "=\"" + Escape(value) + "\"";
+  for (const auto& [key, value] : labels)
+    out += (out.empty() ? "" : ",") + key + "=\"" + Escape(value) + "\"";
   return out;
 }
 
@@ -37,12 +41,14 @@ std::string Seconds(double s) {
   return buffer;
 }
 
-void RenderHistogram(const std::string& name, const std::string& labels, const Histogram& h, std::string* out) {
+void RenderHistogram(const std::string& name, const std::string& labels, const Histogram& h,
+                     std::string* out) {
   uint64_t cumulative = 0;
   const std::string comma = labels.empty() ? "" : labels + ",";
   for (int i = 0; i < Histogram::kBuckets; ++i) {
     cumulative += h.bucket(i);
-    *out += name + "_bucket{" + comma + "le=\"" + Seconds(std::ldexp(1e-6, i)) + "\"} " + std::to_string(cumulative) + "\n";
+    *out += name + "_bucket{" + comma + "le=\"" + Seconds(std::ldexp(1e-6, i)) + "\"} " +
+            std::to_string(cumulative) + "\n";
   }
   cumulative += h.bucket(Histogram::kBuckets);
   *out += name + "_bucket{" + comma + "le=\"+Inf\"} " + std::to_string(cumulative) + "\n";
@@ -54,10 +60,12 @@ void RenderHistogram(const std::string& name, const std::string& labels, const H
 
 void Histogram::ObserveSeconds(double seconds) {
   const double ns = seconds > 0 ? seconds * 1e9 : 0;
-  const auto whole_ns = ns < 9e18 ? static_cast<uint64_t>(ns) : uint64_t{9'000'000'000'000'000'000u};
+  const auto whole_ns =
+      ns < 9e18 ? static_cast<uint64_t>(ns) : uint64_t{9'000'000'000'000'000'000u};
   const uint64_t us = (whole_ns + 999) / 1000;  // round up: a bucket's bound is inclusive
   const int index = us <= 1 ? 0 : std::bit_width(us - 1);
-  buckets_[static_cast<size_t>(index < kBuckets ? index : kBuckets)].fetch_add(1, std::memory_order_relaxed);
+  buckets_[static_cast<size_t>(index < kBuckets ? index : kBuckets)].fetch_add(
+      1, std::memory_order_relaxed);
   sum_ns_.fetch_add(whole_ns, std::memory_order_relaxed);
 }
 
@@ -67,7 +75,9 @@ uint64_t Histogram::count() const {
   return n;
 }
 
-double Histogram::sum_seconds() const { return static_cast<double>(sum_ns_.load(std::memory_order_relaxed)) * 1e-9; }
+double Histogram::sum_seconds() const {
+  return static_cast<double>(sum_ns_.load(std::memory_order_relaxed)) * 1e-9;
+}
 
 struct MetricsRegistry::Impl {
   struct Family {
@@ -103,15 +113,18 @@ T& GetOrMake(std::map<std::string, std::unique_ptr<T>>& map, const MetricLabels&
 }
 }  // namespace
 
-Counter& MetricsRegistry::GetCounter(std::string_view name, std::string_view help, MetricLabels labels) {
+Counter& MetricsRegistry::GetCounter(std::string_view name, std::string_view help,
+                                     MetricLabels labels) {
   std::lock_guard lock(impl_->mutex);
   return GetOrMake(impl_->Get(name, help, Kind::kCounter).counters, labels);
 }
-Gauge& MetricsRegistry::GetGauge(std::string_view name, std::string_view help, MetricLabels labels) {
+Gauge& MetricsRegistry::GetGauge(std::string_view name, std::string_view help,
+                                 MetricLabels labels) {
   std::lock_guard lock(impl_->mutex);
   return GetOrMake(impl_->Get(name, help, Kind::kGauge).gauges, labels);
 }
-Histogram& MetricsRegistry::GetHistogram(std::string_view name, std::string_view help, MetricLabels labels) {
+Histogram& MetricsRegistry::GetHistogram(std::string_view name, std::string_view help,
+                                         MetricLabels labels) {
   std::lock_guard lock(impl_->mutex);
   return GetOrMake(impl_->Get(name, help, Kind::kHistogram).histograms, labels);
 }
@@ -121,9 +134,12 @@ std::string MetricsRegistry::RenderPrometheus() const {
   std::string out;
   for (const auto& [name, family] : impl_->families) {
     static constexpr const char* kKinds[] = {"counter", "gauge", "histogram"};
-    out += "# HELP " + name + " " + family.help + "\n# TYPE " + name + " " + kKinds[static_cast<int>(family.kind)] + "\n";
-    for (const auto& [labels, c] : family.counters) out += name + Braced(labels) + " " + std::to_string(c->value()) + "\n";
-    for (const auto& [labels, g] : family.gauges) out += name + Braced(labels) + " " + std::to_string(g->value()) + "\n";
+    out += "# HELP " + name + " " + family.help + "\n# TYPE " + name + " " +
+           kKinds[static_cast<int>(family.kind)] + "\n";
+    for (const auto& [labels, c] : family.counters)
+      out += name + Braced(labels) + " " + std::to_string(c->value()) + "\n";
+    for (const auto& [labels, g] : family.gauges)
+      out += name + Braced(labels) + " " + std::to_string(g->value()) + "\n";
     for (const auto& [labels, h] : family.histograms) RenderHistogram(name, labels, *h, &out);
   }
   return out;

@@ -1,8 +1,9 @@
 // Metrics: counters, gauges and histograms, rendered as Prometheus text (0.0.4).
 //
 // One Registry per process, built in main() and handed in; no singleton. A metric is made once, at
-// start, and lives as long as its registry; Add/Set/Observe are one relaxed atomic operation and may
-// be called on any thread. Names follow the rules of Prometheus: `icecache_` first, base unit last,
+// start, and lives as long as its registry; Add/Set/Observe are one relaxed atomic operation and
+// may be called on any thread. Names follow the rules of Prometheus: `icecache_` first, base unit
+// last,
 // `_total` on counters only. Label values are bounded: tenants and reasons, never contexts.
 #pragma once
 
@@ -47,7 +48,9 @@ class Histogram {
   void ObserveSeconds(double seconds);
   uint64_t count() const;
   double sum_seconds() const;
-  uint64_t bucket(int i) const { return buckets_[static_cast<size_t>(i)].load(std::memory_order_relaxed); }
+  uint64_t bucket(int i) const {
+    return buckets_[static_cast<size_t>(i)].load(std::memory_order_relaxed);
+  }
 
  private:
   std::array<std::atomic<uint64_t>, kBuckets + 1> buckets_{};

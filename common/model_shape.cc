@@ -17,18 +17,17 @@ Status ModelShape::Validate() const {
   KV_RETURN_IF_ERROR(Bounded("query_heads", query_heads, limits::kKvHeadsMax * limits::kGroupMax));
   KV_RETURN_IF_ERROR(Bounded("head_dim", head_dim, limits::kHeadDimMax));
   if (query_heads % kv_heads != 0 || group() > limits::kGroupMax) {
-    return InvalidArgument("model shape: " + std::to_string(query_heads) +
-                           " query heads over " + std::to_string(kv_heads) +
-                           " kv heads; expected 1.." + std::to_string(limits::kGroupMax) +
-                           " whole query heads per kv head");
+    return InvalidArgument("model shape: " + std::to_string(query_heads) + " query heads over " +
+                           std::to_string(kv_heads) + " kv heads; expected 1.." +
+                           std::to_string(limits::kGroupMax) + " whole query heads per kv head");
   }
   if (head_dim % 16 != 0) {
     return InvalidArgument("model shape: head_dim = " + std::to_string(head_dim) +
                            ", expected a multiple of 16");
   }
   if (static_cast<uint8_t>(dtype) > static_cast<uint8_t>(DType::kBF16)) {
-    return InvalidArgument("model shape: unknown dtype " +
-                           std::to_string(static_cast<int>(dtype)) + "; expected f32, f16 or bf16");
+    return InvalidArgument("model shape: unknown dtype " + std::to_string(static_cast<int>(dtype)) +
+                           "; expected f32, f16 or bf16");
   }
   return OkStatus();
 }

@@ -18,16 +18,14 @@ struct ModelShape {
   uint32_t kv_heads = 0;
   uint32_t query_heads = 0;  // per layer; a multiple of kv_heads
   uint32_t head_dim = 0;
-  DType dtype = DType::kF16; // of stored K and V
+  DType dtype = DType::kF16;  // of stored K and V
 
   friend bool operator==(const ModelShape&, const ModelShape&) = default;
 
   uint32_t group() const { return query_heads / kv_heads; }  // query heads per kv head
   size_t row_bytes() const { return size_t{head_dim} * DTypeBytes(dtype); }  // one K or one V row
   // A page frame: K rows, V rows, then the tokens' positions as u32.
-  size_t page_bytes() const {
-    return limits::kPageTokens * (2 * row_bytes() + sizeof(uint32_t));
-  }
+  size_t page_bytes() const { return limits::kPageTokens * (2 * row_bytes() + sizeof(uint32_t)); }
   // K and V of one token over all layers and heads.
   size_t token_bytes() const { return size_t{layers} * kv_heads * 2 * row_bytes(); }
 
@@ -39,9 +37,10 @@ struct ModelShape {
 
 // The shard that owns the slice (layer, kv_head). Server and worker compute the same function, so
 // a worker addresses the owner directly. Spreads the heads of one layer over the shards.
-inline ShardId ShardOf(LayerId layer, KvHeadId head, const ModelShape& shape, uint32_t shard_count) {
-  return ShardId(static_cast<uint16_t>(
-      (uint32_t{layer.value} * shape.kv_heads + head.value) % shard_count));
+inline ShardId ShardOf(LayerId layer, KvHeadId head, const ModelShape& shape,
+                       uint32_t shard_count) {
+  return ShardId(
+      static_cast<uint16_t>((uint32_t{layer.value} * shape.kv_heads + head.value) % shard_count));
 }
 
 }  // namespace icecache

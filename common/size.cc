@@ -11,17 +11,27 @@ namespace icecache {
 namespace {
 
 constexpr std::array<std::pair<std::string_view, double>, 13> kUnits = {{
-    {"", 1}, {"b", 1},
-    {"kib", 1024.0}, {"mib", 1048576.0}, {"gib", 1073741824.0}, {"tib", 1099511627776.0},
-    {"kb", 1e3}, {"mb", 1e6}, {"gb", 1e9}, {"tb", 1e12},
-    {"k", 1024.0}, {"m", 1048576.0}, {"g", 1073741824.0},
+    {"", 1},
+    {"b", 1},
+    {"kib", 1024.0},
+    {"mib", 1048576.0},
+    {"gib", 1073741824.0},
+    {"tib", 1099511627776.0},
+    {"kb", 1e3},
+    {"mb", 1e6},
+    {"gb", 1e9},
+    {"tb", 1e12},
+    {"k", 1024.0},
+    {"m", 1048576.0},
+    {"g", 1073741824.0},
 }};
 
 }  // namespace
 
 Result<uint64_t> ParseSize(std::string_view text) {
   const auto bad = [&] {
-    return InvalidArgument("'" + std::string(text) + "' is not a size; write it like 4GiB, 512MiB or 65536");
+    return InvalidArgument("'" + std::string(text) +
+                           "' is not a size; write it like 4GiB, 512MiB or 65536");
   };
   double number = 0;
   const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), number);
@@ -49,7 +59,8 @@ std::string FormatSize(uint64_t bytes) {
   }
   if (bytes % scale == 0) return std::to_string(bytes / scale) + kNames[unit];
   char buffer[32];
-  std::snprintf(buffer, sizeof buffer, "%.1f%s", static_cast<double>(bytes) / static_cast<double>(scale), kNames[unit]);
+  std::snprintf(buffer, sizeof buffer, "%.1f%s",
+                static_cast<double>(bytes) / static_cast<double>(scale), kNames[unit]);
   return buffer;
 }
 

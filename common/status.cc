@@ -7,11 +7,21 @@
 namespace icecache {
 
 std::string_view StatusCodeName(StatusCode code) {
-  static constexpr std::array<std::string_view, 15> kNames = {
-      "OK",          "INVALID_ARGUMENT",   "NOT_FOUND",           "ALREADY_EXISTS",
-      "PERMISSION_DENIED", "UNAUTHENTICATED", "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION",
-      "OUT_OF_RANGE", "UNAVAILABLE",       "DEADLINE_EXCEEDED",   "DATA_LOSS",
-      "CANCELLED",   "UNIMPLEMENTED",      "INTERNAL"};
+  static constexpr std::array<std::string_view, 15> kNames = {"OK",
+                                                              "INVALID_ARGUMENT",
+                                                              "NOT_FOUND",
+                                                              "ALREADY_EXISTS",
+                                                              "PERMISSION_DENIED",
+                                                              "UNAUTHENTICATED",
+                                                              "RESOURCE_EXHAUSTED",
+                                                              "FAILED_PRECONDITION",
+                                                              "OUT_OF_RANGE",
+                                                              "UNAVAILABLE",
+                                                              "DEADLINE_EXCEEDED",
+                                                              "DATA_LOSS",
+                                                              "CANCELLED",
+                                                              "UNIMPLEMENTED",
+                                                              "INTERNAL"};
   auto index = static_cast<size_t>(code);
   return index < kNames.size() ? kNames[index] : "UNKNOWN";
 }

@@ -19,19 +19,19 @@ namespace icecache {
 // Stable numbers: they travel on the wire (common/wire) and are the exit codes of the tools.
 enum class StatusCode : uint8_t {
   kOk = 0,
-  kInvalidArgument = 1,    // the caller's mistake: bad flag, file, message
+  kInvalidArgument = 1,  // the caller's mistake: bad flag, file, message
   kNotFound = 2,
   kAlreadyExists = 3,
-  kPermissionDenied = 4,   // known peer without the right
-  kUnauthenticated = 5,    // unknown peer, wrong secret or ticket
-  kResourceExhausted = 6,  // memory, quota, queue
-  kFailedPrecondition = 7, // right request at the wrong time (context not sealed, stale epoch)
+  kPermissionDenied = 4,    // known peer without the right
+  kUnauthenticated = 5,     // unknown peer, wrong secret or ticket
+  kResourceExhausted = 6,   // memory, quota, queue
+  kFailedPrecondition = 7,  // right request at the wrong time (context not sealed, stale epoch)
   kOutOfRange = 8,
-  kUnavailable = 9,        // peer gone; retry after reconnect
+  kUnavailable = 9,  // peer gone; retry after reconnect
   kDeadlineExceeded = 10,
-  kDataLoss = 11,          // checksum mismatch, truncated or corrupt data
+  kDataLoss = 11,  // checksum mismatch, truncated or corrupt data
   kCancelled = 12,
-  kUnimplemented = 13,     // the peer speaks an older or newer protocol
+  kUnimplemented = 13,  // the peer speaks an older or newer protocol
   kInternal = 14,
 };
 
@@ -57,16 +57,28 @@ class [[nodiscard]] Status {
 };
 
 inline Status OkStatus() { return {}; }
-inline Status InvalidArgument(std::string m) { return {StatusCode::kInvalidArgument, std::move(m)}; }
+inline Status InvalidArgument(std::string m) {
+  return {StatusCode::kInvalidArgument, std::move(m)};
+}
 inline Status NotFound(std::string m) { return {StatusCode::kNotFound, std::move(m)}; }
 inline Status AlreadyExists(std::string m) { return {StatusCode::kAlreadyExists, std::move(m)}; }
-inline Status PermissionDenied(std::string m) { return {StatusCode::kPermissionDenied, std::move(m)}; }
-inline Status Unauthenticated(std::string m) { return {StatusCode::kUnauthenticated, std::move(m)}; }
-inline Status ResourceExhausted(std::string m) { return {StatusCode::kResourceExhausted, std::move(m)}; }
-inline Status FailedPrecondition(std::string m) { return {StatusCode::kFailedPrecondition, std::move(m)}; }
+inline Status PermissionDenied(std::string m) {
+  return {StatusCode::kPermissionDenied, std::move(m)};
+}
+inline Status Unauthenticated(std::string m) {
+  return {StatusCode::kUnauthenticated, std::move(m)};
+}
+inline Status ResourceExhausted(std::string m) {
+  return {StatusCode::kResourceExhausted, std::move(m)};
+}
+inline Status FailedPrecondition(std::string m) {
+  return {StatusCode::kFailedPrecondition, std::move(m)};
+}
 inline Status OutOfRange(std::string m) { return {StatusCode::kOutOfRange, std::move(m)}; }
 inline Status Unavailable(std::string m) { return {StatusCode::kUnavailable, std::move(m)}; }
-inline Status DeadlineExceeded(std::string m) { return {StatusCode::kDeadlineExceeded, std::move(m)}; }
+inline Status DeadlineExceeded(std::string m) {
+  return {StatusCode::kDeadlineExceeded, std::move(m)};
+}
 inline Status DataLoss(std::string m) { return {StatusCode::kDataLoss, std::move(m)}; }
 inline Status Cancelled(std::string m) { return {StatusCode::kCancelled, std::move(m)}; }
 inline Status Unimplemented(std::string m) { return {StatusCode::kUnimplemented, std::move(m)}; }
@@ -82,16 +94,25 @@ inline Status Internal(std::string m) { return {StatusCode::kInternal, std::move
 template <typename T>
 class [[nodiscard]] Result {
  public:
-  Result(T value) : value_(std::move(value)) {}               // NOLINT: implicit by design
-  Result(Status status) : status_(std::move(status)) {        // NOLINT: implicit by design
+  Result(T value) : value_(std::move(value)) {}         // NOLINT: implicit by design
+  Result(Status status) : status_(std::move(status)) {  // NOLINT: implicit by design
     KV_CHECK(!status_.ok());
   }
 
   bool ok() const { return value_.has_value(); }
   const Status& status() const { return status_; }
-  T& value() & { KV_CHECK(ok()); return *value_; }
-  const T& value() const& { KV_CHECK(ok()); return *value_; }
-  T&& value() && { KV_CHECK(ok()); return *std::move(value_); }
+  T& value() & {
+    KV_CHECK(ok());
+    return *value_;
+  }
+  const T& value() const& {
+    KV_CHECK(ok());
+    return *value_;
+  }
+  T&& value() && {
+    KV_CHECK(ok());
+    return *std::move(value_);
+  }
   T* operator->() { return &value(); }
   const T* operator->() const { return &value(); }
   T& operator*() & { return value(); }
@@ -105,8 +126,8 @@ class [[nodiscard]] Result {
 #define KV_CONCAT_INNER(a, b) a##b
 #define KV_CONCAT(a, b) KV_CONCAT_INNER(a, b)
 // Returns the Status of `expr` from the enclosing function unless it is OK.
-#define KV_RETURN_IF_ERROR(expr)                       \
-  do {                                                 \
+#define KV_RETURN_IF_ERROR(expr)                                                  \
+  do {                                                                            \
     if (::icecache::Status kv_status = (expr); !kv_status.ok()) return kv_status; \
   } while (false)
 // auto x = expr's value, or return its Status: KV_ASSIGN_OR_RETURN(auto x, F());

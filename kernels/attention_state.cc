@@ -29,7 +29,8 @@ void MergeStates(const AttentionStateRef& from, const AttentionStateRef& into) {
   }
 }
 
-void MergeTerm(float logit, float mass, const float* v, const AttentionStateRef& into, uint32_t head) {
+void MergeTerm(float logit, float mass, const float* v, const AttentionStateRef& into,
+               uint32_t head) {
   if (mass <= 0.0f) return;
   const float max = std::max(logit, into.max[head]);
   const float a = into.denom[head] == 0.0f ? 0.0f : std::exp(into.max[head] - max);
@@ -44,7 +45,8 @@ void FinishStates(const AttentionStateRef& state, float* result) {
   for (uint32_t h = 0; h < state.heads; ++h) {
     const float scale = state.denom[h] > 0.0f ? 1.0f / state.denom[h] : 0.0f;
     const float* out = state.row(h);
-    for (uint32_t j = 0; j < state.head_dim; ++j) result[size_t{h} * state.head_dim + j] = scale * out[j];
+    for (uint32_t j = 0; j < state.head_dim; ++j)
+      result[size_t{h} * state.head_dim + j] = scale * out[j];
   }
 }
 
