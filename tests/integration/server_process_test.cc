@@ -1,0 +1,125 @@
+// icecache-server as its users start and stop it: flags, refusals, signals, admin pages.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <signal.h>
+
+#include <nlohmann/json.hpp>
+
+#include "tests/support/process.h"
+
+namespace icecache::test {
+namespace {
+
+using std::chrono_literals::operator""s;
+using ::testing::HasSubstr;
+
+struct Finished {
+  int exit_code;
+  std::string out, err;
+};
+
+Finished RunServer(const std::vector<std::string>& args,
+                   const std::vector<std::string>& environment = {}) {
+  Process p("icecache-server", args, environment);
+  const ProcessResult r = p.Wait(20s);
+  return {r.exited ? r.exit_code : -1, p.Out(), p.Err()};
+}
+
+TEST(ServerProcess, HelpAndVersionExplainTheProgram) {
+  const Finished help = RunServer({"--help"});
+  EXPECT_EQ(help.exit_code, 0);
+  for (const char* flag :
+       {"--config", "--host", "--port", "--http-host", "--http-port", "--memory-size", "--data-dir",
+        "--threads", "--log-level", "--log-format", "--print-config", "--check-config"}) {
+    EXPECT_THAT(help.out, HasSubstr(flag));
+  }
+  EXPECT_THAT(help.out, HasSubstr("icecache-server --"));  // an example
+  const Finished version = RunServer({"--version"});
+  EXPECT_EQ(version.exit_code, 0);
+  EXPECT_THAT(version.out, HasSubstr("icecache"));
+}
+
+TEST(ServerProcess, FlagBeatsEnvironmentBeatsFile) {
+  TempDir dir;
+  WriteFile(dir.path("server.toml"),
+            "memory_size = \"64MiB\"\nthreads = 1\nlog_level = \"warn\"\n");
+  const Finished p =
+      RunServer({"--config", dir.path("server.toml"), "--memory-size", "128MiB", "--print-config"},
+                {"ICECACHE_MEMORY_SIZE=96MiB", "ICECACHE_THREADS=2"});
+  EXPECT_EQ(p.exit_code, 0) << p.err;
+  EXPECT_THAT(p.out, HasSubstr("memory_size = \"128MiB\""));
+  EXPECT_THAT(p.out, HasSubstr("threads = 2"));
+  EXPECT_THAT(p.out, HasSubstr("log_level = \"warn\""));
+}
+
+TEST(ServerProcess, BadSettingsAreRefusedByName) {
+  const Finished unknown = RunServer({"--memory-sise", "1GiB"});
+  EXPECT_NE(unknown.exit_code, 0);
+  EXPECT_THAT(unknown.err, HasSubstr("memory-sise"));
+  const Finished size = RunServer({"--memory-size", "much", "--check-config"});
+  EXPECT_NE(size.exit_code, 0);
+  EXPECT_THAT(size.err, HasSubstr("much"));
+  EXPECT_THAT(size.err, HasSubstr("4GiB"));  // how to write one
+  TempDir dir;
+  WriteFile(dir.path("bad.toml"), "port = \"seven\"\n");
+  const Finished file = RunServer({"--config", dir.path("bad.toml"), "--check-config"});
+  EXPECT_NE(file.exit_code, 0);
+  EXPECT_THAT(file.err, HasSubstr("bad.toml"));
+  EXPECT_THAT(file.err, HasSubstr("port"));
+}
+
+TEST(ServerProcess, NonLoopbackWithoutTokensIsRefusedWithTheRemedy) {
+  const Finished p =
+      RunServer({"--host", "0.0.0.0", "--port", "0", "--http-port", "0", "--memory-size", "64MiB"});
+  EXPECT_NE(p.exit_code, 0);
+  EXPECT_THAT(p.err, HasSubstr("--token-file"));
+}
+
+TEST(ServerProcess, MoreMemoryThanThereIsIsRefusedWithTheRemedy) {
+  const Finished p = RunServer({"--port", "0", "--http-port", "0", "--memory-size", "900TiB"});
+  EXPECT_NE(p.exit_code, 0);
+  EXPECT_THAT(p.err, HasSubstr("--memory-size"));
+}
+
+TEST(ServerProcess, TakenPortIsRefusedWithTheRemedy) {
+  TestServer first({"--memory-size", "64MiB", "--threads", "1"});
+  const Finished p = RunServer(
+      {"--port", std::to_string(first.port()), "--http-port", "0", "--memory-size", "64MiB"});
+  EXPECT_NE(p.exit_code, 0);
+  EXPECT_THAT(p.err, HasSubstr(std::to_string(first.port())));
+  EXPECT_THAT(p.err, HasSubstr("--port"));
+}
+
+TEST(ServerProcess, SaysWhichTransportsItChose) {
+  TestServer server({"--memory-size", "64MiB", "--threads", "1"});
+  EXPECT_TRUE(server.process().WaitForOutput("posix", 10s)) << server.process().Err();
+}
+
+TEST(ServerProcess, AdminPagesAnswer) {
+  TestServer server({"--memory-size", "64MiB", "--threads", "1"});
+  EXPECT_THAT(server.HttpGet("/metrics"), HasSubstr("# TYPE icecache_"));
+  EXPECT_TRUE(nlohmann::json::accept(server.HttpGet("/status")));
+  EXPECT_THAT(server.HttpGet("/version"), HasSubstr("version"));
+  EXPECT_THAT(server.HttpGet("/config"), HasSubstr("memory_size"));
+  EXPECT_FALSE(server.HttpGet("/live").empty());
+  EXPECT_FALSE(server.HttpGet("/ready").empty());
+}
+
+TEST(ServerProcess, TermDrainsAndExitsZero) {
+  TestServer server({"--memory-size", "64MiB", "--threads", "2"});
+  server.process().Signal(SIGTERM);
+  const ProcessResult r = server.process().Wait(20s);
+  EXPECT_TRUE(r.exited) << "signal " << r.signal << "\n" << server.process().Err();
+  EXPECT_EQ(r.exit_code, 0) << server.process().Err();
+}
+
+TEST(ServerProcess, IdleCostsUnderOnePercentOfACore) {
+  TestServer server({"--memory-size", "64MiB", "--threads", "1"});
+  std::this_thread::sleep_for(1s);
+  const double before = server.process().CpuSeconds();
+  std::this_thread::sleep_for(3s);
+  EXPECT_LE(server.process().CpuSeconds() - before, 0.03 + 0.01);  // 1 % of 3 s, and one clock tick
+}
+
+}  // namespace
+}  // namespace icecache::test
