@@ -42,6 +42,11 @@ inline constexpr size_t kDataMetaBytesMax = 16u << 20;
 inline constexpr size_t kDataBodyBytesMax = 256u << 20;
 inline constexpr uint32_t kPutRowsTokensMax = 1024;     // tokens of one PutRows message
 inline constexpr uint32_t kRequestsInFlightMax = 1024;  // per channel
+inline constexpr uint32_t kTextBytesMax = 512;         // model, policy, version, address, client, tenant
+inline constexpr uint32_t kSecretBytesMax = 1024;
+inline constexpr uint32_t kTicketBytesMax = 256;
+inline constexpr uint32_t kStatusTextBytesMax = 4096;  // longer messages are cut when encoded
+inline constexpr uint32_t kWireNestingMax = 8;         // pointers deep; the schemas need 4
 inline constexpr uint32_t kBodyPartsMax = 1u << 16;
 inline constexpr uint32_t kConnectionsMax = 4096;
 
@@ -61,7 +66,22 @@ inline constexpr uint32_t kShardsMax = 64;
 inline constexpr size_t kExtentBytes = 8u << 20;  // unit of tenant ownership in the page pool
 inline constexpr size_t kPoolBytesMin = 16u << 20;
 
+// Server: connections, leases, work in flight.
+inline constexpr uint32_t kLeasesMax = 1u << 16;
+inline constexpr uint32_t kTenantsMax = 1024;
+inline constexpr size_t kTokenFileBytesMax = 1u << 20;
+inline constexpr uint32_t kControlRequestsInFlightMax = 32;     // per control connection
+inline constexpr size_t kControlReplyBytesQueuedMax = 8u << 20; // per control connection; above: closed
+inline constexpr uint32_t kAttachmentsPerConnectionMax = 256;   // contexts attached on one data connection
+inline constexpr size_t kReplyBytesQueuedMax = 256u << 20;      // per data connection; above: refused
+inline constexpr uint32_t kBuildsQueuedMax = 4096;              // per shard: running or waiting for a thread
+inline constexpr uint32_t kReclustersInFlightMax = 4;           // per shard
+inline constexpr milliseconds kHelloTimeout{5000};              // a control connection must say Hello within
+inline constexpr milliseconds kAttachTimeout{10000};            // a data connection must attach within
+inline constexpr milliseconds kLoopLagInterval{250};            // how often a loop measures its own lag
+
 // HTTP admin.
+inline constexpr milliseconds kHttpTimeout{5000};               // of one request, from its first byte to the last of its reply
 inline constexpr size_t kHttpRequestBytesMax = 64u << 10;
 inline constexpr uint32_t kHttpConnectionsMax = 64;
 
