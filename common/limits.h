@@ -19,6 +19,13 @@ inline constexpr uint32_t kHeadDimMax = 256;
 inline constexpr uint32_t kPageTokens = 16;  // rows of a page; also the paper's page
 inline constexpr uint32_t kVocabMax = 1u << 20;
 
+// Model files.
+inline constexpr size_t kJsonFileBytesMax = 256u << 20;      // config.json, tokenizer.json, weight index
+inline constexpr size_t kWeightHeaderBytesMax = 100u << 20;  // safetensors' own maximum
+inline constexpr uint32_t kWeightFilesMax = 1024;
+inline constexpr uint32_t kComputeThreadsMax = 256;
+inline constexpr uint32_t kWordCacheMax = 1u << 16;          // distinct words remembered within one Encode
+
 // Contexts.
 inline constexpr uint32_t kContextTokensMax = 4u << 20;
 inline constexpr uint32_t kSegmentsPerContextMax = 64;

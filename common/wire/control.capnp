@@ -2,7 +2,7 @@
 @0xa9c5b1e80d7742f3;
 
 using Cxx = import "/capnp/c++.capnp";
-$Cxx.namespace("icecache::wire");
+$Cxx.namespace("icecache::wire::schema");
 
 struct Shape {
   layers @0 :UInt32;

@@ -87,7 +87,8 @@ struct ControlReply {
   std::variant<Status, HelloReply, Grant, Done, ContextList> body;  // Status: an error
 };
 
-// A whole frame, ready to write.
+// A whole frame, ready to write. A reply that would exceed kControlMessageBytesMax (a list of very many contexts)
+// becomes RESOURCE_EXHAUSTED; an error message above kStatusTextBytesMax is cut.
 std::vector<std::byte> EncodeFrame(const ControlRequest& request);
 std::vector<std::byte> EncodeFrame(const ControlReply& reply);
 

@@ -3,7 +3,7 @@
 @0xd2c0a7a1b3f04e11;
 
 using Cxx = import "/capnp/c++.capnp";
-$Cxx.namespace("icecache::wire");
+$Cxx.namespace("icecache::wire::schema");
 
 struct Status {
   code @0 :UInt8;
