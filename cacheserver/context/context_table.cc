@@ -1,0 +1,196 @@
+#include "cacheserver/context/context_table.h"
+
+#include <algorithm>
+
+#include "common/limits.h"
+
+namespace icecache {
+namespace {
+
+Status CheckName(const std::string& name) {
+  if (name.size() > limits::kContextNameBytesMax) {
+    return InvalidArgument("context name of " + std::to_string(name.size()) + " bytes; at most " +
+                           std::to_string(limits::kContextNameBytesMax));
+  }
+  // Names go into logs, tables and JSON: no control characters. Bytes above 127 (UTF-8) are fine.
+  const bool control = std::any_of(name.begin(), name.end(), [](char c) {
+    return static_cast<unsigned char>(c) < 0x20 || c == 0x7f;
+  });
+  if (control) return InvalidArgument("context name holds a control character");
+  return OkStatus();
+}
+
+Status CheckSpec(const ContextSpec& spec) {
+  KV_RETURN_IF_ERROR(spec.shape.Validate());
+  if (spec.sink_tokens > limits::kSinkTokensMax) {
+    return InvalidArgument("sink_tokens " + std::to_string(spec.sink_tokens) + "; at most " +
+                           std::to_string(limits::kSinkTokensMax));
+  }
+  if (spec.window_tokens > limits::kWindowTokensMax) {
+    return InvalidArgument("window_tokens " + std::to_string(spec.window_tokens) + "; at most " +
+                           std::to_string(limits::kWindowTokensMax));
+  }
+  return OkStatus();
+}
+
+}  // namespace
+
+Result<ContextRecord> ContextTable::Insert(ContextRecord record) {
+  KV_RETURN_IF_ERROR(CheckName(record.name));
+  if (contexts_.size() >= limits::kContextsMax) {
+    return ResourceExhausted("the server holds " + std::to_string(contexts_.size()) +
+                             " contexts, its maximum; drop some");
+  }
+  record.id = ContextId(next_context_);
+  if (record.name.empty()) record.name = "~" + std::to_string(record.id.value);
+  if (names_.contains({record.tenant, record.name})) {
+    return AlreadyExists(
+        "context '" + record.name +
+        "' exists; drop it first, choose another name, or open it if it is published");
+  }
+  ++next_context_;
+  const SegmentId tail(next_segment_++);
+  record.chain.push_back(tail);
+  segments_.emplace(tail, SegmentRecord{});
+  for (SegmentId segment : record.chain) ++segments_.at(segment).references;
+  names_.emplace(std::pair(record.tenant, record.name), record.id);
+  contexts_.emplace(record.id, record);
+  return record;
+}
+
+Result<ContextRecord> ContextTable::Create(TenantId tenant, std::string name, ContextSpec spec) {
+  KV_RETURN_IF_ERROR(CheckSpec(spec));
+  ContextRecord record;
+  record.tenant = tenant;
+  record.name = std::move(name);
+  record.spec = std::move(spec);
+  return Insert(std::move(record));
+}
+
+Result<ContextRecord> ContextTable::Fork(ContextId parent_id, std::string name) {
+  const ContextRecord* parent = Find(parent_id);
+  if (parent == nullptr) return NotFound("context " + std::to_string(parent_id.value) + " is gone");
+  if (!parent->sealed) {
+    return FailedPrecondition("context '" + parent->name +
+                              "' is not sealed; seal it before it is forked");
+  }
+  if (parent->chain.size() >= limits::kSegmentsPerContextMax) {
+    return ResourceExhausted("context '" + parent->name + "' has " +
+                             std::to_string(parent->chain.size()) +
+                             " segments, the maximum of a chain; fork an earlier one");
+  }
+  ContextRecord record;
+  record.tenant = parent->tenant;
+  record.name = std::move(name);
+  record.spec = parent->spec;
+  record.chain = parent->chain;
+  record.tokens = parent->tokens;
+  record.tail_tokens = parent->tail_tokens;
+  return Insert(std::move(record));
+}
+
+void ContextTable::MarkSealed(ContextId id, uint32_t tokens, uint32_t tail_tokens) {
+  ContextRecord& record = contexts_.at(id);
+  KV_CHECK(!record.sealed);
+  SegmentRecord& segment = segments_.at(record.chain.back());
+  KV_CHECK(!segment.sealed && segment.references == 1);
+  segment.sealed = true;
+  // The child's segment starts at its parent's first tail position, so the tail counts once, in the
+  // child.
+  const uint32_t begin = record.tokens - record.tail_tokens;
+  KV_CHECK(tokens >= begin);
+  segment.tokens = tokens - begin;
+  record.sealed = true;
+  record.tokens = tokens;
+  record.tail_tokens = tail_tokens;
+}
+
+Status ContextTable::Publish(ContextId id) {
+  auto it = contexts_.find(id);
+  if (it == contexts_.end()) return NotFound("context " + std::to_string(id.value) + " is gone");
+  if (!it->second.sealed) {
+    return FailedPrecondition("context '" + it->second.name +
+                              "' is not sealed; seal it before it is published");
+  }
+  it->second.published = true;
+  return OkStatus();
+}
+
+bool ContextTable::Remove(ContextId id) {
+  auto it = contexts_.find(id);
+  if (it == contexts_.end()) return false;
+  for (SegmentId segment : it->second.chain) {
+    auto held = segments_.find(segment);
+    KV_CHECK(held != segments_.end() && held->second.references > 0);
+    if (--held->second.references == 0) segments_.erase(held);
+  }
+  names_.erase({it->second.tenant, it->second.name});
+  contexts_.erase(it);
+  return true;
+}
+
+const ContextRecord* ContextTable::Find(ContextId id) const {
+  auto it = contexts_.find(id);
+  return it == contexts_.end() ? nullptr : &it->second;
+}
+
+const ContextRecord* ContextTable::FindByName(TenantId tenant, std::string_view name) const {
+  auto it = names_.find({tenant, std::string(name)});
+  return it == names_.end() ? nullptr : &contexts_.at(it->second);
+}
+
+std::vector<ContextRecord> ContextTable::List(TenantId tenant) const {
+  std::vector<ContextRecord> records;
+  for (auto it = names_.lower_bound({tenant, ""}); it != names_.end(); ++it) {
+    if (it->first.first != tenant) break;
+    records.push_back(contexts_.at(it->second));
+  }
+  return records;
+}
+
+std::vector<ContextRecord> ContextTable::ListAll() const {
+  std::vector<ContextRecord> records;
+  for (const auto& [key, id] : names_) records.push_back(contexts_.at(id));
+  return records;
+}
+
+std::optional<SegmentRecord> ContextTable::FindSegment(SegmentId id) const {
+  auto it = segments_.find(id);
+  if (it == segments_.end()) return std::nullopt;
+  return it->second;
+}
+
+Status ContextTable::Validate() const {
+  std::unordered_map<SegmentId, uint32_t> references;
+  for (const auto& [id, record] : contexts_) {
+    auto name = names_.find({record.tenant, record.name});
+    if (name == names_.end() || name->second != id) {
+      return Internal("context '" + record.name + "' is not found under its name");
+    }
+    if (record.chain.empty()) return Internal("context '" + record.name + "' has no segment");
+    if (record.published && !record.sealed) {
+      return Internal("context '" + record.name + "' is published and not sealed");
+    }
+    for (size_t i = 0; i < record.chain.size(); ++i) {
+      ++references[record.chain[i]];
+      auto segment = segments_.find(record.chain[i]);
+      if (segment == segments_.end())
+        return Internal("context '" + record.name + "': segment missing");
+      const bool last = i + 1 == record.chain.size();
+      if (segment->second.sealed != (!last || record.sealed)) {
+        return Internal("context '" + record.name + "': segment " + std::to_string(i) +
+                        " has the wrong sealed flag");
+      }
+    }
+  }
+  if (names_.size() != contexts_.size()) return Internal("more names than contexts");
+  if (references.size() != segments_.size()) return Internal("a segment that no chain holds");
+  for (const auto& [id, count] : references) {
+    if (segments_.at(id).references != count) {
+      return Internal("segment " + std::to_string(id.value) + " has a wrong reference count");
+    }
+  }
+  return OkStatus();
+}
+
+}  // namespace icecache

@@ -1,0 +1,97 @@
+// ContextTable: the names, chains and flags of all contexts, and who holds which segment.
+//
+// The shards hold the tokens; this is what the control plane knows. A context is a chain of
+// segments of which all but the last are sealed; a fork shares its parent's sealed segments by
+// reference count and adds a private one. Names belong to a tenant: no look-up crosses tenants, and
+// the name of another tenant's context is as unknown as one that was never there.
+//
+// Lifecycle of a context: 1. Create | Fork -> 2. MarkSealed -> 3. Publish -> 4. Remove (from any
+// state). Thread: control.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "common/ids.h"
+#include "common/model_shape.h"
+#include "common/status.h"
+
+namespace icecache {
+
+struct ContextSpec {
+  ModelShape shape;
+  std::string model;  // identity of the weights
+  uint32_t sink_tokens = 0;
+  uint32_t window_tokens = 0;
+  std::string policy;  // a name that ParsePolicyKind knows
+  uint64_t seed = 1;
+};
+
+struct ContextRecord {
+  ContextId id;
+  TenantId tenant;
+  std::string name;
+  ContextSpec spec;
+  std::vector<SegmentId> chain;  // first to last; the last is private until sealed
+  bool sealed = false;
+  bool published = false;
+  uint32_t tokens = 0;       // of the sealed segments of the chain
+  uint32_t tail_tokens = 0;  // unindexed rows at the end of the last sealed segment
+};
+
+struct SegmentRecord {
+  bool sealed = false;
+  uint32_t tokens = 0;  // sinks, indexed, tail; known once sealed
+  uint32_t references = 0;
+};
+
+class ContextTable {
+ public:
+  // An empty name is replaced by "~<id>". INVALID_ARGUMENT for a bad name, shape or window,
+  // ALREADY_EXISTS, RESOURCE_EXHAUSTED above kContextsMax.
+  Result<ContextRecord> Create(TenantId tenant, std::string name, ContextSpec spec);
+
+  // A child of the same tenant with the parent's chain and a new segment. FAILED_PRECONDITION when
+  // the parent is not sealed, RESOURCE_EXHAUSTED when the chain is at its maximum; the rest as
+  // Create.
+  Result<ContextRecord> Fork(ContextId parent, std::string name);
+
+  // The last segment is sealed: the chain now holds `tokens`. REQUIRES: present and not sealed.
+  void MarkSealed(ContextId id, uint32_t tokens, uint32_t tail_tokens);
+  // FAILED_PRECONDITION when it is not sealed. Publishing twice is harmless.
+  Status Publish(ContextId id);
+  // Takes the context out; its segments live on while other chains hold them. False: it was not
+  // there.
+  bool Remove(ContextId id);
+
+  // Valid until the next call that changes the table.
+  const ContextRecord* Find(ContextId id) const;
+  const ContextRecord* FindByName(TenantId tenant, std::string_view name) const;
+  std::vector<ContextRecord> List(TenantId tenant) const;  // by name
+  std::vector<ContextRecord> ListAll() const;              // by tenant, then name
+  std::optional<SegmentRecord> FindSegment(SegmentId id) const;
+
+  uint32_t count() const { return static_cast<uint32_t>(contexts_.size()); }
+  uint32_t segment_count() const { return static_cast<uint32_t>(segments_.size()); }
+
+  // INTERNAL naming the first broken invariant: reference counts equal the chains, names are
+  // unique. For tests.
+  Status Validate() const;
+
+ private:
+  Result<ContextRecord> Insert(ContextRecord record);
+
+  uint64_t next_context_ = 1;
+  uint64_t next_segment_ = 1;
+  std::unordered_map<ContextId, ContextRecord> contexts_;
+  std::map<std::pair<TenantId, std::string>, ContextId> names_;
+  std::unordered_map<SegmentId, SegmentRecord> segments_;
+};
+
+}  // namespace icecache

@@ -1,0 +1,142 @@
+#include "cacheserver/context/context_table.h"
+
+#include <random>
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "common/limits.h"
+
+namespace icecache {
+namespace {
+
+using ::testing::HasSubstr;
+
+constexpr TenantId kAlice{0}, kBob{1};
+
+ContextSpec Spec() {
+  return {.shape = {.layers = 2, .kv_heads = 2, .query_heads = 4, .head_dim = 32},
+          .model = "tiny",
+          .sink_tokens = 4,
+          .window_tokens = 16,
+          .policy = "exact"};
+}
+
+TEST(ContextTable, NamesOfOneTenantAreUniqueAndHiddenFromOthers) {
+  ContextTable table;
+  ContextRecord doc = *table.Create(kAlice, "doc", Spec());
+  EXPECT_EQ(table.Create(kAlice, "doc", Spec()).status().code(), StatusCode::kAlreadyExists);
+  EXPECT_EQ(table.FindByName(kBob, "doc"), nullptr);
+  ContextRecord bobs = *table.Create(kBob, "doc", Spec());
+  EXPECT_NE(bobs.id, doc.id);
+  ASSERT_EQ(table.List(kAlice).size(), 1u);
+  EXPECT_EQ(table.List(kAlice)[0].id, doc.id);
+  EXPECT_EQ(table.ListAll().size(), 2u);
+}
+
+TEST(ContextTable, EmptyNameBecomesOneOfItsOwn) {
+  ContextTable table;
+  ContextRecord a = *table.Create(kAlice, "", Spec()), b = *table.Create(kAlice, "", Spec());
+  EXPECT_NE(a.name, b.name);
+  EXPECT_EQ(table.FindByName(kAlice, a.name)->id, a.id);
+}
+
+TEST(ContextTable, RefusesWhatNoContextCanBe) {
+  ContextTable table;
+  EXPECT_FALSE(table.Create(kAlice, "a\nb", Spec()).ok());
+  EXPECT_FALSE(
+      table.Create(kAlice, std::string(limits::kContextNameBytesMax + 1, 'x'), Spec()).ok());
+  ContextSpec spec = Spec();
+  spec.sink_tokens = limits::kSinkTokensMax + 1;
+  EXPECT_THAT(table.Create(kAlice, "s", spec).status().message(), HasSubstr("sink_tokens"));
+  spec = Spec();
+  spec.shape.query_heads = 3;
+  EXPECT_FALSE(table.Create(kAlice, "q", spec).ok());
+  EXPECT_EQ(table.count(), 0u);
+  EXPECT_EQ(table.segment_count(), 0u);
+}
+
+TEST(ContextTable, ForkSharesSealedSegmentsAndAddsOne) {
+  ContextTable table;
+  ContextRecord parent = *table.Create(kAlice, "doc", Spec());
+  EXPECT_EQ(table.Fork(parent.id, "child").status().code(), StatusCode::kFailedPrecondition);
+  table.MarkSealed(parent.id, 100, 16);
+  ContextRecord child = *table.Fork(parent.id, "child");
+  ASSERT_EQ(child.chain.size(), 2u);
+  EXPECT_EQ(child.chain[0], parent.chain[0]);
+  EXPECT_EQ(child.tokens, 100u);
+  EXPECT_EQ(table.FindSegment(parent.chain[0])->references, 2u);
+  EXPECT_EQ(table.FindSegment(parent.chain[0])->tokens, 100u);
+  EXPECT_TRUE(table.Validate().ok());
+
+  EXPECT_TRUE(table.Remove(parent.id));
+  EXPECT_EQ(table.FindSegment(parent.chain[0])->references, 1u);
+  table.MarkSealed(child.id, 130, 16);
+  EXPECT_EQ(table.FindSegment(child.chain[1])->tokens,
+            46u);  // from position 84, the parent's tail, on
+  EXPECT_TRUE(table.Validate().ok());
+  EXPECT_TRUE(table.Remove(child.id));
+  EXPECT_FALSE(table.Remove(child.id));
+  EXPECT_EQ(table.segment_count(), 0u);
+}
+
+TEST(ContextTable, PublishNeedsSeal) {
+  ContextTable table;
+  ContextRecord doc = *table.Create(kAlice, "doc", Spec());
+  EXPECT_EQ(table.Publish(doc.id).code(), StatusCode::kFailedPrecondition);
+  table.MarkSealed(doc.id, 10, 0);
+  EXPECT_TRUE(table.Publish(doc.id).ok());
+  EXPECT_TRUE(table.Publish(doc.id).ok());
+  EXPECT_TRUE(table.Find(doc.id)->published);
+  EXPECT_EQ(table.Publish(ContextId(999)).code(), StatusCode::kNotFound);
+}
+
+TEST(ContextTable, ChainsHaveAMaximum) {
+  ContextTable table;
+  ContextRecord last = *table.Create(kAlice, "", Spec());
+  for (uint32_t i = 1; i < limits::kSegmentsPerContextMax; ++i) {
+    table.MarkSealed(last.id, i, 0);
+    last = *table.Fork(last.id, "");
+  }
+  table.MarkSealed(last.id, limits::kSegmentsPerContextMax, 0);
+  EXPECT_EQ(table.Fork(last.id, "").status().code(), StatusCode::kResourceExhausted);
+}
+
+TEST(ContextTable, StaysValidUnderRandomOperations) {
+  const uint32_t seed = std::random_device{}();
+  SCOPED_TRACE("seed " + std::to_string(seed));
+  std::mt19937 random(seed);
+  ContextTable table;
+  std::vector<ContextId> living;
+  for (int step = 0; step < 2000; ++step) {
+    const TenantId tenant(random() % 2);
+    const std::string name = "c" + std::to_string(random() % 20);
+    const ContextId some = living.empty() ? ContextId(0) : living[random() % living.size()];
+    switch (random() % 5) {
+      case 0:
+        if (auto made = table.Create(tenant, name, Spec()); made.ok()) living.push_back(made->id);
+        break;
+      case 1:
+        if (auto made = table.Fork(some, name); made.ok()) living.push_back(made->id);
+        break;
+      case 2:
+        if (const ContextRecord* c = table.Find(some); c != nullptr && !c->sealed) {
+          table.MarkSealed(some, c->tokens + random() % 100, c->tokens == 0 ? 0 : c->tail_tokens);
+        }
+        break;
+      case 3:
+        (void)table.Publish(some).ok();
+        break;
+      case 4:
+        if (table.Remove(some)) std::erase(living, some);
+        break;
+    }
+    ASSERT_TRUE(table.Validate().ok()) << table.Validate().ToString();
+    ASSERT_EQ(table.count(), living.size());
+  }
+  for (ContextId id : living) table.Remove(id);
+  EXPECT_EQ(table.segment_count(), 0u);
+}
+
+}  // namespace
+}  // namespace icecache
