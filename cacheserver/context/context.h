@@ -1,0 +1,124 @@
+// Context: the part of a context that one shard owns: a chain of sealed Segments and, until it is
+// sealed itself, a private segment at its end that grows.
+//
+// Knows nothing of leases, epochs and names: the services fence requests before they come here.
+// The layer and heads of every call must be the shard's (INVALID_ARGUMENT otherwise).
+//
+// A decode step: Append, Select for each head, answer, then IndexPending.
+// Thread: the shard's. Jobs run anywhere and come back to Install.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "cacheserver/context/segment.h"
+#include "common/wire/data_codec.h"
+#include "kernels/attention.h"
+
+namespace icecache {
+
+struct ContextSpec {
+  ContextId id;
+  SegmentId segment;  // of the private segment; the same on all shards, never used before
+  TenantId tenant;
+  ModelShape shape;
+  uint32_t sink_tokens = 4;
+  uint32_t window_tokens = 64;
+  PolicyKind policy = PolicyKind::kClusterTree;
+  uint64_t seed = 1;
+  ShardId shard;
+  uint32_t shard_count = 1;
+};
+
+// What the shard holds for a context. Shared segments are counted in full by every context of the
+// chain.
+struct ContextUsage {
+  uint32_t segments = 0;
+  uint32_t tokens = 0;  // end of the longest slice: positions held by the chain
+  uint64_t pages = 0;
+  uint64_t indexed_tokens = 0;    // summed over slices
+  uint64_t pending_tokens = 0;    // summed over slices
+  uint64_t kv_bytes = 0;          // frames and row buffers
+  uint64_t private_kv_bytes = 0;  // of those, in the context's own segment
+  uint64_t index_bytes = 0;
+};
+
+class Context {
+ public:
+  // `pool` and `attention` are the shard's and outlive the context. INVALID_ARGUMENT: shape, sizes
+  // or ids out of limits.
+  static Result<std::unique_ptr<Context>> Create(const ContextSpec& spec, PagePool& pool,
+                                                 AttentionBackend& attention);
+  // A context whose chain is the parent's and a new private segment that starts at the parent's
+  // first tail position. spec's shape, shard, sink and window sizes must be the parent's. Cost:
+  // O(slices), nothing is copied. FAILED_PRECONDITION when the parent is not sealed;
+  // RESOURCE_EXHAUSTED: chain too long.
+  static Result<std::unique_ptr<Context>> Fork(const Context& parent, const ContextSpec& spec);
+
+  Context(const Context&) = delete;
+  Context& operator=(const Context&) = delete;
+
+  // See HeadSlice for all of these; errors name the slice. FAILED_PRECONDITION on a sealed context.
+  // k and v: [token_count, head_dim] in the shape's dtype.
+  Status PutRows(LayerId layer, KvHeadId head, uint32_t first, uint32_t token_count,
+                 std::span<const std::byte> k, std::span<const std::byte> v);
+  // nullptr: this build stands already; answer at once. Sinks are split off in the first segment of
+  // a chain only. query_energy: [head_dim] or empty.
+  Result<std::unique_ptr<SliceJob>> PrepareBuild(LayerId layer, KvHeadId head, uint32_t token_count,
+                                                 std::span<const float> query_energy);
+  Result<std::unique_ptr<SliceJob>> PrepareRecluster(LayerId layer, KvHeadId head,
+                                                     std::span<const float> query_energy);
+  bool WantsRecluster(LayerId layer, KvHeadId head) const;
+  Status Install(LayerId layer, KvHeadId head, std::unique_ptr<SliceJob> job);
+
+  Status Append(LayerId layer, KvHeadId head, uint32_t first, uint32_t token_count,
+                std::span<const std::byte> k, std::span<const std::byte> v);
+  // True: more is pending in the slice.
+  Result<bool> IndexPending(LayerId layer, KvHeadId head, uint32_t max_tokens);
+
+  // One ranking over the chain under one budget. Fills head, pages (spans into the frames for the
+  // rows that the worker lacks: K rows, V rows, positions of [from, fill)), residual, covered_mass
+  // and tokens_read of *out, reusing its memory. The spans hold while a PagePool::Pin() taken after
+  // the call and before the next change lives.
+  Status Select(LayerId layer, KvHeadId head, const SelectRequest& request,
+                std::span<const wire::ResidentPage> resident, wire::HeadSelection* out) const;
+  // Whole pages by name; those that no longer stand under that name are left out. log_mass is 0.
+  Status FetchPages(LayerId layer, KvHeadId head, std::span<const wire::ResidentPage> names,
+                    wire::HeadSelection* out) const;
+  // Sinks of the chain's first segment; live tail of its last sealed segment (the window a fork
+  // starts with), or when nothing is sealed yet the tail of the private one.
+  Result<RowsView> FetchRows(LayerId layer, KvHeadId head, wire::RowsPart part) const;
+
+  // Seals the private segment. Harmless when sealed.
+  Status Seal();
+  bool sealed() const { return tail_ == nullptr; }
+  // Of the last sealed segment; nullopt when nothing is sealed or the shard owns no slice.
+  std::optional<SegmentEnds> sealed_ends() const;
+  // Position of the next Append to the slice; of a sealed context, the first tail position.
+  Result<uint32_t> NextPosition(LayerId layer, KvHeadId head) const;
+
+  const ContextSpec& spec() const { return spec_; }
+  size_t segment_count() const { return chain_.size() + (tail_ ? 1 : 0); }
+  ContextUsage usage() const;  // walks all slices
+  PagePool& pool() const { return pool_; }
+  // Slices with pending rows or due for re-clustering, for the shard's idle time.
+  void VisitPrivateSlices(const Segment::SliceVisitor& visit) const;
+  Status Validate() const;
+
+ private:
+  Context(const ContextSpec& spec, PagePool& pool, AttentionBackend& attention);
+
+  Result<HeadSlice*> MutableSlice(LayerId layer, KvHeadId head);
+  Status CollectSlices(LayerId layer, KvHeadId head, std::vector<const Segment*>* segments) const;
+
+  const ContextSpec spec_;
+  PagePool& pool_;
+  AttentionBackend& attention_;
+  std::vector<std::shared_ptr<const Segment>> chain_;  // sealed, oldest first
+  std::shared_ptr<Segment> tail_;                      // private; nullptr once sealed
+};
+
+}  // namespace icecache

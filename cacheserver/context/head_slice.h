@@ -1,0 +1,147 @@
+// HeadSlice: all tokens of one (segment, layer, kv head). Joins the pages (store) with the policy
+// that chooses among them (select), and holds what is not indexed.
+//
+// Every token of the slice is in exactly one place (docs/protocol.md): with first = the segment's
+// first position,
+//   sinks    [first, first + sink_count)         plain rows; set by Build, in a chain's first
+//   segment only index    from there, in pages                clustered pending  up to
+//   next_append()                 appended, not yet indexed tail     [next_append(), end())
+//   unindexed rows: staged prefill before Build, window at Seal
+//
+// Lifecycle: PutRows* -> PrepareBuild/Run/Install -> (Append | Select | IndexPending | recluster)*
+// -> PutRows (window) -> Seal. Build may be left out (a fork that only decodes). After Seal only
+// const members may be called. Thread: the shard's; after Seal const members on any thread. Rows
+// are checked finite at the door.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string_view>
+
+#include "cacheserver/context/slice_job.h"
+#include "cacheserver/select/selection_policy.h"
+#include "cacheserver/store/page_table.h"
+#include "cacheserver/store/row_buffer.h"
+#include "common/ids.h"
+#include "common/status.h"
+#include "kernels/attention.h"
+
+namespace icecache {
+
+struct SliceOptions {
+  SegmentId segment;
+  uint32_t first_position = 0;
+  TenantId tenant;
+  DType dtype = DType::kF16;
+  uint32_t head_dim = 0;
+  PolicyKind policy = PolicyKind::kClusterTree;
+  uint64_t seed = 1;
+};
+
+// Unindexed rows that a reply may send; `pin` keeps them.
+struct RowsView {
+  uint32_t first_position = 0;
+  TokenRows rows;
+  std::shared_ptr<const void> pin;
+};
+
+class HeadSlice {
+ public:
+  HeadSlice(PagePool& pool, const SliceOptions& options);
+  HeadSlice(const HeadSlice&) = delete;
+  HeadSlice& operator=(const HeadSlice&) = delete;
+
+  // Replaces the tail from position `first` on. OUT_OF_RANGE for a gap or a position that is
+  // indexed already; INVALID_ARGUMENT for non-finite values; RESOURCE_EXHAUSTED: memory or quota;
+  // FAILED_PRECONDITION while a build runs. On failure nothing has changed.
+  Status PutRows(uint32_t first, const TokenRows& rows);
+
+  // Splits `token_count` staged rows into sinks, index and tail. nullptr: this very build stands
+  // already. FAILED_PRECONDITION when rows are missing or the slice has an index;
+  // RESOURCE_EXHAUSTED. Memory: the index exists twice (staged rows and pages) until Install.
+  Result<std::unique_ptr<SliceJob>> PrepareBuild(uint32_t token_count, uint32_t sink_tokens,
+                                                 uint32_t window_tokens,
+                                                 std::span<const float> query_energy);
+  // Re-clusters the index from a snapshot; queries and appends go on meanwhile. Same errors.
+  Result<std::unique_ptr<SliceJob>> PrepareRecluster(std::span<const float> query_energy);
+  bool wants_recluster()
+      const;  // limits::kReclusterTokens came since the last clustering, and no job runs
+  // Takes the result of a job that has run. CANCELLED when the slice has moved on (sealed);
+  // RESOURCE_EXHAUSTED. On failure the slice is as before, and Prepare may be called again. Always
+  // ends the job.
+  Status Install(std::unique_ptr<SliceJob> job);
+  void AbandonJob() { job_running_ = false; }  // the job was dropped without Install
+
+  // Rows that left a worker's window, as pending. Rows before next_append() are ignored (a repeated
+  // request); OUT_OF_RANGE for a gap. At most kPendingTokensMax a call; when there is no room,
+  // older ones are indexed first.
+  Status Append(uint32_t first, const TokenRows& rows);
+  // Indexes at most max_tokens of the pending rows, oldest first. True: more are left.
+  Result<bool> IndexPending(uint32_t max_tokens);
+
+  // Indexes what is pending and makes the slice immutable. The tail must hold at most
+  // kWindowTokensMax rows (FAILED_PRECONDITION: Build is missing). Harmless when sealed.
+  Status Seal();
+
+  // Best pages of the index, and the residual of everything indexed or pending that is in none of
+  // them (empty when !request.residual). `attention` is the calling thread's.
+  void Select(const SelectRequest& request, AttentionBackend& attention, Selection* out) const;
+  // nullopt: no such page, or it stands under another version.
+  std::optional<PageContent> FindPage(PageId page, uint32_t version) const;
+  PageContent page(PageId page) const { return table_->content(page); }
+  PagedKv pages() const { return table_->view(); }
+
+  RowsView sinks() const;
+  RowsView tail() const;
+
+  bool sealed() const { return sealed_; }
+  bool built() const { return built_count_.has_value(); }
+  bool job_running() const { return job_running_; }
+  uint32_t sink_count() const { return sinks_ ? sinks_->count() : 0; }
+  uint32_t pending_count() const { return pending_.count(); }
+  uint64_t indexed_count() const { return table_->token_count(); }
+  uint32_t page_count() const { return table_->page_count(); }
+  uint32_t next_append() const { return next_append_; }
+  uint32_t end() const;          // after the last row held
+  uint64_t kv_bytes() const;     // frames and row buffers held
+  uint64_t index_bytes() const;  // the policy's own figure; walks its counters
+  void VisitCounters(const SelectionPolicy::CounterVisitor& visit) const;
+
+  // Slow. INTERNAL naming the first broken invariant: a token in two places or none, a policy or
+  // page at odds.
+  Status Validate() const;
+
+ private:
+  std::unique_ptr<SelectionPolicy> NewPolicy() const;
+  Status CheckRows(const TokenRows& rows) const;
+  Status EnsurePolicy();
+  Status CatchUp(SelectionPolicy& policy, PageTable& table, uint64_t old_count);
+  Status InsertRow(SelectionPolicy& policy, PageTable& table, const TokenRows& row,
+                   uint32_t position);
+  Status InstallBuild(SliceJob& job);
+  Status InstallRecluster(SliceJob& job);
+  std::unique_ptr<SliceJob> NewJob(SliceJob::Kind kind, std::span<const float> query_energy) const;
+  Status ReserveForJob(SliceJob& job, uint32_t tokens);
+
+  PagePool& pool_;
+  const SliceOptions options_;
+
+  std::shared_ptr<RowBuffer> sinks_;         // never changed once set
+  std::unique_ptr<SelectionPolicy> policy_;  // nullptr until something is indexed
+  std::unique_ptr<PageTable> table_;
+  RowBuffer pending_;                // positions [next_append_ - count, next_append_)
+  std::shared_ptr<RowBuffer> tail_;  // cloned before a change when a reply or job holds it
+  uint32_t tail_first_ = 0;          // position of tail_'s row 0; rows before next_append_ are dead
+  uint32_t next_append_ = 0;
+  std::optional<uint32_t> built_count_;
+  uint32_t next_version_ = 1;  // never falls: old names of pages never match again
+  uint64_t inserts_since_build_ = 0;
+  uint64_t generation_ = 0;  // changes whenever a running job would be out of date
+  bool job_running_ = false;
+  bool sealed_ = false;
+};
+
+}  // namespace icecache

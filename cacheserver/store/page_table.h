@@ -1,0 +1,115 @@
+// PageTable: the pages of one head slice. Maps a PageId to its frame, fill, version and checksum,
+// and keeps the PagedKv view that policies and kernels read.
+//
+// A frame holds K rows [kPageTokens, head_dim], V rows, then positions u32 [kPageTokens]
+// (ModelShape::page_bytes()). Rows in a frame never change; a split moves rows to new frames under
+// new versions.
+//
+// Writing never asks the pool: frames are set aside first (ReserveFrames, owner's thread), so that
+// a job may fill a table of its own on any thread and hand it over. Thread: one at a time;
+// ReserveFrames, ReleaseSpares, Split and destruction on the pool owner's.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "cacheserver/store/page_pool.h"
+#include "common/ids.h"
+#include "common/limits.h"
+#include "kernels/paged_kv.h"
+
+namespace icecache {
+
+enum class Residency : uint8_t {
+  kWarm = 0,     // in its frame
+  kCold = 1,     // in the cold store only: no frame
+  kLoading = 2,  // a frame is reserved and being filled from the cold store
+};
+
+// Content and name of one page; spans point into the frame.
+struct PageContent {
+  std::span<const std::byte> k_rows;     // [fill, head_dim]
+  std::span<const std::byte> v_rows;     // [fill, head_dim]
+  std::span<const std::byte> positions;  // u32 [fill]
+  uint32_t version = 0;
+  uint32_t fill = 0;
+  uint64_t checksum = 0;  // PageChecksum over (segment, page, version) and the above
+};
+
+class PageTable {
+ public:
+  struct Options {
+    TenantId tenant;
+    SegmentId segment;
+    DType dtype = DType::kF16;
+    uint32_t head_dim = 0;
+  };
+  PageTable(PagePool& pool, const Options& options);
+  ~PageTable();  // releases all frames
+  PageTable(const PageTable&) = delete;
+  PageTable& operator=(const PageTable&) = delete;
+
+  // Sets frames aside until there are `count` spare ones. RESOURCE_EXHAUSTED: unchanged.
+  Status ReserveFrames(uint32_t count);
+  void ReleaseSpares();
+  uint32_t spare_frames() const { return static_cast<uint32_t>(spares_.size()); }
+
+  // Takes a spare. REQUIRES: spare_frames() > 0. The new page is empty: append to it, then Commit.
+  PageId AddPage(uint32_t version);
+  // REQUIRES: warm, fill < kPageTokens. Invalidates the checksum until Commit.
+  void AppendRow(PageId page, const std::byte* k, const std::byte* v, uint32_t position);
+  // Computes the checksum of the page as it stands: one read of the page.
+  void Commit(PageId page);
+  // Rows whose bit is set in mask move, in order, to a new last page (version moved_version); the
+  // rest close up in a new frame (version kept_version). Commits both. Takes two spares. REQUIRES:
+  // both parts have rows.
+  PageId Split(PageId page, uint16_t mask, uint32_t kept_version, uint32_t moved_version);
+
+  uint32_t page_count() const { return static_cast<uint32_t>(entries_.size()); }
+  uint64_t token_count() const { return token_count_; }
+  PagedKv view() const;
+  PageContent content(PageId page) const;  // REQUIRES: warm, committed
+  const uint32_t* positions(PageId page) const;
+  Residency residency(PageId page) const { return entries_[page.value].residency; }
+  Frame frame(PageId page) const { return entries_[page.value].frame; }
+  uint64_t frame_bytes_held() const {
+    return uint64_t{frame_bytes_} * (entries_.size() + spares_.size());
+  }
+
+  // Recomputes every checksum. DATA_LOSS names the first page that differs.
+  Status Validate() const;
+
+ private:
+  struct Entry {
+    Frame frame;
+    uint64_t checksum = 0;
+    uint32_t version = 0;
+    Residency residency = Residency::kWarm;
+    bool committed = false;
+  };
+  std::byte* k_row(const Frame& frame, uint32_t row) const {
+    return frame.data + size_t{row} * row_bytes_;
+  }
+  std::byte* v_row(const Frame& frame, uint32_t row) const {
+    return frame.data + (size_t{limits::kPageTokens} + row) * row_bytes_;
+  }
+  uint32_t* position_row(const Frame& frame) const {
+    return reinterpret_cast<uint32_t*>(frame.data + size_t{2} * limits::kPageTokens * row_bytes_);
+  }
+  PageContent Content(const Entry& entry, uint32_t fill) const;
+  uint64_t Checksum(PageId page) const;
+  Frame TakeSpare();
+
+  PagePool& pool_;
+  const Options options_;
+  const size_t row_bytes_;
+  const uint32_t frame_bytes_;
+  std::vector<Entry> entries_;
+  std::vector<PageView> views_;  // parallel to entries_
+  std::vector<Frame> spares_;
+  uint64_t token_count_ = 0;
+};
+
+}  // namespace icecache
