@@ -23,7 +23,7 @@ inline constexpr uint32_t kVocabMax = 1u << 20;
 inline constexpr size_t kJsonFileBytesMax = 256u << 20;      // config.json, tokenizer.json, weight index
 inline constexpr size_t kWeightHeaderBytesMax = 100u << 20;  // safetensors' own maximum
 inline constexpr uint32_t kWeightFilesMax = 1024;
-inline constexpr uint32_t kComputeThreadsMax = 256;
+inline constexpr uint32_t kComputeThreadsMax = 64;
 inline constexpr uint32_t kWordCacheMax = 1u << 16;          // distinct words remembered within one Encode
 
 // Contexts.
@@ -56,6 +56,9 @@ inline constexpr uint32_t kStatusTextBytesMax = 4096;  // longer messages are cu
 inline constexpr uint32_t kWireNestingMax = 8;         // pointers deep; the schemas need 4
 inline constexpr uint32_t kBodyPartsMax = 1u << 16;
 inline constexpr uint32_t kConnectionsMax = 4096;
+inline constexpr uint32_t kSendWindowMessages = 1024;  // handed to UCX and not complete, per connection; bounds reordering
+inline constexpr size_t kReceiveHeldBytesMax = 512u << 20;   // per connection, out of order or in flight
+inline constexpr size_t kReceiveCacheBytesMax = 64u << 20;   // idle receive buffers kept, per transport
 
 // Time.
 inline constexpr milliseconds kHeartbeatInterval{200};
@@ -66,6 +69,7 @@ inline constexpr milliseconds kLeaseTime{10000};
 inline constexpr milliseconds kDrainTimeout{20000};
 inline constexpr milliseconds kReconnectBackoffMin{20};
 inline constexpr milliseconds kReconnectBackoffMax{1000};
+inline constexpr uint32_t kTimersMax = 1u << 17;        // per reactor
 inline constexpr microseconds kSpinBeforeArm{50};  // busy polling before sleeping; 0 on one core
 
 // Threads and memory.
@@ -86,6 +90,9 @@ inline constexpr uint32_t kReclustersInFlightMax = 4;           // per shard
 inline constexpr milliseconds kHelloTimeout{5000};              // a control connection must say Hello within
 inline constexpr milliseconds kAttachTimeout{10000};            // a data connection must attach within
 inline constexpr milliseconds kLoopLagInterval{250};            // how often a loop measures its own lag
+
+// Cold tier.
+inline constexpr size_t kColdKeyBytesMax = 1024;
 
 // HTTP admin.
 inline constexpr milliseconds kHttpTimeout{5000};               // of one request, from its first byte to the last of its reply

@@ -1,0 +1,229 @@
+#include "tests/conformance/cold_store_suite.h"
+
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <filesystem>
+#include <fstream>
+
+#include "tests/support/process.h"
+
+namespace icecache::test {
+namespace {
+
+std::unique_ptr<ColdStore> OpenRocks(const std::string& directory) {
+  auto store = OpenRocksColdStore({.directory = directory});
+  EXPECT_TRUE(store.ok()) << store.status().ToString();
+  return store.ok() ? std::move(store).value() : nullptr;
+}
+
+INSTANTIATE_TEST_SUITE_P(All, ColdStoreSuite,
+                         ::testing::Values(ColdStoreParam{"Rocks", OpenRocks, true},
+                                           ColdStoreParam{"Memory",
+                                                          [](const std::string&) {
+                                                            return MakeMemoryColdStore();
+                                                          },
+                                                          false}),
+                         [](const auto& i) { return i.param.name; });
+
+TEST_P(ColdStoreSuite, ReturnsWhatWasPutAndNothingElse) {
+  TempDir dir;
+  auto store = GetParam().open(dir.path());
+  const std::string binary("\0\xff\x00k", 4);
+  const std::vector<ColdWrite> batch = {{ColdColumn::kPages, binary, std::string(8192, 'p')},
+                                        {ColdColumn::kIndex, binary, ""},
+                                        {ColdColumn::kRecords, "r", "1"}};
+  ASSERT_TRUE(store->Put(batch, false).ok());
+  EXPECT_EQ(store->Get(ColdColumn::kPages, binary).value().value(), std::string(8192, 'p'));
+  EXPECT_EQ(store->Get(ColdColumn::kIndex, binary).value().value(), "");
+  EXPECT_FALSE(store->Get(ColdColumn::kRecords, binary).value().has_value());  // columns are apart
+  EXPECT_FALSE(store->Get(ColdColumn::kPages, "absent").value().has_value());
+}
+
+TEST_P(ColdStoreSuite, RefusesKeysOutsideTheLimits) {
+  TempDir dir;
+  auto store = GetParam().open(dir.path());
+  for (const size_t bytes : {size_t{0}, limits::kColdKeyBytesMax + 1}) {
+    const std::vector<ColdWrite> batch = {{ColdColumn::kPages, "good", "v"},
+                                          {ColdColumn::kPages, std::string(bytes, 'k'), "v"}};
+    EXPECT_EQ(store->Put(batch, false).code(), StatusCode::kInvalidArgument);
+  }
+  EXPECT_TRUE(ReadAll(*store, ColdColumn::kPages).empty()) << "a refused batch writes nothing";
+  EXPECT_EQ(store->DeletePrefix(ColdColumn::kPages, "").code(), StatusCode::kInvalidArgument);
+}
+
+TEST_P(ColdStoreSuite, RandomOperationsMatchAMap) {
+  const uint64_t seed = std::random_device{}();
+  SCOPED_TRACE("seed " + std::to_string(seed));
+  std::mt19937_64 random(seed);
+  TempDir dir;
+  auto store = GetParam().open(dir.path());
+  std::map<std::string, std::string> model[kColdColumns];
+  const auto key = [&] {
+    std::string k(1 + random() % 3, 'a');
+    for (char& c : k) c = "ab\xff"[random() % 3];
+    return k;
+  };
+  for (int step = 0; step < 400; ++step) {
+    const auto column = static_cast<ColdColumn>(random() % kColdColumns);
+    auto& expected = model[static_cast<size_t>(column)];
+    switch (random() % 6) {
+      case 0:
+      case 1:
+      case 2: {
+        std::vector<ColdWrite> batch;
+        for (uint64_t i = 0; i < 1 + random() % 4; ++i) {
+          batch.push_back(
+              {column, key(), std::string(random() % 100, static_cast<char>(random()))});
+        }
+        for (const ColdWrite& w : batch) expected[w.key] = w.value;
+        ASSERT_TRUE(store->Put(batch, random() % 8 == 0).ok());
+        break;
+      }
+      case 3: {
+        const std::string prefix = key();
+        if (prefix.find_first_not_of('\xff') == std::string::npos) break;
+        ASSERT_TRUE(store->DeletePrefix(column, prefix).ok());
+        std::erase_if(expected, [&](const auto& e) { return e.first.starts_with(prefix); });
+        break;
+      }
+      case 4:
+        if (random() % 10 == 0) {
+          ASSERT_TRUE(store->Sync().ok());
+          if (GetParam().keeps_data) {
+            store.reset();
+            store = GetParam().open(dir.path());
+          }
+        }
+        break;
+      default: {
+        const std::string k = key();
+        const auto got = store->Get(column, k).value();
+        ASSERT_EQ(got.has_value(), expected.count(k) == 1);
+        if (got.has_value()) {
+          ASSERT_EQ(*got, expected.at(k));
+        }
+      }
+    }
+    const std::string prefix = random() % 2 ? "" : key();
+    std::map<std::string, std::string> matching;
+    for (const auto& e : expected) {
+      if (e.first.starts_with(prefix)) matching.insert(e);
+    }
+    ASSERT_EQ(ReadAll(*store, column, prefix), matching) << "step " << step;
+  }
+}
+
+TEST_P(ColdStoreSuite, ManyThreadsReadWhileOneWrites) {
+  TempDir dir;
+  auto store = GetParam().open(dir.path());
+  const auto value = [](int i) { return std::string(1000, static_cast<char>('a' + i % 26)); };
+  const auto put = [&](int i) {
+    const ColdWrite w{ColdColumn::kPages, "key" + std::to_string(i), value(i)};
+    return store->Put({&w, 1}, false);
+  };
+  for (int i = 0; i < 50; ++i) ASSERT_TRUE(put(i).ok());
+  std::vector<std::thread> readers;
+  for (int t = 0; t < 3; ++t) {
+    readers.emplace_back([&] {
+      for (int i = 0; i < 500; ++i) {
+        const auto got = store->Get(ColdColumn::kPages, "key" + std::to_string(i % 50));
+        ASSERT_TRUE(got.ok() && got->has_value());
+        ASSERT_EQ(**got, value(i % 50));
+      }
+    });
+  }
+  for (int i = 50; i < 200; ++i) EXPECT_TRUE(put(i).ok());
+  for (std::thread& r : readers) r.join();
+}
+
+TEST(RocksColdStore, DurablePutsSurviveAKilledProcess) {
+  TempDir dir;
+  const pid_t child = fork();
+  ASSERT_GE(child, 0);
+  if (child == 0) {  // dies without closing anything
+    auto store = OpenRocksColdStore({.directory = dir.path("db")});
+    if (!store.ok()) _exit(1);
+    const std::vector<ColdWrite> bulk = {{ColdColumn::kPages, "page", "content"},
+                                         {ColdColumn::kIndex, "node", "summary"}};
+    const ColdWrite record{ColdColumn::kRecords, "context", "page"};
+    const ColdWrite late{ColdColumn::kPages, "late", "never synced"};
+    if (!(*store)->Put(bulk, false).ok() || !(*store)->Sync().ok()) _exit(2);
+    if (!(*store)->Put({&record, 1}, true).ok() || !(*store)->Put({&late, 1}, false).ok()) _exit(3);
+    _exit(0);
+  }
+  int status = 0;
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  ASSERT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0) << status;
+  auto store = OpenRocks(dir.path("db"));
+  EXPECT_EQ(store->Get(ColdColumn::kPages, "page").value(), "content");
+  EXPECT_EQ(store->Get(ColdColumn::kIndex, "node").value(), "summary");
+  EXPECT_EQ(store->Get(ColdColumn::kRecords, "context").value(), "page");
+  EXPECT_FALSE(store->Get(ColdColumn::kPages, "late").value().has_value());
+}
+
+TEST(RocksColdStore, NewerFormatIsRefusedWithBothNumbers) {
+  TempDir dir;
+  {
+    auto store = OpenRocks(dir.path("db"));
+    const ColdWrite format{ColdColumn::kRecords, "!format", "999"};
+    ASSERT_TRUE(store->Put({&format, 1}, true).ok());
+  }
+  const auto store = OpenRocksColdStore({.directory = dir.path("db")});
+  ASSERT_EQ(store.status().code(), StatusCode::kFailedPrecondition);
+  EXPECT_THAT(store.status().message(),
+              ::testing::AllOf(::testing::HasSubstr("999"), ::testing::HasSubstr("up to 1")));
+}
+
+TEST(RocksColdStore, SecondOpenerIsTurnedAway) {
+  TempDir dir;
+  auto first = OpenRocks(dir.path("db"));
+  const auto second = OpenRocksColdStore({.directory = dir.path("db")});
+  EXPECT_EQ(second.status().code(), StatusCode::kFailedPrecondition) << second.status().ToString();
+}
+
+TEST(RocksColdStore, CorruptFilesAreDataLossNotWrongData) {
+  TempDir dir;
+  {
+    auto store = OpenRocks(dir.path("db"));
+    std::vector<ColdWrite> batch;
+    for (int i = 0; i < 64; ++i)
+      batch.push_back({ColdColumn::kPages, "key" + std::to_string(i), std::string(8192, 'x')});
+    ASSERT_TRUE(store->Put(batch, false).ok());
+    ASSERT_TRUE(store->Sync().ok());
+  }
+  for (const auto& entry : std::filesystem::directory_iterator(dir.path("db"))) {
+    if (entry.path().extension() != ".sst" || entry.file_size() < 100000) continue;
+    std::fstream file(entry.path(), std::ios::in | std::ios::out | std::ios::binary);
+    file.seekp(50000);
+    file.write("broken", 6);
+  }
+  const auto store = OpenRocksColdStore({.directory = dir.path("db")});
+  int wrong = 0, lost = 0;
+  if (store.ok()) {
+    for (int i = 0; i < 64; ++i) {
+      const auto got = (*store)->Get(ColdColumn::kPages, "key" + std::to_string(i));
+      lost += !got.ok();
+      if (!got.ok()) {
+        EXPECT_EQ(got.status().code(), StatusCode::kDataLoss);
+      }
+      if (got.ok() && *got != std::string(8192, 'x')) ++wrong;
+    }
+  }
+  EXPECT_EQ(wrong, 0);
+  EXPECT_TRUE(!store.ok() || lost > 0) << "the damage went unnoticed";
+}
+
+TEST(MemoryColdStore, InjectedFaultsSurfaceAndPass) {
+  bool full = true;
+  auto store = MakeMemoryColdStore({[&](std::string_view op) {
+    return full && op == "put" ? ResourceExhausted("disk full") : OkStatus();
+  }});
+  const ColdWrite w{ColdColumn::kPages, "k", "v"};
+  EXPECT_EQ(store->Put({&w, 1}, true).code(), StatusCode::kResourceExhausted);
+  full = false;
+  EXPECT_TRUE(store->Put({&w, 1}, true).ok());
+}
+
+}  // namespace
+}  // namespace icecache::test
