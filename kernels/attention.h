@@ -1,7 +1,8 @@
 // AttentionBackend: the seam behind which partial attention is computed, on the CPU or on a GPU.
 //
 // Every call adds to AttentionStates, so calls over disjoint token sets in any order give the same
-// result as one call over their union, up to rounding. All implementations pass the conformance suite in
+// result as one call over their union, up to rounding. Logits beyond a quarter of the largest float
+// saturate. All implementations pass the conformance suite in
 // tests/conformance/attention_backend_suite.h against the float64 reference.
 #pragma once
 
@@ -23,9 +24,11 @@ class AttentionBackend {
 
   // states[group] += attention of queries[group, head_dim] (scaled) over rows.
   // REQUIRES: states.head_dim == rows.head_dim, states.heads == group.
-  virtual void AttendRows(const float* queries, const TokenRows& rows, const AttentionStateRef& states) = 0;
+  virtual void AttendRows(const float* queries, const TokenRows& rows,
+                          const AttentionStateRef& states) = 0;
 
-  // states[group] += attention over the pages named. Pages with k == nullptr are a programmer's error.
+  // states[group] += attention over the pages named. Pages with k == nullptr are a programmer's
+  // error.
   virtual void AttendPages(const float* queries, const PagedKv& kv, std::span<const PageId> pages,
                            const AttentionStateRef& states) = 0;
 };

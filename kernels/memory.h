@@ -1,0 +1,40 @@
+// HostBuffer: page-aligned anonymous host memory for arenas and landing buffers.
+//
+// Zero-filled lazily by the kernel, so reserving far more than is used costs address space only.
+// Owner-thread object: the memory may be shared, allocation and release may not race.
+#pragma once
+
+#include <cstddef>
+#include <span>
+
+#include "common/status.h"
+
+namespace icecache {
+
+class HostBuffer {
+ public:
+  HostBuffer() = default;  // empty
+  ~HostBuffer();
+  HostBuffer(HostBuffer&& other) noexcept;
+  HostBuffer& operator=(HostBuffer&& other) noexcept;
+  HostBuffer(const HostBuffer&) = delete;
+  HostBuffer& operator=(const HostBuffer&) = delete;
+
+  // Reserves `bytes` (rounded up to whole memory pages, at least one) of zeroes and asks for huge
+  // pages when the range is at least one huge page long. RESOURCE_EXHAUSTED naming the size when
+  // refused.
+  static Result<HostBuffer> Allocate(size_t bytes);
+
+  std::byte* data() const { return data_; }
+  size_t bytes() const { return bytes_; }
+  std::span<std::byte> span() const { return {data_, bytes_}; }
+
+ private:
+  HostBuffer(std::byte* data, size_t bytes) : data_(data), bytes_(bytes) {}
+  void Release();
+
+  std::byte* data_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+}  // namespace icecache

@@ -1,0 +1,352 @@
+// HWY_WANT_AVX3_DL: Highway leaves the VNNI generation of AVX-512 out unless asked.
+#define HWY_WANT_AVX3_DL
+#include "kernels/quantized.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "common/limits.h"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "kernels/quantized.cc"
+#include "hwy/foreach_target.h"  // IWYU pragma: keep
+#include "hwy/cache_control.h"
+#include "hwy/highway.h"
+
+HWY_BEFORE_NAMESPACE();
+#if HWY_TARGET == HWY_AVX3_DL && HWY_COMPILER_GCC_ACTUAL
+// Highway checks the CPU for VNNI before it picks this target, but does not ask the compiler for it.
+#pragma GCC target("avx512vnni")
+#endif
+namespace icecache {
+namespace HWY_NAMESPACE {
+namespace hn = hwy::HWY_NAMESPACE;
+
+#if HWY_TARGET == HWY_AVX2 || HWY_TARGET == HWY_AVX3 || HWY_TARGET == HWY_AVX3_DL
+
+using Int32s = hn::ScalableTag<int32_t>;
+using IntVec = hn::Vec<Int32s>;
+
+// acc[lane] += sum of the lane's four products of unsigned bytes and signed query digits.
+HWY_INLINE IntVec Dot4(IntVec acc, IntVec bytes, IntVec query) {
+#if HWY_TARGET == HWY_AVX2
+  const __m256i pairs = _mm256_maddubs_epi16(bytes.raw, query.raw);
+  return hn::Add(acc, IntVec{_mm256_madd_epi16(pairs, _mm256_set1_epi16(1))});
+#elif HWY_TARGET == HWY_AVX3
+  const __m512i pairs = _mm512_maddubs_epi16(bytes.raw, query.raw);
+  return hn::Add(acc, IntVec{_mm512_madd_epi16(pairs, _mm512_set1_epi16(1))});
+#else
+  return IntVec{_mm512_dpbusd_epi32(acc.raw, bytes.raw, query.raw)};
+#endif
+}
+
+HWY_INLINE IntVec BroadcastQuad(const int8_t* quad) {
+  int32_t bits;
+  std::memcpy(&bits, quad, sizeof(bits));
+  return hn::Set(Int32s(), bits);
+}
+
+// dots[r][16] of kRows query digit rows (row_stride bytes apart) with one block.
+template <int kRows>
+HWY_INLINE void DotBlock(const uint8_t* block, const int8_t* query, size_t row_stride, uint32_t dim,
+                         int32_t (*dots)[kBlockRows]) {
+  const Int32s d32;
+  const size_t lanes = hn::Lanes(d32);
+  for (size_t first = 0; first < kBlockRows; first += lanes) {
+    const uint8_t* at = block + first * 4;
+    IntVec acc[kRows];
+    for (int r = 0; r < kRows; ++r) acc[r] = hn::Zero(d32);
+    for (uint32_t j = 0; j < dim; j += 4, at += kBlockRows * 4) {
+      const IntVec bytes = hn::BitCast(d32, hn::LoadU(hn::ScalableTag<uint8_t>(), at));
+      for (int r = 0; r < kRows; ++r) acc[r] = Dot4(acc[r], bytes, BroadcastQuad(query + r * row_stride + j));
+    }
+    for (int r = 0; r < kRows; ++r) hn::StoreU(acc[r], d32, dots[r] + first);
+  }
+}
+#else
+
+template <int kRows>
+void DotBlock(const uint8_t* block, const int8_t* query, size_t row_stride, uint32_t dim,
+              int32_t (*dots)[kBlockRows]) {
+  for (int r = 0; r < kRows; ++r) {
+    std::fill_n(dots[r], kBlockRows, 0);
+    for (uint32_t j = 0; j < dim; ++j) {
+      const int32_t q = query[r * row_stride + j];
+      const uint8_t* at = block + (j / 4) * kBlockRows * 4 + j % 4;
+      for (uint32_t lane = 0; lane < kBlockRows; ++lane) dots[r][lane] += q * at[lane * 4];
+    }
+  }
+}
+#endif
+
+using Floats = hn::CappedTag<float, 16>;
+using FloatVec = hn::Vec<Floats>;
+
+// exp(x) for x in [-87, kSketchExponentMax], 0 below: 2^n times a polynomial of the rest (Cephes).
+HWY_INLINE FloatVec Exp(FloatVec x) {
+  const Floats d;
+  const hn::Rebind<int32_t, Floats> di;
+  const auto tiny = hn::Lt(x, hn::Set(d, -87.0f));
+  x = hn::Min(hn::Max(x, hn::Set(d, -87.0f)), hn::Set(d, kSketchExponentMax));
+  const auto n = hn::Round(hn::Mul(x, hn::Set(d, 1.44269504f)));
+  auto r = hn::NegMulAdd(n, hn::Set(d, 0.693359375f), x);
+  r = hn::NegMulAdd(n, hn::Set(d, -2.12194440e-4f), r);
+  auto p = hn::Set(d, 1.9875691500e-4f);
+  p = hn::MulAdd(p, r, hn::Set(d, 1.3981999507e-3f));
+  p = hn::MulAdd(p, r, hn::Set(d, 8.3334519073e-3f));
+  p = hn::MulAdd(p, r, hn::Set(d, 4.1665795894e-2f));
+  p = hn::MulAdd(p, r, hn::Set(d, 1.6666665459e-1f));
+  p = hn::MulAdd(p, r, hn::Set(d, 0.5f));
+  p = hn::Add(hn::MulAdd(hn::Mul(r, r), p, r), hn::Set(d, 1.0f));
+  const auto bits = hn::ShiftLeft<23>(hn::Add(hn::ConvertTo(di, n), hn::Set(di, 127)));
+  return hn::IfThenZeroElse(tiny, hn::Mul(p, hn::BitCast(d, bits)));
+}
+
+// The kHeads heads from `head` on; kDigits rows each.
+template <int kHeads, int kDigits>
+void ScoreHeads(const QuantizedQueries& q, uint32_t head, const uint8_t* const* blocks,
+                const float* const* scales, uint32_t count, const float* base, float* out, size_t out_stride) {
+  constexpr int kRows = kHeads * kDigits;
+  alignas(64) int32_t dots[kRows][kBlockRows];
+  const Floats d;
+  const hn::Rebind<int32_t, Floats> di;
+  for (uint32_t i = 0; i < count; ++i) {
+    DotBlock<kRows>(blocks[i], q.row(head), q.dim(), q.dim(), dots);
+    for (int h = 0; h < kHeads; ++h) {
+      const auto step = hn::Set(d, q.step(head + h));
+      const auto shift = hn::Set(d, base[head + h]);
+      const auto bias = hn::Set(di, q.bias(head + h));
+      float* to = out + (head + h) * out_stride + size_t{i} * kBlockRows;
+      for (size_t lane = 0; lane < kBlockRows; lane += hn::Lanes(d)) {
+        auto sum = hn::LoadU(di, dots[h * kDigits] + lane);
+        if constexpr (kDigits == 2) {
+          sum = hn::Add(hn::ShiftLeft<6>(sum), hn::LoadU(di, dots[h * 2 + 1] + lane));
+        }
+        const auto dot = hn::Mul(hn::ConvertTo(d, hn::Sub(sum, bias)), step);
+        hn::StoreU(hn::MulAdd(dot, hn::LoadU(d, scales[i] + lane), shift), d, to + lane);
+      }
+    }
+  }
+}
+
+template <int kDigits>
+void ScoreAllHeads(const QuantizedQueries& q, const uint8_t* const* blocks, const float* const* scales,
+                   uint32_t count, const float* base, float* out, size_t out_stride) {
+  uint32_t head = 0;
+  for (; head + 4 <= q.group(); head += 4) {
+    ScoreHeads<4, kDigits>(q, head, blocks, scales, count, base, out, out_stride);
+  }
+  for (; head + 2 <= q.group(); head += 2) {
+    ScoreHeads<2, kDigits>(q, head, blocks, scales, count, base, out, out_stride);
+  }
+  if (head < q.group()) ScoreHeads<1, kDigits>(q, head, blocks, scales, count, base, out, out_stride);
+}
+
+void ScoreBlocksImpl(const QuantizedQueries& q, const uint8_t* const* blocks, const float* const* scales,
+                     uint32_t count, const float* base, float* out, size_t out_stride) {
+  if (q.digits() == 2) {
+    ScoreAllHeads<2>(q, blocks, scales, count, base, out, out_stride);
+  } else {
+    ScoreAllHeads<1>(q, blocks, scales, count, base, out, out_stride);
+  }
+}
+
+template <int kHeads>
+void SketchHeads(const QuantizedQueries& q, uint32_t head, const SketchPage* pages, uint32_t count,
+                 const float* centre, size_t centre_stride, float* weights, float* sum, float* top) {
+  alignas(64) int32_t dots[kHeads][kBlockRows];
+  const Floats d;
+  const hn::Rebind<int32_t, Floats> di;
+  for (uint32_t i = 0; i < count; ++i) {
+    const SketchPage& page = pages[i];
+    if (i + 4 < count) {
+      for (uint32_t line = 0; line < q.dim() * kBlockRows; line += 64)
+        hwy::Prefetch(pages[i + 4].block + line);
+    }
+    DotBlock<kHeads>(page.block, q.row(head), q.dim(), q.dim(), dots);
+    const auto fill = hn::Set(di, static_cast<int32_t>(page.fill));
+    for (int h = 0; h < kHeads; ++h) {
+      const size_t at = (head + h) * centre_stride + i;
+      const auto step = hn::Set(d, q.step(head + h) * page.scale);
+      const auto shift = hn::Set(d, centre[at]);
+      const auto bias = hn::Set(di, q.bias(head + h));
+      auto total = hn::Zero(d);
+      auto best = hn::Zero(d);
+      for (size_t lane = 0; lane < kBlockRows; lane += hn::Lanes(d)) {
+        const auto dot = hn::ConvertTo(d, hn::Sub(hn::Load(di, dots[h] + lane), bias));
+        auto w = Exp(hn::MulAdd(dot, step, shift));
+        const auto valid = hn::Lt(hn::Iota(di, static_cast<int32_t>(lane)), fill);
+        w = hn::IfThenElseZero(hn::RebindMask(d, valid), w);
+        hn::StoreU(w, d, weights + at * kBlockRows + lane);
+        total = hn::Add(total, w);
+        best = hn::Max(best, w);
+      }
+      sum[at] = hn::GetLane(hn::SumOfLanes(d, total));
+      top[at] = hn::GetLane(hn::MaxOfLanes(d, best));
+    }
+  }
+}
+
+void ScoreSketchesImpl(const QuantizedQueries& q, const SketchPage* pages, uint32_t count,
+                       const float* centre, size_t centre_stride, float* weights, float* sum, float* top) {
+  // A tile of pages stays in the first-level cache while the heads pass over it.
+  constexpr uint32_t kTile = 32;
+  for (uint32_t first = 0; first < count; first += kTile) {
+    const uint32_t n = std::min(kTile, count - first);
+    const SketchPage* tile = pages + first;
+    const float* c = centre + first;
+    float* w = weights + size_t{first} * kBlockRows;
+    uint32_t head = 0;
+    for (; head + 4 <= q.group(); head += 4) {
+      SketchHeads<4>(q, head, tile, n, c, centre_stride, w, sum + first, top + first);
+    }
+    for (; head + 2 <= q.group(); head += 2) {
+      SketchHeads<2>(q, head, tile, n, c, centre_stride, w, sum + first, top + first);
+    }
+    if (head < q.group()) SketchHeads<1>(q, head, tile, n, c, centre_stride, w, sum + first, top + first);
+  }
+}
+
+// 16 dims of kHeads heads in registers while the rows stream by.
+template <int kHeads>
+HWY_INLINE void AddRowsHeads(const float* weights, size_t stride, const int8_t* const* rows, uint32_t count,
+                             uint32_t dim, float* out) {
+  const Floats d;
+  const hn::Rebind<int8_t, Floats> d8;
+  const hn::Rebind<int32_t, Floats> d32;
+  const size_t lanes = hn::Lanes(d);
+  for (uint32_t j = 0; j < dim; j += static_cast<uint32_t>(lanes)) {
+    FloatVec acc[kHeads];
+    for (int h = 0; h < kHeads; ++h) acc[h] = hn::LoadU(d, out + size_t{dim} * h + j);
+    for (uint32_t i = 0; i < count; ++i) {
+      const auto x = hn::ConvertTo(d, hn::PromoteTo(d32, hn::LoadU(d8, rows[i] + j)));
+      for (int h = 0; h < kHeads; ++h) acc[h] = hn::MulAdd(hn::Set(d, weights[h * stride + i]), x, acc[h]);
+    }
+    for (int h = 0; h < kHeads; ++h) hn::StoreU(acc[h], d, out + size_t{dim} * h + j);
+  }
+}
+
+void AddInt8RowsImpl(const float* weights, size_t stride, uint32_t group, const int8_t* const* rows,
+                     uint32_t count, uint32_t dim, float* out) {
+  constexpr uint32_t kTile = 64;
+  for (uint32_t first = 0; first < count; first += kTile) {
+    const uint32_t n = std::min(kTile, count - first);
+    uint32_t head = 0;
+    for (; head + 4 <= group; head += 4) {
+      AddRowsHeads<4>(weights + head * stride + first, stride, rows + first, n, dim, out + size_t{head} * dim);
+    }
+    for (; head < group; ++head) {
+      AddRowsHeads<1>(weights + head * stride + first, stride, rows + first, n, dim, out + size_t{head} * dim);
+    }
+  }
+}
+
+float QuantizeRowImpl(const float* row, uint32_t dim, int8_t* q) {
+  const Floats d;
+  const hn::Rebind<int8_t, Floats> d8;
+  auto top = hn::Zero(d);
+  for (uint32_t j = 0; j < dim; j += static_cast<uint32_t>(hn::Lanes(d))) {
+    top = hn::Max(top, hn::Abs(hn::LoadU(d, row + j)));
+  }
+  const float scale = hn::GetLane(hn::MaxOfLanes(d, top)) / 127.0f;
+  const auto inverse = hn::Set(d, scale > 1e-30f ? 1.0f / scale : 0.0f);
+  for (uint32_t j = 0; j < dim; j += static_cast<uint32_t>(hn::Lanes(d))) {
+    const auto i = hn::NearestInt(hn::Mul(hn::LoadU(d, row + j), inverse));
+    hn::StoreU(hn::DemoteTo(d8, i), d8, q + j);
+  }
+  return scale > 1e-30f ? scale : 0.0f;
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace icecache
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace icecache {
+
+HWY_EXPORT(ScoreBlocksImpl);
+HWY_EXPORT(ScoreSketchesImpl);
+HWY_EXPORT(AddInt8RowsImpl);
+HWY_EXPORT(QuantizeRowImpl);
+
+float QuantizeRow(const float* row, uint32_t dim, int8_t* q) {
+  return HWY_DYNAMIC_DISPATCH(QuantizeRowImpl)(row, dim, q);
+}
+
+void PackBlockRow(const int8_t* row, uint32_t dim, uint32_t lane, uint8_t* block) {
+  for (uint32_t j = 0; j < dim; j += 4) {
+    uint32_t quad;
+    std::memcpy(&quad, row + j, 4);
+    quad ^= 0x80808080u;  // two's complement + 128
+    std::memcpy(block + (size_t{j} * kBlockRows) + lane * 4, &quad, 4);
+  }
+}
+
+void UnpackBlockRow(const uint8_t* block, uint32_t dim, uint32_t lane, int8_t* row) {
+  for (uint32_t j = 0; j < dim; j += 4) {
+    uint32_t quad;
+    std::memcpy(&quad, block + (size_t{j} * kBlockRows) + lane * 4, 4);
+    quad ^= 0x80808080u;
+    std::memcpy(row + j, &quad, 4);
+  }
+}
+
+void ClearBlockRow(uint32_t dim, uint32_t lane, uint8_t* block) {
+  for (uint32_t j = 0; j < dim; j += 4) std::memset(block + (size_t{j} * kBlockRows) + lane * 4, 128, 4);
+}
+
+void QuantizedQueries::Assign(const float* queries, uint32_t group, uint32_t dim, uint32_t digits) {
+  group_ = group;
+  dim_ = dim;
+  digits_ = digits;
+  rows_.resize(size_t{group} * digits * dim);
+  step_.resize(group);
+  bias_.resize(group);
+  // High digits stay in [-63, 63]: 2 * 255 * 63 fits the 16 bits of maddubs. Low digits are in [-32, 31].
+  const int32_t range = digits == 2 ? 63 * 64 + 31 : 63;
+  for (uint32_t g = 0; g < group; ++g) {
+    const float* q = queries + size_t{g} * dim;
+    float top = 0;
+    bool finite = true;
+    for (uint32_t j = 0; j < dim; ++j) {
+      finite = finite && std::isfinite(q[j]);
+      top = std::max(top, std::fabs(q[j]));
+    }
+    const float inverse = finite && top > 1e-30f ? static_cast<float>(range) / top : 0.0f;
+    step_[g] = inverse > 0 ? top / static_cast<float>(range) : 0.0f;
+    int8_t* high = rows_.data() + size_t{g} * digits * dim;
+    int32_t sum = 0;
+    for (uint32_t j = 0; j < dim; ++j) {
+      const int32_t x = inverse > 0 ? static_cast<int32_t>(std::lrintf(q[j] * inverse)) : 0;
+      sum += x;
+      if (digits == 2) {
+        const int32_t top_digit = (x + 32) >> 6;
+        high[j] = static_cast<int8_t>(top_digit);
+        high[dim + j] = static_cast<int8_t>(x - top_digit * 64);
+      } else {
+        high[j] = static_cast<int8_t>(x);
+      }
+    }
+    bias_[g] = 128 * sum;
+  }
+}
+
+void ScoreBlocks(const QuantizedQueries& queries, const uint8_t* const* blocks, const float* const* scales,
+                 uint32_t count, const float* base, float* out, size_t out_stride) {
+  HWY_DYNAMIC_DISPATCH(ScoreBlocksImpl)(queries, blocks, scales, count, base, out, out_stride);
+}
+
+void ScoreSketches(const QuantizedQueries& queries, const SketchPage* pages, uint32_t count,
+                   const float* centre, size_t centre_stride, float* weights, float* sum, float* top) {
+  HWY_DYNAMIC_DISPATCH(ScoreSketchesImpl)
+  (queries, pages, count, centre, centre_stride, weights, sum, top);
+}
+
+void AddInt8Rows(const float* weights, size_t stride, uint32_t group, const int8_t* const* rows,
+                 uint32_t count, uint32_t dim, float* out) {
+  HWY_DYNAMIC_DISPATCH(AddInt8RowsImpl)(weights, stride, group, rows, count, dim, out);
+}
+
+}  // namespace icecache
+#endif  // HWY_ONCE

@@ -1,0 +1,202 @@
+// Conformance suite of AttentionBackend: what every implementation must do, checked against the
+// float64 reference. Instantiate with
+//   INSTANTIATE_TEST_SUITE_P(Cpu, AttentionBackendSuite, testing::Values(BackendCase{"cpu",
+//   MakeCpuAttention}));
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <ostream>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "common/limits.h"
+#include "kernels/attention.h"
+#include "kernels/distance.h"
+
+namespace icecache {
+
+struct BackendCase {
+  std::string name;
+  std::function<std::unique_ptr<AttentionBackend>()> make;
+};
+inline std::ostream& operator<<(std::ostream& out, const BackendCase& c) { return out << c.name; }
+
+// Pages of one slice with random fills, and the same tokens as plain rows.
+struct AttentionCase {
+  AttentionCase(uint64_t seed, DType dtype_in, uint32_t dim_in, uint32_t group_in,
+                uint32_t page_count, float logit_scale)
+      : dtype(dtype_in), dim(dim_in), group(group_in) {
+    std::mt19937_64 rng(seed);
+    std::normal_distribution<float> normal;
+    std::vector<uint32_t> fills;
+    uint32_t tokens = 0;
+    for (uint32_t p = 0; p < page_count; ++p) {
+      fills.push_back(1 + rng() % limits::kPageTokens);
+      tokens += fills.back();
+    }
+    k = Random(rng, size_t{tokens} * dim);
+    v = Random(rng, size_t{tokens} * dim);
+    queries.resize(size_t{group} * dim);
+    for (float& x : queries) x = logit_scale * normal(rng) / std::sqrt(static_cast<float>(dim));
+    size_t at = 0;
+    for (const uint32_t fill : fills) {
+      views.push_back({k.data() + at, v.data() + at, fill});
+      at += size_t{fill} * dim * DTypeBytes(dtype);
+    }
+    rows = {dtype, dim, tokens, k.data(), v.data()};
+    kv = {dtype, dim, page_count, views.data()};
+    for (uint32_t p = 0; p < page_count; ++p) ids.emplace_back(p);
+  }
+
+  std::vector<std::byte> Random(std::mt19937_64& rng, size_t count) const {
+    std::normal_distribution<float> normal;
+    std::vector<float> x(count);
+    for (float& e : x) e = normal(rng);
+    std::vector<std::byte> bytes(count * DTypeBytes(dtype));
+    FromF32(x.data(), count, dtype, bytes.data());
+    return bytes;
+  }
+
+  DType dtype;
+  uint32_t dim, group;
+  std::vector<std::byte> k, v;
+  std::vector<float> queries;
+  std::vector<PageView> views;
+  std::vector<PageId> ids;
+  TokenRows rows;
+  PagedKv kv;
+};
+
+// Outputs and log-sum-exps of two states agree: f32 sums of a few hundred terms against float64.
+inline void ExpectStatesNear(AttentionStates& actual, AttentionStates& expected, float tolerance) {
+  ASSERT_EQ(actual.flat().size(), expected.flat().size());
+  const uint32_t heads = expected.heads(), dim = expected.head_dim();
+  std::vector<float> x(size_t{heads} * dim), y(size_t{heads} * dim);
+  FinishStates(actual.ref(), x.data());
+  FinishStates(expected.ref(), y.data());
+  for (size_t i = 0; i < x.size(); ++i)
+    ASSERT_NEAR(x[i], y[i], tolerance) << "output element " << i;
+  for (uint32_t h = 0; h < heads; ++h) {
+    const float lse = LogSumExp(expected.ref(), h);
+    if (expected.ref().denom[h] == 0) {
+      EXPECT_EQ(actual.ref().denom[h], 0.0f);
+    } else {
+      ASSERT_NEAR(LogSumExp(actual.ref(), h), lse, tolerance * (1 + std::abs(lse))) << "head " << h;
+    }
+  }
+}
+
+class AttentionBackendSuite : public testing::TestWithParam<BackendCase> {
+ protected:
+  std::unique_ptr<AttentionBackend> backend_ = GetParam().make();
+  std::unique_ptr<AttentionBackend> reference_ = MakeReferenceAttention();
+};
+
+TEST_P(AttentionBackendSuite, PagesAndRowsEqualTheReferenceForEveryShape) {
+  uint64_t seed = 1;
+  for (const DType dtype : {DType::kF32, DType::kF16, DType::kBF16}) {
+    for (const uint32_t dim : {64u, 80u, 96u, 128u, 256u}) {
+      for (const uint32_t group : {1u, 2u, 4u, 6u, 8u, 16u}) {
+        const uint32_t page_count = 1 + seed % 7;
+        SCOPED_TRACE(testing::Message()
+                     << "seed " << seed << " " << DTypeName(dtype) << " head_dim " << dim
+                     << " group " << group << " pages " << page_count);
+        const AttentionCase c(seed++, dtype, dim, group, page_count, 3.0f);
+        AttentionStates by_page(group, dim), by_row(group, dim), expected(group, dim);
+        backend_->AttendPages(c.queries.data(), c.kv, c.ids, by_page.ref());
+        backend_->AttendRows(c.queries.data(), c.rows, by_row.ref());
+        reference_->AttendRows(c.queries.data(), c.rows, expected.ref());
+        ExpectStatesNear(by_page, expected, 2e-5f);
+        ExpectStatesNear(by_row, expected, 2e-5f);
+        if (HasFatalFailure()) return;
+      }
+    }
+  }
+}
+
+TEST_P(AttentionBackendSuite, CallsAddUpInAnyOrderAndSplit) {
+  for (uint64_t seed = 100; seed < 110; ++seed) {
+    SCOPED_TRACE(seed);
+    const AttentionCase c(seed, DType::kF16, 128, 4, 23, seed % 2 == 0 ? 3.0f : 30.0f);
+    AttentionStates expected(4, 128), pieces(4, 128);
+    reference_->AttendRows(c.queries.data(), c.rows, expected.ref());
+    std::vector<PageId> ids = c.ids;
+    std::mt19937_64 rng(seed);
+    std::shuffle(ids.begin(), ids.end(), rng);
+    for (size_t at = 0; at < ids.size();) {
+      const size_t count = std::min<size_t>(ids.size() - at, 1 + rng() % 6);
+      if (rng() % 2 == 0) {  // straight into the sum
+        backend_->AttendPages(c.queries.data(), c.kv, {ids.data() + at, count}, pieces.ref());
+      } else {  // as a term that is merged
+        AttentionStates term(4, 128);
+        backend_->AttendPages(c.queries.data(), c.kv, {ids.data() + at, count}, term.ref());
+        MergeStates(term.ref(), pieces.ref());
+      }
+      at += count;
+    }
+    ExpectStatesNear(pieces, expected, 1e-4f);
+  }
+}
+
+TEST_P(AttentionBackendSuite, EmptySetsChangeNothing) {
+  const AttentionCase c(7, DType::kBF16, 64, 2, 3, 1.0f);
+  AttentionStates states(2, 64);
+  TokenRows none = c.rows;
+  none.count = 0;
+  backend_->AttendRows(c.queries.data(), none, states.ref());
+  backend_->AttendPages(c.queries.data(), c.kv, {}, states.ref());
+  EXPECT_EQ(states.ref().denom[0], 0.0f);
+  EXPECT_EQ(states.ref().max[1], kEmptyMax);
+  backend_->AttendRows(c.queries.data(), c.rows, states.ref());
+  const std::vector<float> before(states.flat().begin(), states.flat().end());
+  backend_->AttendRows(c.queries.data(), none, states.ref());
+  backend_->AttendPages(c.queries.data(), c.kv, {}, states.ref());
+  EXPECT_TRUE(std::equal(before.begin(), before.end(), states.flat().begin()));
+}
+
+TEST_P(AttentionBackendSuite, HugeLogitsPickTheLargest) {
+  for (const float scale : {300.0f, 3e4f, 1e8f}) {
+    SCOPED_TRACE(scale);
+    const AttentionCase c(31, DType::kF32, 128, 4, 9, scale);
+    AttentionStates actual(4, 128), expected(4, 128);
+    backend_->AttendPages(c.queries.data(), c.kv, c.ids, actual.ref());
+    reference_->AttendRows(c.queries.data(), c.rows, expected.ref());
+    // One token wins outright; rounding of logits of 1e9 must not matter to the output.
+    ExpectStatesNear(actual, expected, 2e-3f);
+  }
+}
+
+TEST_P(AttentionBackendSuite, OverflowingLogitsStayFinite) {
+  const uint32_t dim = 64;
+  std::vector<float> k(3 * dim, 3e38f), v(3 * dim, 1.0f), q(dim, 3e38f), out(dim);
+  for (uint32_t j = 0; j < dim; ++j) k[dim + j] = j % 2 == 0 ? 3e38f : -3e38f;
+  const TokenRows rows{DType::kF32, dim, 3, reinterpret_cast<const std::byte*>(k.data()),
+                       reinterpret_cast<const std::byte*>(v.data())};
+  AttentionStates states(1, dim);
+  backend_->AttendRows(q.data(), rows, states.ref());
+  FinishStates(states.ref(), out.data());
+  for (const float x : out) EXPECT_NEAR(x, 1.0f, 1e-5f);
+}
+
+TEST_P(AttentionBackendSuite, ZeroQueryAveragesTheValues) {
+  const AttentionCase c(5, DType::kF16, 96, 1, 5, 0.0f);
+  AttentionStates states(1, 96);
+  backend_->AttendPages(c.queries.data(), c.kv, c.ids, states.ref());
+  std::vector<float> out(96), v(size_t{c.rows.count} * 96);
+  FinishStates(states.ref(), out.data());
+  ToF32(c.rows.v, c.dtype, v.size(), v.data());
+  for (uint32_t j = 0; j < 96; ++j) {
+    double mean = 0;
+    for (uint32_t r = 0; r < c.rows.count; ++r) mean += v[size_t{r} * 96 + j];
+    EXPECT_NEAR(out[j], mean / c.rows.count, 1e-5);
+  }
+  EXPECT_NEAR(LogSumExp(states.ref(), 0), std::log(static_cast<float>(c.rows.count)), 1e-5);
+}
+
+}  // namespace icecache
