@@ -1,0 +1,329 @@
+// The forward pass of every supported family: RMSNorm, attention with RoPE, SwiGLU, in f32.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <filesystem>
+
+#include "common/checksum.h"
+#include "kernels/distance.h"
+#include "worker/model/gemm.h"
+#include "worker/model/model.h"
+#include "worker/model/model_config.h"
+#include "worker/model/rope.h"
+#include "worker/model/safetensors.h"
+
+namespace icecache {
+namespace {
+
+// Tokens that go through a layer's products together: enough to hide the conversion of weights, few
+// enough that their activations stay in cache.
+constexpr uint32_t kChunkTokens = 512;
+constexpr uint32_t kRowsPerShare = 16;   // of element-wise work given to a thread at once
+constexpr uint32_t kSharedRowsMin = 64;  // fewer rows are done in place
+
+struct Linear {
+  WeightMatrix weight;
+  std::vector<float> bias;  // empty: none
+
+  const float* bias_or_null() const { return bias.empty() ? nullptr : bias.data(); }
+};
+
+struct LayerWeights {
+  std::vector<float> input_norm, post_norm;
+  std::vector<float> q_norm, k_norm;  // empty: none
+  Linear q, k, v, o, gate, up, down;
+};
+
+float SumOfSquares(const float* x, uint32_t count) {
+  constexpr uint32_t kLanes = 16;  // independent sums, so that the compiler may use vectors
+  float lanes[kLanes] = {};
+  uint32_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    for (uint32_t lane = 0; lane < kLanes; ++lane) lanes[lane] += x[i + lane] * x[i + lane];
+  }
+  double sum = 0;
+  for (const float lane : lanes) sum += lane;
+  for (; i < count; ++i) sum += double{x[i]} * x[i];
+  return static_cast<float>(sum);
+}
+
+// y may alias x.
+void RmsNorm(const float* x, const std::vector<float>& weight, double eps, float* y) {
+  const auto count = static_cast<uint32_t>(weight.size());
+  const auto scale =
+      static_cast<float>(1.0 / std::sqrt(double{SumOfSquares(x, count)} / count + eps));
+  for (uint32_t i = 0; i < count; ++i) y[i] = x[i] * scale * weight[i];
+}
+
+// gate = silu(gate) * up. `scratch` holds `count` floats. exp is taken of -|x|, which cannot
+// overflow.
+void SwiGlu(const float* up, uint32_t count, float* scratch, float* gate) {
+  for (uint32_t i = 0; i < count; ++i) scratch[i] = -std::fabs(gate[i]);
+  ExpShifted(scratch, count, 0.0f, scratch);
+  for (uint32_t i = 0; i < count; ++i) {
+    const float sigmoid = (gate[i] >= 0 ? 1.0f : scratch[i]) / (1.0f + scratch[i]);
+    gate[i] *= sigmoid * up[i];
+  }
+}
+
+class LlamaModel final : public Model {
+ public:
+  LlamaModel(ModelConfig config, std::unique_ptr<WeightFiles> files, const ModelOptions& options)
+      : config_(std::move(config)),
+        shape_(config_.Shape(options.kv_dtype)),
+        files_(std::move(files)),
+        rope_(config_),
+        gemm_(options.threads) {}
+
+  Status LoadWeights();
+  void SetIdentity(uint64_t config_hash);
+
+  const ModelShape& shape() const override { return shape_; }
+  uint32_t vocab_size() const override { return config_.vocab_size; }
+  uint32_t hidden_size() const override { return config_.hidden_size; }
+  std::string identity() const override { return identity_; }
+  Status Embed(std::span<const int32_t> tokens, float* hidden) override;
+  Status Layer(LayerId layer, TokenPos first, uint32_t tokens, float* hidden,
+               LayerAttention& attention) override;
+  void Logits(const float* hidden, float* logits) override;
+
+ private:
+  Status LoadVector(const std::string& name, uint32_t count, std::vector<float>& to);
+  Status LoadMatrix(const std::string& name, uint32_t rows, uint32_t cols, WeightMatrix& to);
+  Status LoadLinear(const std::string& name, uint32_t rows, uint32_t cols, bool bias, Linear& to);
+  Status LoadLayer(uint32_t index, LayerWeights& to);
+
+  uint32_t q_size() const { return shape_.query_heads * shape_.head_dim; }
+  uint32_t kv_size() const { return shape_.kv_heads * shape_.head_dim; }
+  void ForRows(uint32_t rows, const ComputeThreads::Body& body);
+  void Reserve(uint32_t tokens);
+  void ComputeQkv(const LayerWeights& w, uint32_t offset, uint32_t tokens, const float* hidden);
+  void AddAttention(const LayerWeights& w, uint32_t offset, uint32_t tokens, float* hidden);
+  void AddMlp(const LayerWeights& w, uint32_t tokens, float* hidden);
+
+  const ModelConfig config_;
+  const ModelShape shape_;
+  const std::unique_ptr<WeightFiles> files_;
+  std::string identity_;
+  WeightMatrix embedding_, output_;
+  std::vector<float> final_norm_;
+  std::vector<LayerWeights> layers_;
+
+  Rope rope_;
+  Gemm gemm_;
+  // Scratch of one block: [tokens, ...]; and of one chunk.
+  std::vector<float> q_, k_, v_, attended_;
+  std::vector<float> normed_, delta_, gate_, up_, exp_;
+};
+
+Status LlamaModel::LoadVector(const std::string& name, uint32_t count, std::vector<float>& to) {
+  KV_ASSIGN_OR_RETURN(const TensorView tensor, files_->Find(name, {count}));
+  to.resize(count);
+  ToF32(tensor.data, tensor.dtype, count, to.data());
+  return OkStatus();
+}
+
+Status LlamaModel::LoadMatrix(const std::string& name, uint32_t rows, uint32_t cols,
+                              WeightMatrix& to) {
+  KV_ASSIGN_OR_RETURN(const TensorView tensor, files_->Find(name, {rows, cols}));
+  to = {tensor.data, tensor.dtype, rows, cols};
+  return OkStatus();
+}
+
+Status LlamaModel::LoadLinear(const std::string& name, uint32_t rows, uint32_t cols, bool bias,
+                              Linear& to) {
+  KV_RETURN_IF_ERROR(LoadMatrix(name + ".weight", rows, cols, to.weight));
+  return bias ? LoadVector(name + ".bias", rows, to.bias) : OkStatus();
+}
+
+Status LlamaModel::LoadLayer(uint32_t index, LayerWeights& to) {
+  const std::string prefix = "model.layers." + std::to_string(index) + ".";
+  const std::string attention = prefix + "self_attn.";
+  const std::string mlp = prefix + "mlp.";
+  const uint32_t hidden = config_.hidden_size;
+  const uint32_t inner = config_.intermediate_size;
+  KV_RETURN_IF_ERROR(LoadVector(prefix + "input_layernorm.weight", hidden, to.input_norm));
+  KV_RETURN_IF_ERROR(LoadVector(prefix + "post_attention_layernorm.weight", hidden, to.post_norm));
+  KV_RETURN_IF_ERROR(LoadLinear(attention + "q_proj", q_size(), hidden, config_.qkv_bias, to.q));
+  KV_RETURN_IF_ERROR(LoadLinear(attention + "k_proj", kv_size(), hidden, config_.qkv_bias, to.k));
+  KV_RETURN_IF_ERROR(LoadLinear(attention + "v_proj", kv_size(), hidden, config_.qkv_bias, to.v));
+  KV_RETURN_IF_ERROR(LoadLinear(attention + "o_proj", hidden, q_size(), config_.output_bias, to.o));
+  if (config_.qk_norm) {
+    KV_RETURN_IF_ERROR(LoadVector(attention + "q_norm.weight", shape_.head_dim, to.q_norm));
+    KV_RETURN_IF_ERROR(LoadVector(attention + "k_norm.weight", shape_.head_dim, to.k_norm));
+  }
+  KV_RETURN_IF_ERROR(LoadLinear(mlp + "gate_proj", inner, hidden, config_.mlp_bias, to.gate));
+  KV_RETURN_IF_ERROR(LoadLinear(mlp + "up_proj", inner, hidden, config_.mlp_bias, to.up));
+  return LoadLinear(mlp + "down_proj", hidden, inner, config_.mlp_bias, to.down);
+}
+
+Status LlamaModel::LoadWeights() {
+  const uint32_t hidden = config_.hidden_size;
+  KV_RETURN_IF_ERROR(
+      LoadMatrix("model.embed_tokens.weight", config_.vocab_size, hidden, embedding_));
+  KV_RETURN_IF_ERROR(LoadVector("model.norm.weight", hidden, final_norm_));
+  layers_.resize(config_.layers);
+  for (uint32_t i = 0; i < config_.layers; ++i) KV_RETURN_IF_ERROR(LoadLayer(i, layers_[i]));
+  output_ = embedding_;
+  return config_.tied_embeddings
+             ? OkStatus()
+             : LoadMatrix("lm_head.weight", config_.vocab_size, hidden, output_);
+}
+
+void LlamaModel::SetIdentity(uint64_t config_hash) {
+  const uint64_t seeds[] = {config_hash, files_->Fingerprint()};
+  char hash[17];
+  std::snprintf(hash, sizeof(hash), "%016llx",
+                static_cast<unsigned long long>(Checksum64(std::as_bytes(std::span(seeds)))));
+  std::filesystem::path path = std::filesystem::path(files_->directory()).lexically_normal();
+  if (!path.has_filename()) path = path.parent_path();  // "models/recall/"
+  identity_ =
+      std::string(ModelFamilyName(config_.family)) + ":" + path.filename().string() + ":" + hash;
+}
+
+Status LlamaModel::Embed(std::span<const int32_t> tokens, float* hidden) {
+  for (size_t i = 0; i < tokens.size(); ++i) {
+    if (tokens[i] < 0 || static_cast<uint32_t>(tokens[i]) >= config_.vocab_size) {
+      return InvalidArgument("token " + std::to_string(i) + " has id " + std::to_string(tokens[i]) +
+                             ", expected 0.." + std::to_string(config_.vocab_size - 1) +
+                             "; do tokenizer.json and model belong together?");
+    }
+    ToF32(embedding_.row(static_cast<size_t>(tokens[i])), embedding_.dtype, config_.hidden_size,
+          hidden + i * config_.hidden_size);
+  }
+  return OkStatus();
+}
+
+void LlamaModel::ForRows(uint32_t rows, const ComputeThreads::Body& body) {
+  if (rows < kSharedRowsMin) {
+    for (uint32_t row = 0; row < rows; ++row) body(row, 0);
+    return;
+  }
+  gemm_.threads().For((rows + kRowsPerShare - 1) / kRowsPerShare,
+                      [&](uint32_t share, uint32_t thread) {
+                        const uint32_t end = std::min(rows, (share + 1) * kRowsPerShare);
+                        for (uint32_t row = share * kRowsPerShare; row < end; ++row)
+                          body(row, thread);
+                      });
+}
+
+void LlamaModel::Reserve(uint32_t tokens) {
+  const auto grow = [](std::vector<float>& v, size_t floats) {
+    if (v.size() < floats) v.resize(floats);
+  };
+  const size_t chunk = std::min(tokens, kChunkTokens);
+  grow(q_, size_t{tokens} * q_size());
+  grow(k_, size_t{tokens} * kv_size());
+  grow(v_, size_t{tokens} * kv_size());
+  grow(attended_, size_t{tokens} * q_size());
+  grow(normed_, chunk * config_.hidden_size);
+  grow(delta_, chunk * config_.hidden_size);
+  grow(gate_, chunk * config_.intermediate_size);
+  grow(up_, chunk * config_.intermediate_size);
+  grow(exp_, size_t{gemm_.threads().count()} * config_.intermediate_size);
+}
+
+// q_, k_, v_ of the block's tokens offset .. offset + tokens; `hidden` points at the first of them.
+void LlamaModel::ComputeQkv(const LayerWeights& w, uint32_t offset, uint32_t tokens,
+                            const float* hidden) {
+  ForRows(tokens, [&](uint32_t t, uint32_t) {
+    const size_t at = size_t{t} * config_.hidden_size;
+    RmsNorm(hidden + at, w.input_norm, config_.rms_norm_eps, normed_.data() + at);
+  });
+  float* q = q_.data() + size_t{offset} * q_size();
+  float* k = k_.data() + size_t{offset} * kv_size();
+  float* v = v_.data() + size_t{offset} * kv_size();
+  gemm_.Multiply(normed_.data(), tokens, w.q.weight, w.q.bias_or_null(), q);
+  gemm_.Multiply(normed_.data(), tokens, w.k.weight, w.k.bias_or_null(), k);
+  gemm_.Multiply(normed_.data(), tokens, w.v.weight, w.v.bias_or_null(), v);
+  const float scale = 1.0f / std::sqrt(static_cast<float>(shape_.head_dim));
+  const auto norm_heads = [&](const std::vector<float>& weight, uint32_t heads, float* x) {
+    if (weight.empty()) return;
+    for (uint32_t h = 0; h < heads; ++h) {
+      float* head = x + size_t{h} * shape_.head_dim;
+      RmsNorm(head, weight, config_.rms_norm_eps, head);
+    }
+  };
+  ForRows(tokens, [&](uint32_t t, uint32_t) {
+    float* q_row = q + size_t{t} * q_size();
+    float* k_row = k + size_t{t} * kv_size();
+    norm_heads(w.q_norm, shape_.query_heads, q_row);
+    norm_heads(w.k_norm, shape_.kv_heads, k_row);
+    rope_.Apply(q_row, offset + t, shape_.query_heads, scale);
+    rope_.Apply(k_row, offset + t, shape_.kv_heads, 1.0f);
+  });
+}
+
+void LlamaModel::AddAttention(const LayerWeights& w, uint32_t offset, uint32_t tokens,
+                              float* hidden) {
+  gemm_.Multiply(attended_.data() + size_t{offset} * q_size(), tokens, w.o.weight,
+                 w.o.bias_or_null(), delta_.data());
+  const size_t count = size_t{tokens} * config_.hidden_size;
+  for (size_t i = 0; i < count; ++i) hidden[i] += delta_[i];
+}
+
+void LlamaModel::AddMlp(const LayerWeights& w, uint32_t tokens, float* hidden) {
+  const uint32_t inner = config_.intermediate_size;
+  ForRows(tokens, [&](uint32_t t, uint32_t) {
+    const size_t at = size_t{t} * config_.hidden_size;
+    RmsNorm(hidden + at, w.post_norm, config_.rms_norm_eps, normed_.data() + at);
+  });
+  gemm_.Multiply(normed_.data(), tokens, w.gate.weight, w.gate.bias_or_null(), gate_.data());
+  gemm_.Multiply(normed_.data(), tokens, w.up.weight, w.up.bias_or_null(), up_.data());
+  ForRows(tokens, [&](uint32_t t, uint32_t thread) {
+    SwiGlu(up_.data() + size_t{t} * inner, inner, exp_.data() + size_t{thread} * inner,
+           gate_.data() + size_t{t} * inner);
+  });
+  gemm_.Multiply(gate_.data(), tokens, w.down.weight, w.down.bias_or_null(), delta_.data());
+  const size_t count = size_t{tokens} * config_.hidden_size;
+  for (size_t i = 0; i < count; ++i) hidden[i] += delta_[i];
+}
+
+Status LlamaModel::Layer(LayerId layer, TokenPos first, uint32_t tokens, float* hidden,
+                         LayerAttention& attention) {
+  KV_CHECK(layer.value < layers_.size());
+  if (uint64_t{first.value} + tokens > limits::kContextTokensMax) {
+    return OutOfRange("position " + std::to_string(uint64_t{first.value} + tokens) +
+                      ", expected at most " + std::to_string(limits::kContextTokensMax));
+  }
+  if (tokens == 0) return OkStatus();
+  const LayerWeights& w = layers_[layer.value];
+  Reserve(tokens);
+  rope_.Prepare(first.value, tokens);
+  const auto for_chunks = [&](const auto& body) {
+    for (uint32_t offset = 0; offset < tokens; offset += kChunkTokens) {
+      body(offset, std::min(kChunkTokens, tokens - offset),
+           hidden + size_t{offset} * config_.hidden_size);
+    }
+  };
+  for_chunks(
+      [&](uint32_t offset, uint32_t count, float* rows) { ComputeQkv(w, offset, count, rows); });
+  KV_RETURN_IF_ERROR(
+      attention.Attend(layer, first, tokens, q_.data(), k_.data(), v_.data(), attended_.data()));
+  for_chunks([&](uint32_t offset, uint32_t count, float* rows) {
+    AddAttention(w, offset, count, rows);
+    AddMlp(w, count, rows);
+  });
+  return OkStatus();
+}
+
+void LlamaModel::Logits(const float* hidden, float* logits) {
+  Reserve(1);
+  RmsNorm(hidden, final_norm_, config_.rms_norm_eps, normed_.data());
+  gemm_.Multiply(normed_.data(), 1, output_, nullptr, logits);
+}
+
+}  // namespace
+
+Result<std::unique_ptr<Model>> LoadModel(const std::string& directory,
+                                         const ModelOptions& options) {
+  KV_ASSIGN_OR_RETURN(ModelConfig config, LoadModelConfig(directory));
+  KV_ASSIGN_OR_RETURN(const auto config_file, FileBytes::Map(directory + "/config.json"));
+  KV_ASSIGN_OR_RETURN(auto files, WeightFiles::Open(directory));
+  auto model = std::make_unique<LlamaModel>(std::move(config), std::move(files), options);
+  KV_RETURN_IF_ERROR(model->LoadWeights());
+  model->SetIdentity(Checksum64(config_file->bytes()));
+  return std::unique_ptr<Model>(std::move(model));
+}
+
+}  // namespace icecache
