@@ -2,8 +2,8 @@
 //
 // Every call adds to AttentionStates, so calls over disjoint token sets in any order give the same
 // result as one call over their union, up to rounding. Logits beyond a quarter of the largest float
-// saturate. All implementations pass the conformance suite in
-// tests/conformance/attention_backend_suite.h against the float64 reference.
+// saturate. All implementations pass tests/conformance/attention_backend_suite.h against the float64
+// reference.
 #pragma once
 
 #include <cstdint>
