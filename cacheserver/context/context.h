@@ -12,6 +12,7 @@
 #include <memory>
 #include <optional>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "cacheserver/context/segment.h"
@@ -106,6 +107,18 @@ class Context {
   PagePool& pool() const { return pool_; }
   // Slices with pending rows or due for re-clustering, for the shard's idle time.
   void VisitPrivateSlices(const Segment::SliceVisitor& visit) const;
+  // Segments of the chain, oldest first, the private one last.
+  template <typename Visit>
+  void VisitSegments(const Visit& visit) const {
+    for (const std::shared_ptr<const Segment>& segment : chain_) visit(*segment);
+    if (tail_) visit(std::as_const(*tail_));
+  }
+  // Pages of the slice in the last segment; 0 when the shard does not own it.
+  uint32_t PageCount(LayerId layer, KvHeadId head) const {
+    const Segment* last = tail_ ? tail_.get() : chain_.back().get();
+    const HeadSlice* slice = last->slice(layer, head);
+    return slice == nullptr ? 0 : slice->page_count();
+  }
   Status Validate() const;
 
  private:

@@ -20,14 +20,14 @@ Status CheckName(const std::string& name) {
   return OkStatus();
 }
 
-Status CheckSpec(const ContextSpec& spec) {
-  KV_RETURN_IF_ERROR(spec.shape.Validate());
-  if (spec.sink_tokens > limits::kSinkTokensMax) {
-    return InvalidArgument("sink_tokens " + std::to_string(spec.sink_tokens) + "; at most " +
+Status CheckTraits(const ContextTraits& traits) {
+  KV_RETURN_IF_ERROR(traits.shape.Validate());
+  if (traits.sink_tokens > limits::kSinkTokensMax) {
+    return InvalidArgument("sink_tokens " + std::to_string(traits.sink_tokens) + "; at most " +
                            std::to_string(limits::kSinkTokensMax));
   }
-  if (spec.window_tokens > limits::kWindowTokensMax) {
-    return InvalidArgument("window_tokens " + std::to_string(spec.window_tokens) + "; at most " +
+  if (traits.window_tokens > limits::kWindowTokensMax) {
+    return InvalidArgument("window_tokens " + std::to_string(traits.window_tokens) + "; at most " +
                            std::to_string(limits::kWindowTokensMax));
   }
   return OkStatus();
@@ -58,12 +58,13 @@ Result<ContextRecord> ContextTable::Insert(ContextRecord record) {
   return record;
 }
 
-Result<ContextRecord> ContextTable::Create(TenantId tenant, std::string name, ContextSpec spec) {
-  KV_RETURN_IF_ERROR(CheckSpec(spec));
+Result<ContextRecord> ContextTable::Create(TenantId tenant, std::string name,
+                                           ContextTraits traits) {
+  KV_RETURN_IF_ERROR(CheckTraits(traits));
   ContextRecord record;
   record.tenant = tenant;
   record.name = std::move(name);
-  record.spec = std::move(spec);
+  record.traits = std::move(traits);
   return Insert(std::move(record));
 }
 
@@ -82,7 +83,7 @@ Result<ContextRecord> ContextTable::Fork(ContextId parent_id, std::string name) 
   ContextRecord record;
   record.tenant = parent->tenant;
   record.name = std::move(name);
-  record.spec = parent->spec;
+  record.traits = parent->traits;
   record.chain = parent->chain;
   record.tokens = parent->tokens;
   record.tail_tokens = parent->tail_tokens;

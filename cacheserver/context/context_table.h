@@ -18,18 +18,20 @@
 #include <utility>
 #include <vector>
 
+#include "cacheserver/select/selection_policy.h"
 #include "common/ids.h"
 #include "common/model_shape.h"
 #include "common/status.h"
 
 namespace icecache {
 
-struct ContextSpec {
+// What Create fixes for a context and all its forks.
+struct ContextTraits {
   ModelShape shape;
   std::string model;  // identity of the weights
   uint32_t sink_tokens = 0;
   uint32_t window_tokens = 0;
-  std::string policy;  // a name that ParsePolicyKind knows
+  PolicyKind policy = PolicyKind::kClusterTree;
   uint64_t seed = 1;
 };
 
@@ -37,7 +39,7 @@ struct ContextRecord {
   ContextId id;
   TenantId tenant;
   std::string name;
-  ContextSpec spec;
+  ContextTraits traits;
   std::vector<SegmentId> chain;  // first to last; the last is private until sealed
   bool sealed = false;
   bool published = false;
@@ -55,7 +57,7 @@ class ContextTable {
  public:
   // An empty name is replaced by "~<id>". INVALID_ARGUMENT for a bad name, shape or window,
   // ALREADY_EXISTS, RESOURCE_EXHAUSTED above kContextsMax.
-  Result<ContextRecord> Create(TenantId tenant, std::string name, ContextSpec spec);
+  Result<ContextRecord> Create(TenantId tenant, std::string name, ContextTraits traits);
 
   // A child of the same tenant with the parent's chain and a new segment. FAILED_PRECONDITION when
   // the parent is not sealed, RESOURCE_EXHAUSTED when the chain is at its maximum; the rest as

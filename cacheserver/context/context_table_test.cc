@@ -14,20 +14,20 @@ using ::testing::HasSubstr;
 
 constexpr TenantId kAlice{0}, kBob{1};
 
-ContextSpec Spec() {
+ContextTraits Traits() {
   return {.shape = {.layers = 2, .kv_heads = 2, .query_heads = 4, .head_dim = 32},
           .model = "tiny",
           .sink_tokens = 4,
           .window_tokens = 16,
-          .policy = "exact"};
+          .policy = PolicyKind::kExact};
 }
 
 TEST(ContextTable, NamesOfOneTenantAreUniqueAndHiddenFromOthers) {
   ContextTable table;
-  ContextRecord doc = *table.Create(kAlice, "doc", Spec());
-  EXPECT_EQ(table.Create(kAlice, "doc", Spec()).status().code(), StatusCode::kAlreadyExists);
+  ContextRecord doc = *table.Create(kAlice, "doc", Traits());
+  EXPECT_EQ(table.Create(kAlice, "doc", Traits()).status().code(), StatusCode::kAlreadyExists);
   EXPECT_EQ(table.FindByName(kBob, "doc"), nullptr);
-  ContextRecord bobs = *table.Create(kBob, "doc", Spec());
+  ContextRecord bobs = *table.Create(kBob, "doc", Traits());
   EXPECT_NE(bobs.id, doc.id);
   ASSERT_EQ(table.List(kAlice).size(), 1u);
   EXPECT_EQ(table.List(kAlice)[0].id, doc.id);
@@ -36,29 +36,29 @@ TEST(ContextTable, NamesOfOneTenantAreUniqueAndHiddenFromOthers) {
 
 TEST(ContextTable, EmptyNameBecomesOneOfItsOwn) {
   ContextTable table;
-  ContextRecord a = *table.Create(kAlice, "", Spec()), b = *table.Create(kAlice, "", Spec());
+  ContextRecord a = *table.Create(kAlice, "", Traits()), b = *table.Create(kAlice, "", Traits());
   EXPECT_NE(a.name, b.name);
   EXPECT_EQ(table.FindByName(kAlice, a.name)->id, a.id);
 }
 
 TEST(ContextTable, RefusesWhatNoContextCanBe) {
   ContextTable table;
-  EXPECT_FALSE(table.Create(kAlice, "a\nb", Spec()).ok());
+  EXPECT_FALSE(table.Create(kAlice, "a\nb", Traits()).ok());
   EXPECT_FALSE(
-      table.Create(kAlice, std::string(limits::kContextNameBytesMax + 1, 'x'), Spec()).ok());
-  ContextSpec spec = Spec();
-  spec.sink_tokens = limits::kSinkTokensMax + 1;
-  EXPECT_THAT(table.Create(kAlice, "s", spec).status().message(), HasSubstr("sink_tokens"));
-  spec = Spec();
-  spec.shape.query_heads = 3;
-  EXPECT_FALSE(table.Create(kAlice, "q", spec).ok());
+      table.Create(kAlice, std::string(limits::kContextNameBytesMax + 1, 'x'), Traits()).ok());
+  ContextTraits traits = Traits();
+  traits.sink_tokens = limits::kSinkTokensMax + 1;
+  EXPECT_THAT(table.Create(kAlice, "s", traits).status().message(), HasSubstr("sink_tokens"));
+  traits = Traits();
+  traits.shape.query_heads = 3;
+  EXPECT_FALSE(table.Create(kAlice, "q", traits).ok());
   EXPECT_EQ(table.count(), 0u);
   EXPECT_EQ(table.segment_count(), 0u);
 }
 
 TEST(ContextTable, ForkSharesSealedSegmentsAndAddsOne) {
   ContextTable table;
-  ContextRecord parent = *table.Create(kAlice, "doc", Spec());
+  ContextRecord parent = *table.Create(kAlice, "doc", Traits());
   EXPECT_EQ(table.Fork(parent.id, "child").status().code(), StatusCode::kFailedPrecondition);
   table.MarkSealed(parent.id, 100, 16);
   ContextRecord child = *table.Fork(parent.id, "child");
@@ -82,7 +82,7 @@ TEST(ContextTable, ForkSharesSealedSegmentsAndAddsOne) {
 
 TEST(ContextTable, PublishNeedsSeal) {
   ContextTable table;
-  ContextRecord doc = *table.Create(kAlice, "doc", Spec());
+  ContextRecord doc = *table.Create(kAlice, "doc", Traits());
   EXPECT_EQ(table.Publish(doc.id).code(), StatusCode::kFailedPrecondition);
   table.MarkSealed(doc.id, 10, 0);
   EXPECT_TRUE(table.Publish(doc.id).ok());
@@ -93,7 +93,7 @@ TEST(ContextTable, PublishNeedsSeal) {
 
 TEST(ContextTable, ChainsHaveAMaximum) {
   ContextTable table;
-  ContextRecord last = *table.Create(kAlice, "", Spec());
+  ContextRecord last = *table.Create(kAlice, "", Traits());
   for (uint32_t i = 1; i < limits::kSegmentsPerContextMax; ++i) {
     table.MarkSealed(last.id, i, 0);
     last = *table.Fork(last.id, "");
@@ -114,7 +114,7 @@ TEST(ContextTable, StaysValidUnderRandomOperations) {
     const ContextId some = living.empty() ? ContextId(0) : living[random() % living.size()];
     switch (random() % 5) {
       case 0:
-        if (auto made = table.Create(tenant, name, Spec()); made.ok()) living.push_back(made->id);
+        if (auto made = table.Create(tenant, name, Traits()); made.ok()) living.push_back(made->id);
         break;
       case 1:
         if (auto made = table.Fork(some, name); made.ok()) living.push_back(made->id);

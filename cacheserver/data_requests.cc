@@ -1,0 +1,263 @@
+// The requests of the data plane that touch a context. Connections, fencing and Attach:
+// data_service.cc.
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <utility>
+
+#include "cacheserver/data_service.h"
+#include "common/checksum.h"
+#include "common/limits.h"
+
+namespace icecache {
+namespace {
+
+double Seconds(Duration d) { return std::chrono::duration<double>(d).count(); }
+uint64_t Nanos(Duration d) { return static_cast<uint64_t>(std::max<int64_t>(0, d.count())); }
+
+// Adds a part of a body; one that begins where the last one ends in memory continues it, as the K
+// rows, V rows and positions of a full page do.
+void AddPart(std::span<const std::byte> part, std::vector<std::span<const std::byte>>* body) {
+  if (part.empty()) return;
+  if (!body->empty() && body->back().data() + body->back().size() == part.data()) {
+    body->back() = {body->back().data(), body->back().size() + part.size()};
+    return;
+  }
+  body->push_back(part);
+}
+
+}  // namespace
+
+Status DataService::PutRows(Connection& connection, const InMessage& message) {
+  KV_ASSIGN_OR_RETURN(const Fenced fenced, Fence(connection, message, true));
+  const ModelShape& shape = fenced.context->spec().shape;
+  KV_ASSIGN_OR_RETURN(const wire::PutRowsRequest request,
+                      wire::DecodePutRowsRequest(message, shape));
+  KV_RETURN_IF_ERROR(CheckEpoch(fenced, request.slices.epoch));
+  for (size_t i = 0; i < request.slices.heads.size(); ++i) {
+    KV_RETURN_IF_ERROR(fenced.context->PutRows(request.slices.layer, request.slices.heads[i],
+                                               request.first_position, request.token_count,
+                                               request.k_rows(i, shape), request.v_rows(i, shape)));
+  }
+  rows_received_.Add(uint64_t{request.token_count} * request.slices.heads.size());
+  OutMessage reply;
+  wire::Encode(wire::PutRowsReply{.next_position = request.first_position + request.token_count},
+               &reply);
+  Reply(connection, message, std::move(reply));
+  return OkStatus();
+}
+
+// One Build request: answered when the last of its heads stands.
+struct DataService::BuildInFlight {
+  uint64_t connection = 0;
+  uint64_t request = 0;
+  size_t heads_left = 0;
+  uint32_t pages = 0;
+  Status status;
+};
+
+Status DataService::Build(Connection& connection, const InMessage& message) {
+  KV_ASSIGN_OR_RETURN(const Fenced fenced, Fence(connection, message, true));
+  const ModelShape& shape = fenced.context->spec().shape;
+  KV_ASSIGN_OR_RETURN(const wire::BuildRequest request, wire::DecodeBuildRequest(message, shape));
+  KV_RETURN_IF_ERROR(CheckEpoch(fenced, request.slices.epoch));
+  if (request.slices.heads.empty()) return InvalidArgument("build: no heads");
+  auto build = std::make_shared<BuildInFlight>();
+  build->connection = connection.id;
+  build->request = message.id;
+  build->heads_left = request.slices.heads.size();
+  ++requests_open_;
+  const std::span<const float> energy(request.decoded_query_energy);
+  for (size_t i = 0; i < request.slices.heads.size(); ++i) {
+    const std::span<const float> of_head =
+        energy.empty() ? energy : energy.subspan(i * shape.head_dim, shape.head_dim);
+    // A head that fails does not stop the others: they were asked for too, and a repeated Build
+    // finds them done.
+    shard_.Build(request.slices.context, request.slices.layer, request.slices.heads[i],
+                 request.token_count, of_head,
+                 [this, build, alive = std::weak_ptr<int>(alive_)](Result<uint32_t> pages) {
+                   if (alive.expired()) return;
+                   if (pages.ok()) {
+                     build->pages += *pages;
+                   } else if (build->status.ok()) {
+                     build->status = pages.status();
+                   }
+                   if (--build->heads_left == 0) FinishBuild(*build);
+                 });
+  }
+  return OkStatus();
+}
+
+void DataService::FinishBuild(const BuildInFlight& build) {
+  --requests_open_;
+  auto it = connections_.find(build.connection);
+  if (it == connections_.end()) return;
+  if (!build.status.ok()) {
+    Count(wire::kBuild, build.status.code());
+    it->second->channel->ReplyError(build.request, build.status);
+    return;
+  }
+  OutMessage reply;
+  wire::Encode(wire::BuildReply{.pages = build.pages}, &reply);
+  InMessage request;
+  request.kind = wire::kBuild;
+  request.id = build.request;
+  Reply(*it->second, request, std::move(reply));
+}
+
+Status DataService::AppendRows(const Fenced& fenced, const wire::SelectRequest& request) {
+  if (request.append_count == 0) return OkStatus();
+  if (!fenced.lease->writable) {
+    return PermissionDenied(
+        "select: rows to append, but the context was opened to read; fork it first");
+  }
+  const ModelShape& shape = fenced.context->spec().shape;
+  for (size_t i = 0; i < request.heads.size(); ++i) {
+    KV_RETURN_IF_ERROR(fenced.context->Append(
+        request.layer, request.heads[i].head, request.append_first, request.append_count,
+        request.append_k(i, shape), request.append_v(i, shape)));
+  }
+  rows_received_.Add(uint64_t{request.append_count} * request.heads.size());
+  return OkStatus();
+}
+
+Status DataService::SelectHeads(Context& context, const wire::SelectRequest& request) {
+  const ModelShape& shape = context.spec().shape;
+  const size_t floats_per_head = size_t{shape.group()} * shape.head_dim;
+  scratch_.heads.resize(request.heads.size());
+  for (size_t i = 0; i < request.heads.size(); ++i) {
+    const wire::SelectHead& head = request.heads[i];
+    SelectRequest select;
+    select.queries = request.queries.data() + i * floats_per_head;
+    select.group = shape.group();
+    select.max_pages = request.max_pages;
+    select.read_cap = request.read_cap;
+    select.min_mass = request.min_mass;
+    select.rank = static_cast<GroupRank>(request.rank);
+    select.local_lse = head.local_lse.empty() ? nullptr : head.local_lse.data();
+    select.residual = (request.flags & wire::kSelectNoResidual) == 0;
+    wire::HeadSelection& chosen = scratch_.heads[i];
+    KV_RETURN_IF_ERROR(context.Select(request.layer, head.head, select, head.resident, &chosen));
+    uint64_t resident = 0;
+    for (const wire::PagePayload& page : chosen.pages) resident += page.from == page.fill ? 1 : 0;
+    pages_resident_.Add(resident);
+    pages_returned_.Add(chosen.pages.size() - resident);
+    tokens_read_.Add(chosen.tokens_read);
+  }
+  return OkStatus();
+}
+
+Status DataService::GatherPages(OutMessage* out) const {
+  uint64_t bytes = 0;
+  for (const wire::HeadSelection& head : scratch_.heads) {
+    for (const wire::PagePayload& page : head.pages) {
+      for (std::span<const std::byte> part : {page.k_rows, page.v_rows, page.positions}) {
+        AddPart(part, &out->body);
+        bytes += part.size();
+      }
+    }
+  }
+  if (bytes > limits::kDataBodyBytesMax || out->body.size() > limits::kBodyPartsMax) {
+    return ResourceExhausted("the reply would hold " + std::to_string(bytes) + " bytes in " +
+                             std::to_string(out->body.size()) + " parts, at most " +
+                             std::to_string(limits::kDataBodyBytesMax) + " and " +
+                             std::to_string(limits::kBodyPartsMax) +
+                             "; ask for fewer pages or heads at a time");
+  }
+  return OkStatus();
+}
+
+Status DataService::Select(Connection& connection, const InMessage& message) {
+  const TimePoint begin = reactor_.clock().Now();
+  KV_ASSIGN_OR_RETURN(const Fenced fenced, Fence(connection, message, false));
+  Context& context = *fenced.context;
+  KV_ASSIGN_OR_RETURN(const wire::SelectRequest request,
+                      wire::DecodeSelectRequest(message, context.spec().shape));
+  KV_RETURN_IF_ERROR(CheckEpoch(fenced, request.epoch));
+  if (request.heads.empty()) return InvalidArgument("select: no heads");
+  KV_RETURN_IF_ERROR(AppendRows(fenced, request));
+  const TimePoint appended = reactor_.clock().Now();
+  KV_RETURN_IF_ERROR(SelectHeads(context, request));
+  const TimePoint selected = reactor_.clock().Now();
+
+  OutMessage reply;
+  KV_RETURN_IF_ERROR(GatherPages(&reply));
+  reply.pin = shard_.pool().Pin();  // before anything changes: the parts point into frames
+  KV_ASSIGN_OR_RETURN(scratch_.next_position,
+                      context.NextPosition(request.layer, request.heads.front().head));
+  scratch_.select_ns = Nanos(selected - begin);
+  const TimePoint gathered = reactor_.clock().Now();
+  scratch_.gather_ns = Nanos(gathered - selected);
+  wire::Encode(scratch_, &reply);
+  Reply(connection, message, std::move(reply));
+
+  append_seconds_.ObserveSeconds(Seconds(appended - begin));
+  select_seconds_.ObserveSeconds(Seconds(selected - appended));
+  gather_seconds_.ObserveSeconds(Seconds(gathered - selected));
+  if (request.append_count > 0) {
+    std::vector<KvHeadId> heads;
+    for (const wire::SelectHead& head : request.heads) heads.push_back(head.head);
+    shard_.IndexLater(request.context, request.layer, heads);
+  }
+  return OkStatus();
+}
+
+Status DataService::FetchRows(Connection& connection, const InMessage& message) {
+  KV_ASSIGN_OR_RETURN(const Fenced fenced, Fence(connection, message, false));
+  const ModelShape& shape = fenced.context->spec().shape;
+  KV_ASSIGN_OR_RETURN(const wire::FetchRowsRequest request,
+                      wire::DecodeFetchRowsRequest(message, shape));
+  KV_RETURN_IF_ERROR(CheckEpoch(fenced, request.slices.epoch));
+  // Copied into one block: rare (once per context and layer), small, and the checksum is over the
+  // whole body.
+  auto body = std::make_shared<std::vector<std::byte>>();
+  wire::FetchRowsReply header;
+  for (size_t i = 0; i < request.slices.heads.size(); ++i) {
+    KV_ASSIGN_OR_RETURN(
+        const RowsView rows,
+        fenced.context->FetchRows(request.slices.layer, request.slices.heads[i], request.part));
+    if (i == 0) {
+      header.first_position = rows.first_position;
+      header.count = rows.rows.count;
+    } else if (rows.first_position != header.first_position || rows.rows.count != header.count) {
+      return FailedPrecondition("fetch rows: heads of layer " +
+                                std::to_string(request.slices.layer.value) +
+                                " hold different rows; the context is still being written");
+    }
+    const size_t bytes = size_t{rows.rows.count} * shape.row_bytes();
+    if (body->size() + 2 * bytes > limits::kDataBodyBytesMax) {
+      return ResourceExhausted(
+          "fetch rows: more than one reply can hold; ask for fewer heads at a time");
+    }
+    body->insert(body->end(), rows.rows.k, rows.rows.k + bytes);
+    body->insert(body->end(), rows.rows.v, rows.rows.v + bytes);
+  }
+  header.checksum = Checksum64(*body);
+  OutMessage reply;
+  wire::Encode(header, &reply);
+  if (!body->empty()) reply.body.push_back(*body);
+  reply.pin = std::move(body);
+  Reply(connection, message, std::move(reply));
+  return OkStatus();
+}
+
+Status DataService::FetchPages(Connection& connection, const InMessage& message) {
+  KV_ASSIGN_OR_RETURN(const Fenced fenced, Fence(connection, message, false));
+  KV_ASSIGN_OR_RETURN(const wire::FetchPagesRequest request,
+                      wire::DecodeFetchPagesRequest(message, fenced.context->spec().shape));
+  KV_RETURN_IF_ERROR(CheckEpoch(fenced, request.epoch));
+  scratch_.heads.resize(1);
+  KV_RETURN_IF_ERROR(
+      fenced.context->FetchPages(request.layer, request.head, request.pages, &scratch_.heads[0]));
+  OutMessage reply;
+  KV_RETURN_IF_ERROR(GatherPages(&reply));
+  reply.pin = shard_.pool().Pin();
+  scratch_.select_ns = scratch_.gather_ns = 0;
+  KV_ASSIGN_OR_RETURN(scratch_.next_position,
+                      fenced.context->NextPosition(request.layer, request.head));
+  wire::Encode(scratch_, &reply);
+  Reply(connection, message, std::move(reply));
+  return OkStatus();
+}
+
+}  // namespace icecache

@@ -1,0 +1,228 @@
+#include "cacheserver/data_service.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "common/limits.h"
+#include "common/log.h"
+
+namespace icecache {
+namespace {
+
+constexpr Duration kSweepInterval = std::chrono::seconds(2);
+constexpr std::array<const char*, 8> kKindNames = {
+    "unknown", "attach", "put_rows", "build", "select", "fetch_rows", "fetch_pages", "unknown"};
+
+Histogram& StageHistogram(MetricsRegistry& metrics, const char* stage) {
+  return metrics.GetHistogram(
+      "icecache_select_seconds",
+      "Server time of selections by stage: append of rows, choice of pages, gather of the reply.",
+      {{"stage", stage}});
+}
+
+}  // namespace
+
+DataService::DataService(Shard& shard, Reactor& reactor, MetricsRegistry& metrics,
+                         const DataServiceOptions& options)
+    : shard_(shard),
+      reactor_(reactor),
+      metrics_(metrics),
+      options_(options),
+      bytes_sent_(metrics.GetCounter("icecache_sent_bytes_total",
+                                     "Bytes of data-plane replies, by shard.",
+                                     {{"shard", std::to_string(shard.options().id.value)}})),
+      pages_returned_(metrics.GetCounter("icecache_pages_sent_total",
+                                         "Pages sent with content by selections.")),
+      pages_resident_(metrics.GetCounter("icecache_pages_resident_total",
+                                         "Pages selected that the worker already held.")),
+      tokens_read_(metrics.GetCounter("icecache_select_tokens_read_total",
+                                      "Rows of K read exactly by selections.")),
+      rows_received_(metrics.GetCounter("icecache_rows_received_total",
+                                        "K/V rows received, counted per kv head.")),
+      append_seconds_(StageHistogram(metrics, "append")),
+      select_seconds_(StageHistogram(metrics, "select")),
+      gather_seconds_(StageHistogram(metrics, "gather")) {
+  sweep_ = reactor_.After(kSweepInterval, [this] { Sweep(); });
+}
+
+DataService::~DataService() {
+  reactor_.Cancel(sweep_);
+  connections_.clear();
+}
+
+void DataService::Accept(std::unique_ptr<Endpoint> endpoint) {
+  if (!accepting_ || connections_.size() >= limits::kConnectionsMax) {
+    LogWarn("data connection refused",
+            {{"peer", endpoint->Describe()},
+             {"reason", accepting_ ? "maximum of connections" : "the server is draining"}});
+    return;  // the endpoint closes as it goes
+  }
+  auto connection = std::make_unique<Connection>();
+  connection->id = next_connection_++;
+  connection->last_attached = reactor_.clock().Now();
+  ChannelOptions options;
+  options.heartbeat_interval = options_.heartbeat_interval;
+  options.heartbeat_misses =
+      std::max(2, static_cast<int>(options_.peer_timeout / options_.heartbeat_interval));
+  connection->channel = std::make_unique<Channel>(reactor_, std::move(endpoint), options);
+  Connection& c = *connection;
+  c.channel->SetHandler([this, &c](const InMessage& message) { Handle(c, message); });
+  c.channel->SetOnClosed([this, id = c.id](const Status& status) {
+    LogDebug("data connection closed", {{"reason", status.ToString()}});
+    Close(id);
+  });
+  LogDebug("data connection", {{"peer", c.channel->endpoint().Describe()}});
+  connections_.emplace(c.id, std::move(connection));
+}
+
+void DataService::Close(uint64_t id) {
+  auto node = connections_.extract(id);
+  if (node.empty()) return;
+  // Not inside a callback of the channel that goes.
+  std::shared_ptr<Connection> gone = std::move(node.mapped());
+  reactor_.Post([gone] {});
+}
+
+void DataService::Sweep() {
+  const TimePoint now = reactor_.clock().Now();
+  std::vector<uint64_t> idle;
+  for (auto& [id, connection] : connections_) {
+    for (auto it = connection->attached.begin(); it != connection->attached.end();) {
+      const bool dead = shard_.FindLease(it->second) == nullptr;
+      it = dead ? connection->attached.erase(it) : std::next(it);
+    }
+    if (!connection->attached.empty()) connection->last_attached = now;
+    if (now - connection->last_attached > limits::kAttachTimeout) idle.push_back(id);
+  }
+  for (uint64_t id : idle) {
+    connections_.at(id)->channel->Close();
+    Close(id);
+  }
+  sweep_ = reactor_.After(kSweepInterval, [this] { Sweep(); });
+}
+
+void DataService::Count(uint16_t kind, StatusCode code) {
+  const size_t row = kind < kKindNames.size() ? kind : 0;
+  Counter*& counter = counters_[row][static_cast<size_t>(code) & 15];
+  if (counter == nullptr) {
+    counter = &metrics_.GetCounter(
+        "icecache_requests_total", "Data-plane requests by kind and result.",
+        {{"kind", kKindNames[row]}, {"result", std::string(StatusCodeName(code))}});
+  }
+  counter->Add();
+}
+
+void DataService::Handle(Connection& connection, const InMessage& message) {
+  Status status;
+  if (connection.channel->endpoint().bytes_queued() > limits::kReplyBytesQueuedMax) {
+    status = ResourceExhausted("the peer takes its replies too slowly: " +
+                               std::to_string(connection.channel->endpoint().bytes_queued()) +
+                               " bytes wait for it; read replies before sending more requests");
+  } else {
+    status = Dispatch(connection, message);
+  }
+  if (status.ok()) return;  // answered, or will be
+  Count(message.kind, status.code());
+  connection.channel->ReplyError(message.id, status);
+}
+
+Status DataService::Dispatch(Connection& connection, const InMessage& message) {
+  switch (message.kind) {
+    case wire::kAttach:
+      return Attach(connection, message);
+    case wire::kPutRows:
+      return PutRows(connection, message);
+    case wire::kBuild:
+      return Build(connection, message);
+    case wire::kSelect:
+      return Select(connection, message);
+    case wire::kFetchRows:
+      return FetchRows(connection, message);
+    case wire::kFetchPages:
+      return FetchPages(connection, message);
+    default:
+      return Unimplemented("request kind " + std::to_string(message.kind) +
+                           " is not known to protocol version " +
+                           std::to_string(wire::kProtocolVersion));
+  }
+}
+
+void DataService::Reply(Connection& connection, const InMessage& request, OutMessage reply) {
+  reply.kind = request.kind;
+  uint64_t bytes = reply.meta.size();
+  for (std::span<const std::byte> part : reply.body) bytes += part.size();
+  bytes_sent_.Add(bytes);
+  Count(request.kind, StatusCode::kOk);
+  connection.channel->Reply(request.id, std::move(reply));
+}
+
+Result<DataService::Fenced> DataService::Fence(const Connection& connection,
+                                               const InMessage& message, bool write) const {
+  KV_ASSIGN_OR_RETURN(const ContextId id, wire::PeekContext(message));
+  const auto attached = connection.attached.find(id);
+  if (attached == connection.attached.end()) {
+    return PermissionDenied(
+        "context " + std::to_string(id.value) +
+        " is not attached on this connection; send Attach with the ticket of its grant first");
+  }
+  Fenced fenced;
+  fenced.lease = shard_.FindLease(attached->second);
+  if (fenced.lease == nullptr) {
+    return FailedPrecondition("the lease of epoch " + std::to_string(attached->second.value) +
+                              " on context " + std::to_string(id.value) +
+                              " has ended; open or create the context again");
+  }
+  // Attach has checked both; a lease that changed hands would be a bug of ours.
+  KV_CHECK(fenced.lease->context == id && fenced.lease->tenant == connection.tenant);
+  if (write && !fenced.lease->writable) {
+    return PermissionDenied("context " + std::to_string(id.value) +
+                            " was opened to read; fork it to append to a context of your own");
+  }
+  fenced.context = shard_.FindContext(id);
+  if (fenced.context == nullptr) {
+    return NotFound("context " + std::to_string(id.value) + " was dropped");
+  }
+  return fenced;
+}
+
+Status DataService::CheckEpoch(const Fenced& fenced, Epoch epoch) const {
+  if (epoch == fenced.lease->epoch) return OkStatus();
+  return FailedPrecondition("the request is of epoch " + std::to_string(epoch.value) +
+                            " and this connection has attached epoch " +
+                            std::to_string(fenced.lease->epoch.value) +
+                            "; use the epoch of the grant, or attach again");
+}
+
+Status DataService::Attach(Connection& connection, const InMessage& message) {
+  KV_ASSIGN_OR_RETURN(const wire::AttachRequest request, wire::DecodeAttachRequest(message));
+  if (request.protocol_version != wire::kProtocolVersion) {
+    return Unimplemented("attach: protocol version " + std::to_string(request.protocol_version) +
+                         ", this server speaks " + std::to_string(wire::kProtocolVersion) +
+                         "; use worker and server of one release");
+  }
+  const Lease* lease = shard_.FindTicket(request.ticket);
+  if (lease == nullptr) {
+    return Unauthenticated(
+        "attach: the ticket is unknown or its lease has ended; open or create the context again");
+  }
+  if (connection.tenant && *connection.tenant != lease->tenant) {
+    return PermissionDenied(
+        "attach: the ticket is of another tenant than this connection; use a connection each");
+  }
+  if (connection.attached.size() >= limits::kAttachmentsPerConnectionMax &&
+      !connection.attached.contains(lease->context)) {
+    return ResourceExhausted("attach: this connection has " +
+                             std::to_string(connection.attached.size()) +
+                             " contexts, the maximum; use another connection");
+  }
+  connection.tenant = lease->tenant;
+  connection.attached[lease->context] = lease->epoch;
+  OutMessage reply;
+  wire::Encode(wire::AttachReply{.shard = shard_.options().id,
+                                 .shard_count = static_cast<uint16_t>(shard_.options().count)},
+               &reply);
+  Reply(connection, message, std::move(reply));
+  return OkStatus();
+}
+
+}  // namespace icecache

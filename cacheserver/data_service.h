@@ -1,0 +1,113 @@
+// DataService: the data plane of one shard. Accepts connections, admits them by ticket, fences
+// every request, and answers.
+//
+// A request passes, in this order: its connection has attached the context (Attach, with a ticket
+// of the control plane); the lease is alive on this shard; the tenant is the connection's; the
+// message decodes against the context's shape; its epoch is the lease's; writing needs the writer's
+// lease. Only then is the context asked. Whatever fails answers with an error and leaves the
+// connection open: the peer's next request may be fine.
+//
+// Replies carry pages straight from their frames, under a pin. What a selection appended is indexed
+// after its answer has left. Thread: the shard's. Bounds: limits.h, "Server".
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "cacheserver/shard.h"
+#include "common/channel.h"
+#include "common/metrics.h"
+#include "common/reactor.h"
+
+namespace icecache {
+
+struct DataServiceOptions {
+  // A peer that is silent for this long is gone; workers may compute for seconds without turning
+  // their loop.
+  Duration peer_timeout = limits::kLeaseTime;
+  Duration heartbeat_interval = limits::kHeartbeatInterval;
+};
+
+class DataService {
+ public:
+  DataService(Shard& shard, Reactor& reactor, MetricsRegistry& metrics,
+              const DataServiceOptions& options);
+  ~DataService();  // closes all connections
+  DataService(const DataService&) = delete;
+  DataService& operator=(const DataService&) = delete;
+
+  void Accept(std::unique_ptr<Endpoint> endpoint);
+  // From now on new connections are closed at once.
+  void StopAccepting() { accepting_ = false; }
+
+  size_t connection_count() const { return connections_.size(); }
+  uint64_t requests_open() const { return requests_open_; }  // taken and not yet answered
+
+ private:
+  struct Connection {
+    uint64_t id = 0;
+    std::unique_ptr<Channel> channel;
+    std::optional<TenantId> tenant;  // of the first ticket; later ones must be of the same
+    std::unordered_map<ContextId, Epoch> attached;
+    TimePoint last_attached;  // when it last had a living lease, or was made
+  };
+  // What a fenced request may touch.
+  struct Fenced {
+    Context* context = nullptr;
+    const Lease* lease = nullptr;
+  };
+  struct BuildInFlight;
+
+  void Handle(Connection& connection, const InMessage& message);
+  Status Dispatch(Connection& connection,
+                  const InMessage& message);  // an error is not yet answered
+  Result<Fenced> Fence(const Connection& connection, const InMessage& message, bool write) const;
+  Status CheckEpoch(const Fenced& fenced, Epoch epoch) const;
+
+  Status Attach(Connection& connection, const InMessage& message);
+  Status PutRows(Connection& connection, const InMessage& message);
+  Status Build(Connection& connection, const InMessage& message);
+  Status Select(Connection& connection, const InMessage& message);
+  Status FetchRows(Connection& connection, const InMessage& message);
+  Status FetchPages(Connection& connection, const InMessage& message);
+
+  Status AppendRows(const Fenced& fenced, const wire::SelectRequest& request);
+  Status SelectHeads(Context& context, const wire::SelectRequest& request);
+  // Body parts of scratch_'s pages, neighbours in memory as one part.
+  Status GatherPages(OutMessage* out) const;
+
+  void Reply(Connection& connection, const InMessage& request, OutMessage reply);
+  void FinishBuild(const BuildInFlight& build);
+  void Count(uint16_t kind, StatusCode code);
+  void Close(uint64_t connection);
+  void Sweep();
+
+  Shard& shard_;
+  Reactor& reactor_;
+  MetricsRegistry& metrics_;
+  const DataServiceOptions options_;
+  Counter& bytes_sent_;
+  Counter& pages_returned_;
+  Counter& pages_resident_;
+  Counter& tokens_read_;
+  Counter& rows_received_;
+  Histogram& append_seconds_;
+  Histogram& select_seconds_;
+  Histogram& gather_seconds_;
+
+  std::unordered_map<uint64_t, std::unique_ptr<Connection>> connections_;
+  uint64_t next_connection_ = 1;
+  uint64_t requests_open_ = 0;
+  bool accepting_ = true;
+  Reactor::TimerId sweep_ = 0;
+  wire::SelectReply scratch_;  // reused by every Select: its vectors keep their memory
+  std::array<std::array<Counter*, 16>, 8> counters_{};  // [kind][code], made on first use
+  std::shared_ptr<int> alive_ = std::make_shared<int>(0);
+};
+
+}  // namespace icecache

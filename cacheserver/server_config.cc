@@ -1,0 +1,271 @@
+#include "cacheserver/server_config.h"
+
+#include <arpa/inet.h>
+#include <sched.h>
+#include <sys/resource.h>
+#include <sys/statvfs.h>
+
+#include <algorithm>
+#include <charconv>
+#include <fstream>
+#include <sstream>
+
+#include "common/limits.h"
+#include "common/size.h"
+
+namespace icecache {
+namespace {
+
+constexpr uint64_t kNoLimit = ~0ull;
+constexpr uint64_t kDefaultMemoryMax = 4ull << 30;
+// UCX gives each same-host connection two 4 MiB FIFO segments in /dev/shm at most; room for a few.
+constexpr uint64_t kSharedMemoryMin = 64ull << 20;
+constexpr uint64_t kRdmaMemlockMin = 1ull << 30;
+
+std::string ReadText(const std::string& path) {
+  std::ifstream file(path);
+  std::ostringstream text;
+  text << file.rdbuf();
+  return text.str();
+}
+
+uint64_t ParseNumber(std::string_view text, uint64_t otherwise) {
+  uint64_t value = 0;
+  auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  return error == std::errc() && end != text.data() ? value : otherwise;
+}
+
+uint64_t ReadNumber(const std::string& path, uint64_t otherwise) {
+  return ParseNumber(ReadText(path), otherwise);
+}
+
+uint64_t ReadMemAvailable(const std::string& root) {
+  std::istringstream lines(ReadText(root + "/proc/meminfo"));
+  std::string line;
+  while (std::getline(lines, line)) {
+    if (!line.starts_with("MemAvailable:")) continue;
+    size_t digit = line.find_first_of("0123456789");
+    if (digit == std::string::npos) break;
+    return ParseNumber(std::string_view(line).substr(digit), 0) * 1024;
+  }
+  return kNoLimit;
+}
+
+uint64_t Left(uint64_t limit, uint64_t used) {
+  // cgroup v1 says "no limit" with a number near 2^63.
+  if (limit >= (1ull << 62)) return kNoLimit;
+  return limit > used ? limit - used : 0;
+}
+
+// The tightest of the memory limits from this process's group up to the root.
+uint64_t ReadCgroupAvailable(const std::string& root) {
+  uint64_t available = kNoLimit;
+  std::istringstream lines(ReadText(root + "/proc/self/cgroup"));
+  std::string line;
+  while (std::getline(lines, line)) {
+    const bool v2 = line.starts_with("0::");
+    const size_t v1 = line.find(":memory:");
+    if (!v2 && v1 == std::string::npos) continue;
+    std::string group = v2 ? line.substr(3) : line.substr(v1 + 8);
+    const std::string base = root + "/sys/fs/cgroup" + (v2 ? "" : "/memory");
+    // In a container the path may name the host's tree; the mount's own root is then the group.
+    for (int depth = 0; depth < 32; ++depth) {
+      const std::string at = base + group;
+      const uint64_t limit =
+          ReadNumber(at + (v2 ? "/memory.max" : "/memory.limit_in_bytes"), kNoLimit);
+      const uint64_t used = ReadNumber(at + (v2 ? "/memory.current" : "/memory.usage_in_bytes"), 0);
+      if (limit != kNoLimit) available = std::min(available, Left(limit, used));
+      if (group.empty()) break;
+      const size_t slash = group.rfind('/');
+      group.resize(slash == std::string::npos ? 0 : slash);
+    }
+  }
+  return available;
+}
+
+uint32_t ReadCores() {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  if (sched_getaffinity(0, sizeof set, &set) != 0) return 1;
+  return static_cast<uint32_t>(std::max(1, CPU_COUNT(&set)));
+}
+
+bool WantsRdma(const std::string& transports) {
+  std::istringstream names(transports);
+  std::string name;
+  while (std::getline(names, name, ',')) {
+    for (const char* rdma : {"rc", "dc", "ud", "ib"}) {
+      if (name == rdma || name.starts_with(std::string(rdma) + "_")) return true;
+    }
+  }
+  return false;
+}
+
+constexpr char kDescription[] =
+    "Holds the K/V cache of long contexts on this machine's CPU memory, finds the pages that "
+    "matter to a query, "
+    "and serves them to workers over shared memory, TCP or RDMA.";
+constexpr char kExamples[] =
+    "icecache-server --memory-size 16GiB\n"
+    "icecache-server --config /etc/icecache/server.toml --check-config\n"
+    "icecache-server --host 0.0.0.0 --token-file /etc/icecache/tokens.toml\n"
+    "icecache-server --port 0 --http-port 0 --port-file /tmp/ports.json\n"
+    "ICECACHE_LOG_LEVEL=debug icecache-server --print-config";
+
+void AddKeys(ConfigParser& parser, ServerConfig& c) {
+  parser.Add("host", &c.host,
+             "address for workers, control and data; other than loopback needs --token-file");
+  parser.Add("port", &c.port, "control port; 0: any free one", 0, 65535);
+  parser.Add("http_host", &c.http_host,
+             "address of /metrics, /live, /ready, /status; other than loopback needs a token");
+  parser.Add("http_port", &c.http_port, "port of the admin pages; 0: any free one", 0, 65535);
+  parser.AddSize("memory_size", &c.memory_size,
+                 "memory for pages and rows, as 4GiB or 512MiB, over all shards");
+  parser.Add("data_dir", &c.data_dir,
+             "folder for what must outlive the process; empty: memory only");
+  parser.Add("threads", &c.threads, "shards: threads that own and serve the pages", 1,
+             limits::kShardsMax);
+  parser.Add("build_threads", &c.build_threads, "threads that cluster pages in the background", 1,
+             256);
+  parser.Add("transports", &c.transports,
+             "what UCX may use (UCX_TLS), as posix,cma,tcp,self; must contain tcp");
+  parser.Add("token_file", &c.token_file,
+             "TOML file of tenants and hashed secrets; reloaded on SIGHUP");
+  parser.AddMillis("lease_ms", &c.lease_ms, "how long a silent worker keeps its contexts");
+  parser.AddMillis("heartbeat_ms", &c.heartbeat_ms,
+                   "how often workers are told to renew their leases");
+  parser.AddMillis("drain_timeout_ms", &c.drain_timeout_ms,
+                   "how long SIGTERM waits for work in flight");
+  parser.Add("log_level", &c.log_level, "debug, info, warn, error or off");
+  parser.Add("log_format", &c.log_format, "text or json");
+  parser.Add("port_file", &c.port_file, "write the ports chosen as JSON to this file once ready");
+}
+
+void AddChecks(ConfigParser& parser, ServerConfig& c) {
+  parser.AddCheck("log_level", [&c]() -> Status {
+    KV_ASSIGN_OR_RETURN(c.level, ParseLogLevel(c.log_level));
+    return OkStatus();
+  });
+  parser.AddCheck("log_format", [&c]() -> Status {
+    KV_ASSIGN_OR_RETURN(c.format, ParseLogFormat(c.log_format));
+    return OkStatus();
+  });
+  parser.AddCheck("transports", [&c]() -> Status {
+    const std::string list = "," + c.transports + ",";
+    if (c.transports.empty() || c.transports == "all" || list.find(",tcp,") != std::string::npos) {
+      return OkStatus();
+    }
+    return InvalidArgument("'" + c.transports +
+                           "' lacks tcp, over which connections are made; add it: " + c.transports +
+                           ",tcp");
+  });
+}
+
+}  // namespace
+
+Machine ReadMachine(const std::string& root) {
+  Machine machine;
+  machine.cores = ReadCores();
+  machine.memory_available = ReadMemAvailable(root);
+  machine.cgroup_available = ReadCgroupAvailable(root);
+  struct statvfs shm {};
+  if (statvfs((root + "/dev/shm").c_str(), &shm) == 0) {
+    machine.shm_available = uint64_t{shm.f_bavail} * shm.f_frsize;
+  }
+  struct rlimit lock {};
+  if (getrlimit(RLIMIT_MEMLOCK, &lock) == 0 && lock.rlim_cur != RLIM_INFINITY) {
+    machine.memlock = lock.rlim_cur;
+  }
+  return machine;
+}
+
+ServerConfig DefaultServerConfig(const Machine& machine) {
+  ServerConfig config;
+  const uint64_t half = std::min(machine.memory_available, machine.cgroup_available) / 2;
+  // Whole MiB: it is printed and read by people.
+  config.memory_size =
+      std::clamp(half, uint64_t{limits::kPoolBytesMin}, kDefaultMemoryMax) >> 20 << 20;
+  config.threads = std::clamp(machine.cores / 2, 1u, limits::kShardsMax);
+  config.build_threads = std::max(1u, machine.cores / 2);
+  config.lease_ms = static_cast<uint32_t>(limits::kLeaseTime.count());
+  config.heartbeat_ms = static_cast<uint32_t>(limits::kHeartbeatInterval.count());
+  config.drain_timeout_ms = static_cast<uint32_t>(limits::kDrainTimeout.count());
+  return config;
+}
+
+bool IsLoopbackHost(const std::string& host) {
+  if (host == "localhost") return true;
+  in_addr v4{};
+  if (inet_pton(AF_INET, host.c_str(), &v4) == 1) return (ntohl(v4.s_addr) >> 24) == 127;
+  in6_addr v6{};
+  return inet_pton(AF_INET6, host.c_str(), &v6) == 1 && IN6_IS_ADDR_LOOPBACK(&v6);
+}
+
+Result<ParsedServerConfig> ParseServerConfig(int argc, const char* const* argv,
+                                             const Machine& machine,
+                                             ConfigParser::Environment environment) {
+  ParsedServerConfig parsed;
+  parsed.config = DefaultServerConfig(machine);
+  ConfigParser parser("icecache-server", kDescription, kExamples);
+  AddKeys(parser, parsed.config);
+  AddChecks(parser, parsed.config);
+  KV_ASSIGN_OR_RETURN(parsed.outcome,
+                      parser.Parse(argc, argv, std::string("icecache-server ") + kServerVersion,
+                                   std::move(environment)));
+  if (!parsed.outcome.exit) parsed.merged = parser.Print();
+  return parsed;
+}
+
+Status CheckServerConfig(const ServerConfig& c, const Machine& machine) {
+  if (!IsLoopbackHost(c.host) && c.token_file.empty()) {
+    return InvalidArgument("host " + c.host +
+                           " is not loopback and there is no token file, so anybody could "
+                           "read every context; give --token-file FILE, or --host 127.0.0.1");
+  }
+  if (!IsLoopbackHost(c.http_host) && c.token_file.empty()) {
+    return InvalidArgument("http-host " + c.http_host +
+                           " is not loopback and there is no token file with an "
+                           "admin in it; give --token-file FILE, or --http-host 127.0.0.1");
+  }
+  const uint64_t pool_min = uint64_t{limits::kPoolBytesMin} * c.threads;
+  if (c.memory_size < pool_min) {
+    return InvalidArgument("memory-size " + FormatSize(c.memory_size) + " is too little for " +
+                           std::to_string(c.threads) + " shards; give --memory-size " +
+                           FormatSize(pool_min) + " or more, or fewer --threads");
+  }
+  if (c.memory_size > machine.memory_available) {
+    return ResourceExhausted("memory-size " + FormatSize(c.memory_size) + " is more than the " +
+                             FormatSize(machine.memory_available) +
+                             " this machine has available; give a smaller --memory-size");
+  }
+  if (c.memory_size > machine.cgroup_available) {
+    return ResourceExhausted(
+        "memory-size " + FormatSize(c.memory_size) + " is more than the " +
+        FormatSize(machine.cgroup_available) +
+        " left under the memory limit of this control group; give a smaller --memory-size "
+        "or raise the limit (systemd: MemoryMax=, containers: --memory)");
+  }
+  if (machine.shm_available < kSharedMemoryMin) {
+    return ResourceExhausted(
+        "/dev/shm has " + FormatSize(machine.shm_available) + " free and " +
+        FormatSize(kSharedMemoryMin) +
+        " are needed for connections on this host; run: mount -o remount,size=1G /dev/shm "
+        "(containers: --shm-size 1g)");
+  }
+  if (WantsRdma(c.transports) && machine.memlock < kRdmaMemlockMin) {
+    return ResourceExhausted(
+        "transports " + c.transports + " lock memory and `ulimit -l` is " +
+        FormatSize(machine.memlock) +
+        "; run: ulimit -l unlimited (systemd: LimitMEMLOCK=infinity, containers: --ulimit "
+        "memlock=-1)");
+  }
+  // A third of the lease time, so that two lost renewals are survived.
+  if (c.heartbeat_ms == 0 || uint64_t{c.heartbeat_ms} * 3 > c.lease_ms) {
+    return InvalidArgument("lease-ms " + std::to_string(c.lease_ms) +
+                           " must be at least three times heartbeat-ms " +
+                           std::to_string(c.heartbeat_ms) + ", which must not be 0");
+  }
+  return OkStatus();
+}
+
+}  // namespace icecache

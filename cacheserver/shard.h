@@ -1,0 +1,141 @@
+// Shard: the contexts, memory and leases of one thread.
+//
+// Owns the thread's PagePool and its part of every context. The control plane calls in by posting
+// to the shard's reactor (ContextService); the data plane calls directly (DataService, same
+// thread). A request is served only under a lease that the control plane has put here and not taken
+// back: that is the fence.
+//
+// Clustering runs on the BuildPool: the shard keeps each job, lends it to a pool thread, and
+// installs it when it comes back. A context may be dropped meanwhile; the result is then thrown
+// away here, on this thread.
+//
+// Lifecycle: 1. made on any thread -> 2. used on its reactor's thread -> 3. destroyed there, after
+// BuildPool::Stop.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "cacheserver/build_pool.h"
+#include "cacheserver/context/context.h"
+#include "cacheserver/context/lease_table.h"
+#include "cacheserver/store/page_pool.h"
+#include "common/metrics.h"
+#include "common/reactor.h"
+
+namespace icecache {
+
+struct ShardOptions {
+  ShardId id;
+  uint32_t count = 1;  // shards of the server
+  uint64_t memory_bytes = 0;
+};
+
+struct SegmentBytes {
+  uint64_t kv_bytes = 0;
+  uint64_t index_bytes = 0;
+};
+
+struct ShardStatus {
+  ShardId id;
+  PoolUsage pool;
+  std::map<TenantId, TenantUsage> tenants;
+  uint64_t contexts = 0;
+  uint64_t leases = 0;
+  uint64_t jobs = 0;         // clustering: running or waiting for a thread
+  uint64_t connections = 0;  // of the data plane; filled in by the server
+  std::string address;       // likewise
+  std::string transport;     // likewise
+};
+
+class Shard {
+ public:
+  // All borrowed things outlive the shard.
+  Shard(const ShardOptions& options, Reactor& reactor, BuildPool& builds, MetricsRegistry& metrics);
+  ~Shard();
+  Shard(const Shard&) = delete;
+  Shard& operator=(const Shard&) = delete;
+
+  // For the control plane. Ids are unique on the server and never used again.
+  // spec.shard and spec.shard_count are filled in here. RESOURCE_EXHAUSTED, INVALID_ARGUMENT.
+  Status CreateContext(ContextSpec spec);
+  // The child takes shape, policy and sizes from its parent.
+  Status ForkContext(ContextId parent, ContextId child, SegmentId segment);
+  // Where the slices of the private segment end if all of them can be sealed now; nullopt when the
+  // shard owns none. FAILED_PRECONDITION names the slice that is behind or being built. Changes
+  // nothing.
+  Result<std::optional<uint32_t>> CheckSealable(ContextId context) const;
+  // Harmless when repeated.
+  Result<std::optional<SegmentEnds>> SealContext(ContextId context);
+  void DropContext(ContextId context);  // absent: nothing
+  void AddLease(const Lease& lease);
+  void EndLease(Epoch epoch);
+  void SetQuota(TenantId tenant, uint64_t bytes) { pool_.SetQuota(tenant, bytes); }
+  std::map<SegmentId, SegmentBytes> BytesOf(std::span<const ContextId> contexts) const;
+  ShardStatus status();
+
+  // For the data plane. nullptr: absent, valid until the shard next changes leases or contexts.
+  const Lease* FindTicket(std::span<const std::byte> ticket) const;
+  const Lease* FindLease(Epoch epoch) const;
+  Context* FindContext(ContextId context);
+  // Clusters one slice and calls done on a later turn or, when the build stands already, at once.
+  // The answer is the slice's page count.
+  using BuildDone = std::function<void(Result<uint32_t>)>;
+  void Build(ContextId context, LayerId layer, KvHeadId head, uint32_t token_count,
+             std::span<const float> query_energy, BuildDone done);
+  // Moves pending rows of these slices into the index on later turns, a few at a time, and starts a
+  // re-clustering where one is due.
+  void IndexLater(ContextId context, LayerId layer, std::span<const KvHeadId> heads);
+
+  PagePool& pool() { return pool_; }
+  const ShardOptions& options() const { return options_; }
+  uint64_t jobs() const { return jobs_.size(); }
+
+ private:
+  struct SliceName {
+    ContextId context;
+    LayerId layer;
+    KvHeadId head;
+  };
+  struct Job {
+    SliceName slice;
+    std::unique_ptr<SliceJob> work;
+    BuildDone done;  // empty: re-clustering
+    TimePoint started;
+  };
+  void Submit(SliceName slice, std::unique_ptr<SliceJob> work, BuildDone done);
+  void Finish(uint64_t job);
+  void IndexSome();
+  void MaybeRecluster(Context& context, const SliceName& slice);
+
+  const ShardOptions options_;
+  Reactor& reactor_;
+  BuildPool& builds_;
+  Counter& rows_indexed_;
+  Counter& reclusters_;
+  Counter& jobs_failed_;
+  Histogram& build_seconds_;
+
+  PagePool pool_;
+  std::unique_ptr<AttentionBackend> attention_;
+  std::unordered_map<ContextId, std::unique_ptr<Context>> contexts_;
+  std::unordered_map<Epoch, Lease> leases_;
+  std::unordered_map<std::string, Epoch> tickets_;
+  std::unordered_map<uint64_t, std::unique_ptr<Job>> jobs_;
+  uint64_t next_job_ = 1;
+  uint32_t reclusters_running_ = 0;
+  std::deque<SliceName> to_index_;
+  bool index_posted_ = false;
+  // Work posted to the reactor holds it weakly, so that nothing runs into a destroyed shard.
+  std::shared_ptr<int> alive_ = std::make_shared<int>(0);
+};
+
+}  // namespace icecache
