@@ -124,8 +124,8 @@ class Context {
  private:
   Context(const ContextSpec& spec, PagePool& pool, AttentionBackend& attention);
 
+  Status CheckSlice(LayerId layer, KvHeadId head) const;
   Result<HeadSlice*> MutableSlice(LayerId layer, KvHeadId head);
-  Status CollectSlices(LayerId layer, KvHeadId head, std::vector<const Segment*>* segments) const;
 
   const ContextSpec spec_;
   PagePool& pool_;

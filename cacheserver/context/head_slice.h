@@ -69,11 +69,11 @@ class HeadSlice {
   Result<std::unique_ptr<SliceJob>> PrepareRecluster(std::span<const float> query_energy);
   bool wants_recluster()
       const;  // limits::kReclusterTokens came since the last clustering, and no job runs
-  // Takes the result of a job that has run. CANCELLED when the slice has moved on (sealed);
+  // Takes the result of a job that has run. CANCELLED when the slice was sealed meanwhile;
   // RESOURCE_EXHAUSTED. On failure the slice is as before, and Prepare may be called again. Always
   // ends the job.
   Status Install(std::unique_ptr<SliceJob> job);
-  void AbandonJob() { job_running_ = false; }  // the job was dropped without Install
+  void AbandonJob();  // the running job was dropped without Install
 
   // Rows that left a worker's window, as pending. Rows before next_append() are ignored (a repeated
   // request); OUT_OF_RANGE for a gap. At most kPendingTokensMax a call; when there is no room,
@@ -99,7 +99,8 @@ class HeadSlice {
 
   bool sealed() const { return sealed_; }
   bool built() const { return built_count_.has_value(); }
-  bool job_running() const { return job_running_; }
+  bool job_running() const { return job_ != Job::kNone; }
+  bool building() const { return job_ == Job::kBuild; }
   uint32_t sink_count() const { return sinks_ ? sinks_->count() : 0; }
   uint32_t pending_count() const { return pending_.count(); }
   uint64_t indexed_count() const { return table_->token_count(); }
@@ -115,16 +116,22 @@ class HeadSlice {
   Status Validate() const;
 
  private:
+  enum class Job : uint8_t { kNone, kBuild, kRecluster };
+
   std::unique_ptr<SelectionPolicy> NewPolicy() const;
-  Status CheckRows(const TokenRows& rows) const;
+  std::unique_ptr<PageTable> NewTable() const;
+  std::shared_ptr<RowBuffer> NewRows() const;
+  Status CheckRows(uint32_t first, const TokenRows& rows) const;
+  Status CheckMutable(const char* what) const;
+  uint32_t live_tail_first() const;
+  Status OwnTail();
+  Result<std::unique_ptr<SliceJob>> NewJob(SliceJob::Kind kind, uint32_t token_count,
+                                           std::span<const float> query_energy);
+  Status InstallBuild(SliceJob& job);
+  Status CatchUp(SliceJob& job);
   Status EnsurePolicy();
-  Status CatchUp(SelectionPolicy& policy, PageTable& table, uint64_t old_count);
   Status InsertRow(SelectionPolicy& policy, PageTable& table, const TokenRows& row,
                    uint32_t position);
-  Status InstallBuild(SliceJob& job);
-  Status InstallRecluster(SliceJob& job);
-  std::unique_ptr<SliceJob> NewJob(SliceJob::Kind kind, std::span<const float> query_energy) const;
-  Status ReserveForJob(SliceJob& job, uint32_t tokens);
 
   PagePool& pool_;
   const SliceOptions options_;
@@ -139,8 +146,8 @@ class HeadSlice {
   std::optional<uint32_t> built_count_;
   uint32_t next_version_ = 1;  // never falls: old names of pages never match again
   uint64_t inserts_since_build_ = 0;
-  uint64_t generation_ = 0;  // changes whenever a running job would be out of date
-  bool job_running_ = false;
+  uint64_t generation_ = 0;  // a job of an earlier one is out of date
+  Job job_ = Job::kNone;
   bool sealed_ = false;
 };
 

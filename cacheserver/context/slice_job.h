@@ -30,6 +30,7 @@ class SliceJob {
   // OK, or why Run failed (non-finite rows are refused at the door, so a failure is INTERNAL).
   const Status& status() const { return status_; }
   uint32_t token_count() const { return token_count_; }
+  uint32_t page_count() const { return layout_.page_count(); }
 
  private:
   friend class HeadSlice;
@@ -38,31 +39,29 @@ class SliceJob {
 
   void GatherSnapshot();
   TokenRows IndexRows() const;
-  void FillPages();  // as far as spare frames reach
+  void FillPages();   // as far as spare frames reach
+  Status Complete();  // owner's thread: the pages that found no frame set aside
 
   Kind kind_ = Kind::kBuild;
-  uint64_t slice_generation_ = 0;  // Install refuses a job of another generation
-  PolicyKind policy_kind_ = PolicyKind::kClusterTree;
+  uint64_t generation_ = 0;  // Install refuses a job of another generation of the slice
   PolicyOptions policy_options_;
   std::vector<float> query_energy_;
   uint32_t token_count_ = 0;         // rows to cluster
-  uint32_t first_position_ = 0;      // of row 0 (kBuild)
-  uint32_t sink_count_ = 0;          // kBuild: rows of rows_ before the first to index
-  uint32_t built_count_ = 0;         // kBuild: all rows of the segment
+  uint32_t first_position_ = 0;      // of the first of them
+  uint32_t first_row_ = 0;           // its row in rows_
+  uint32_t staged_count_ = 0;        // kBuild: all rows of the segment, sinks and tail included
+  uint32_t version_ = 0;             // of every page of the result
   std::shared_ptr<RowBuffer> rows_;  // kBuild: the staged rows. kRecluster: room to gather into
-  std::vector<uint32_t> positions_;  // kRecluster: of each row gathered
   std::vector<PageView> snapshot_;   // kRecluster: pages as they stood
   std::vector<const uint32_t*> snapshot_positions_;
   std::shared_ptr<const void> pin_;  // keeps the snapshot's frames
-  uint32_t version_ = 0;             // of every page of the result
 
   bool done_ = false;
   Status status_;
-  std::unique_ptr<SelectionPolicy> policy_;
-  std::unique_ptr<PageTable> table_;
+  std::unique_ptr<SelectionPolicy> policy_;  // empty until Run
+  std::unique_ptr<PageTable> table_;         // holds the spare frames until Run
   PageLayout layout_;
-  uint32_t pages_filled_ =
-      0;  // Install adds the rest when the layout needs more frames than were set aside
+  uint32_t pages_filled_ = 0;
 };
 
 }  // namespace icecache

@@ -118,14 +118,15 @@ class PagePool {
     int fd = -1;
     std::byte* base = nullptr;  // nullptr: the slot is free
     uint32_t frame_count = 0;
-    uint32_t used = 0;
     std::vector<uint32_t> free_frames;  // indices; a stack
+    std::vector<bool> in_use;           // catches a frame released twice
   };
   // Extents of one tenant and frame size.
   struct FrameClass {
     std::set<uint32_t>
         partial;  // slots with a free frame, empty extents included; lowest first packs memory
     uint64_t frames_used = 0;
+    uint64_t frames_free = 0;
     uint32_t empty_extents = 0;
   };
   struct Account {
@@ -141,9 +142,10 @@ class PagePool {
   };
 
   Status CheckRoom(TenantId tenant, const Account& account, uint64_t bytes) const;
+  Status MakeRoom(TenantId tenant, const Account& account, uint64_t bytes, const FrameClass* keep);
   Status AddExtent(TenantId tenant, Account& account, uint32_t frame_bytes);
-  void DropExtent(uint32_t slot);
-  void TrimEmptyExtents();
+  void DropExtent(Account& account, uint32_t slot);
+  void TrimEmptyExtents(const FrameClass* keep);
   void StartGeneration();
   void FreeFrames(TenantId tenant, uint32_t frame_bytes, std::span<const Frame> frames);
 
@@ -154,8 +156,8 @@ class PagePool {
   PoolUsage total_;
   uint64_t next_serial_ = 1;
   std::shared_ptr<Generation> generation_;
-  std::shared_ptr<const std::atomic<bool>> generation_unpinned_;
-  std::deque<Waiting> waiting_;  // oldest first
+  bool generation_pinned_ = false;  // a pin was taken since it started
+  std::deque<Waiting> waiting_;     // oldest first
 };
 
 }  // namespace icecache

@@ -54,6 +54,7 @@ class PageTable {
   // Sets frames aside until there are `count` spare ones. RESOURCE_EXHAUSTED: unchanged.
   Status ReserveFrames(uint32_t count);
   void ReleaseSpares();
+  void ReservePages(uint32_t count);  // room in the table itself
   uint32_t spare_frames() const { return static_cast<uint32_t>(spares_.size()); }
 
   // Takes a spare. REQUIRES: spare_frames() > 0. The new page is empty: append to it, then Commit.
@@ -98,7 +99,6 @@ class PageTable {
   uint32_t* position_row(const Frame& frame) const {
     return reinterpret_cast<uint32_t*>(frame.data + size_t{2} * limits::kPageTokens * row_bytes_);
   }
-  PageContent Content(const Entry& entry, uint32_t fill) const;
   uint64_t Checksum(PageId page) const;
   Frame TakeSpare();
 

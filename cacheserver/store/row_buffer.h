@@ -35,6 +35,11 @@ class RowBuffer {
   // Replaces everything from row `first` on. REQUIRES: first <= count(). RESOURCE_EXHAUSTED:
   // unchanged.
   Status Write(uint32_t first, const TokenRows& rows);
+  // Sets the count without writing; the new rows are filled through mutable_k and mutable_v, on any
+  // thread. REQUIRES: count() <= count <= what was reserved.
+  void Extend(uint32_t count);
+  std::byte* mutable_k(uint32_t row) { return k_.get() + row * row_bytes_; }
+  std::byte* mutable_v(uint32_t row) { return v_.get() + row * row_bytes_; }
   void DropFront(uint32_t count);
   void Clear();  // drops rows and memory
 

@@ -1,0 +1,259 @@
+// Selection over a chain of segments: one ranking under one budget.
+//
+// Every segment selects as if it were alone; the best pages of all survive, the others are attended
+// exactly and join the residual. A chain of one segment pays nothing for this.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <string>
+
+#include "cacheserver/context/context.h"
+#include "kernels/distance.h"
+
+namespace icecache {
+
+namespace {
+
+struct Candidate {
+  float log_mass;
+  uint32_t link;  // of the chain
+  PageId page;
+};
+
+struct Link {
+  const Segment* segment;
+  const HeadSlice* slice;
+};
+
+// Reused from call to call, so that a selection allocates nothing once sizes have settled. A thread
+// runs one selection at a time.
+struct Scratch {
+  std::vector<Link> links;
+  std::vector<Selection> selections;
+  std::vector<Candidate> candidates;
+  std::vector<PageId> dropped;
+  AttentionStates residual;
+  std::vector<float> page_lse;  // [candidates, group]
+  std::vector<const wire::ResidentPage*> resident;
+};
+
+Scratch& ThreadScratch() {
+  thread_local Scratch scratch;
+  return scratch;
+}
+
+// Best first; ties fall to the older segment and the lower page, so that equal input gives equal
+// answers.
+bool BetterCandidate(const Candidate& a, const Candidate& b) {
+  if (a.log_mass != b.log_mass) return a.log_mass > b.log_mass;
+  return a.link != b.link ? a.link < b.link : a.page < b.page;
+}
+
+// log of the sum of exp(q . k) over a page, for each query head.
+void PageLogMass(const SelectRequest& request, const PagedKv& kv, PageId page, float* lse) {
+  const PageView& view = kv.pages[page.value];
+  float scores[limits::kGroupMax * limits::kPageTokens];
+  DotRows(request.queries, request.group, view.k, kv.dtype, view.fill, kv.head_dim, scores,
+          limits::kPageTokens);
+  for (uint32_t h = 0; h < request.group; ++h) {
+    float* s = scores + size_t{h} * limits::kPageTokens;
+    const float max = MaxOf(s, view.fill);
+    lse[h] = max + std::log(ExpShifted(s, view.fill, max, s));
+  }
+}
+
+// Every segment says what share of its own mass its pages cover; with the exact mass of those pages
+// that gives its total, and the totals give the share that the surviving pages cover of the whole
+// chain.
+float CoveredMass(const SelectRequest& request, Scratch& scratch, size_t kept) {
+  const size_t count = scratch.candidates.size();
+  const uint32_t group = request.group;
+  scratch.page_lse.resize(count * group);
+  for (size_t i = 0; i < count; ++i) {
+    const Candidate& c = scratch.candidates[i];
+    PageLogMass(request, scratch.links[c.link].slice->pages(), c.page,
+                scratch.page_lse.data() + i * group);
+  }
+  double covered = 0;
+  for (uint32_t h = 0; h < group; ++h) {
+    float max = kEmptyMax;
+    for (size_t i = 0; i < count; ++i) max = std::max(max, scratch.page_lse[i * group + h]);
+    for (size_t link = 0; link < scratch.links.size(); ++link) {
+      Selection& s = scratch.selections[link];
+      if (s.pages.empty() && s.residual.heads() == group)
+        max = std::max(max, LogSumExp(s.residual.ref(), h));
+    }
+    double kept_mass = 0, total = 0;
+    for (uint32_t link = 0; link < scratch.links.size(); ++link) {
+      Selection& s = scratch.selections[link];
+      double mass = 0;
+      for (size_t i = 0; i < count; ++i) {
+        if (scratch.candidates[i].link != link) continue;
+        const double m = std::exp(double{scratch.page_lse[i * group + h]} - max);
+        mass += m;
+        if (i < kept) kept_mass += m;
+      }
+      if (!s.pages.empty()) {
+        total += mass / std::clamp(double{s.covered_mass}, 1e-6, 1.0);
+      } else if (s.residual.heads() == group) {
+        total += std::exp(double{LogSumExp(s.residual.ref(), h)} - max);
+      }
+    }
+    covered += total > 0 ? kept_mass / total : 1;
+  }
+  return static_cast<float>(std::min(1.0, covered / group));
+}
+
+bool NameLess(const wire::ResidentPage* a, const wire::ResidentPage* b) {
+  return a->segment != b->segment ? a->segment < b->segment : a->page < b->page;
+}
+
+// Rows of the page that the worker holds already: all it named, when the name is still that of the
+// page.
+uint8_t HeldRows(const Scratch& scratch, SegmentId segment, PageId page,
+                 const PageContent& content) {
+  wire::ResidentPage name;
+  name.segment = segment;
+  name.page = page;
+  auto it = std::lower_bound(scratch.resident.begin(), scratch.resident.end(), &name, NameLess);
+  uint8_t held = 0;
+  for (; it != scratch.resident.end() && !NameLess(&name, *it); ++it) {
+    if ((*it)->version == content.version && (*it)->fill <= content.fill)
+      held = std::max(held, (*it)->fill);
+  }
+  return held;
+}
+
+void FillPayload(SegmentId segment, PageId page, const PageContent& content, uint8_t from,
+                 float log_mass, wire::PagePayload* out) {
+  out->segment = segment;
+  out->page = page;
+  out->version = content.version;
+  out->fill = static_cast<uint8_t>(content.fill);
+  out->from = from;
+  out->log_mass = log_mass;
+  out->checksum = content.checksum;
+  const size_t row_bytes = content.k_rows.size() / content.fill;
+  out->k_rows = content.k_rows.subspan(from * row_bytes);
+  out->v_rows = content.v_rows.subspan(from * row_bytes);
+  out->positions = content.positions.subspan(from * sizeof(uint32_t));
+}
+
+// The tokens that may be read exactly are one budget too: shared out by what each segment has
+// indexed.
+uint32_t ReadShare(uint32_t read_cap, uint64_t indexed, uint64_t indexed_total) {
+  return indexed_total == 0 ? read_cap : static_cast<uint32_t>(read_cap * indexed / indexed_total);
+}
+
+// Selects in every link, ranks the pages, and folds those that did not make it into the residual of
+// their segment. Returns how many of scratch.candidates are kept.
+size_t RankChain(const SelectRequest& request, AttentionBackend& attention, Scratch& scratch,
+                 uint32_t* tokens_read) {
+  uint64_t indexed = 0;
+  for (const Link& link : scratch.links) indexed += link.slice->indexed_count();
+  if (scratch.selections.size() < scratch.links.size())
+    scratch.selections.resize(scratch.links.size());
+  scratch.candidates.clear();
+  for (uint32_t i = 0; i < scratch.links.size(); ++i) {
+    SelectRequest part = request;
+    part.read_cap = ReadShare(request.read_cap, scratch.links[i].slice->indexed_count(), indexed);
+    Selection& selection = scratch.selections[i];
+    scratch.links[i].slice->Select(part, attention, &selection);
+    *tokens_read += selection.tokens_read;
+    for (const SelectedPage& p : selection.pages)
+      scratch.candidates.push_back({p.log_mass, i, p.page});
+  }
+  if (scratch.links.size() > 1)
+    std::sort(scratch.candidates.begin(), scratch.candidates.end(), BetterCandidate);
+  const size_t kept = std::min<size_t>(request.max_pages, scratch.candidates.size());
+  if (!request.residual || kept == scratch.candidates.size()) return kept;
+  for (uint32_t i = 0; i < scratch.links.size(); ++i) {
+    scratch.dropped.clear();
+    for (size_t c = kept; c < scratch.candidates.size(); ++c) {
+      if (scratch.candidates[c].link == i) scratch.dropped.push_back(scratch.candidates[c].page);
+    }
+    if (scratch.dropped.empty()) continue;
+    attention.AttendPages(request.queries, scratch.links[i].slice->pages(), scratch.dropped,
+                          scratch.selections[i].residual.ref());
+  }
+  return kept;
+}
+
+}  // namespace
+
+Status Context::Select(LayerId layer, KvHeadId head, const SelectRequest& request,
+                       std::span<const wire::ResidentPage> resident,
+                       wire::HeadSelection* out) const {
+  KV_RETURN_IF_ERROR(CheckSlice(layer, head));
+  if (request.group != spec_.shape.group()) {
+    return InvalidArgument("select: " + std::to_string(request.group) +
+                           " query heads, the context has " + std::to_string(spec_.shape.group()) +
+                           " per kv head");
+  }
+  Scratch& scratch = ThreadScratch();
+  scratch.links.clear();
+  const auto add = [&](const Segment& segment) {
+    const HeadSlice* slice = segment.slice(layer, head);
+    if (slice->page_count() > 0 || slice->pending_count() > 0)
+      scratch.links.push_back({&segment, slice});
+  };
+  for (const auto& segment : chain_) add(*segment);
+  if (tail_) add(*tail_);
+
+  out->head = head;
+  out->tokens_read = 0;
+  const size_t kept = RankChain(request, attention_, scratch, &out->tokens_read);
+  out->covered_mass = 1;  // of an empty index
+  if (scratch.links.size() == 1) {
+    out->covered_mass = scratch.selections[0].covered_mass;
+  } else if (!scratch.candidates.empty()) {
+    out->covered_mass = CoveredMass(request, scratch, kept);
+  }
+
+  out->residual.clear();
+  if (request.residual) {
+    scratch.residual.Reset(request.group, spec_.shape.head_dim);
+    for (size_t i = 0; i < scratch.links.size(); ++i) {
+      MergeStates(scratch.selections[i].residual.ref(), scratch.residual.ref());
+    }
+    const std::span<const float> flat = scratch.residual.flat();
+    out->residual.assign(flat.begin(), flat.end());
+  }
+
+  scratch.resident.clear();
+  for (const wire::ResidentPage& page : resident) scratch.resident.push_back(&page);
+  std::sort(scratch.resident.begin(), scratch.resident.end(), NameLess);
+  out->pages.resize(kept);
+  for (size_t i = 0; i < kept; ++i) {
+    const Candidate& c = scratch.candidates[i];
+    const Link& link = scratch.links[c.link];
+    const PageContent content = link.slice->page(c.page);
+    const uint8_t held = HeldRows(scratch, link.segment->id(), c.page, content);
+    FillPayload(link.segment->id(), c.page, content, held, c.log_mass, &out->pages[i]);
+  }
+  return OkStatus();
+}
+
+Status Context::FetchPages(LayerId layer, KvHeadId head, std::span<const wire::ResidentPage> names,
+                           wire::HeadSelection* out) const {
+  KV_RETURN_IF_ERROR(CheckSlice(layer, head));
+  out->head = head;
+  out->pages.clear();
+  out->residual.clear();
+  out->covered_mass = 0;
+  out->tokens_read = 0;
+  for (const wire::ResidentPage& name : names) {
+    const Segment* found = tail_ && tail_->id() == name.segment ? tail_.get() : nullptr;
+    for (const auto& segment : chain_) {
+      if (segment->id() == name.segment) found = segment.get();
+    }
+    if (found == nullptr) continue;
+    const std::optional<PageContent> content =
+        found->slice(layer, head)->FindPage(name.page, name.version);
+    if (!content) continue;
+    FillPayload(name.segment, name.page, *content, 0, 0, &out->pages.emplace_back());
+  }
+  return OkStatus();
+}
+
+}  // namespace icecache

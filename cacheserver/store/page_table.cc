@@ -1,0 +1,158 @@
+#include "cacheserver/store/page_table.h"
+
+#include <bit>
+#include <cstring>
+#include <string>
+
+#include "common/checksum.h"
+
+namespace icecache {
+
+PageTable::PageTable(PagePool& pool, const Options& options)
+    : pool_(pool),
+      options_(options),
+      row_bytes_(size_t{options.head_dim} * DTypeBytes(options.dtype)),
+      frame_bytes_(
+          static_cast<uint32_t>(limits::kPageTokens * (2 * row_bytes_ + sizeof(uint32_t)))) {}
+
+PageTable::~PageTable() {
+  ReleaseSpares();
+  std::vector<Frame> frames;
+  frames.reserve(entries_.size());
+  for (const Entry& entry : entries_) frames.push_back(entry.frame);
+  pool_.Release(options_.tenant, frame_bytes_, frames);
+}
+
+Status PageTable::ReserveFrames(uint32_t count) {
+  if (count <= spares_.size()) return OkStatus();
+  return pool_.Reserve(options_.tenant, frame_bytes_, count - spare_frames(), &spares_);
+}
+
+void PageTable::ReleaseSpares() {
+  pool_.Release(options_.tenant, frame_bytes_, spares_);
+  spares_.clear();
+}
+
+void PageTable::ReservePages(uint32_t count) {
+  entries_.reserve(count);
+  views_.reserve(count);
+}
+
+Frame PageTable::TakeSpare() {
+  KV_CHECK(!spares_.empty());
+  const Frame frame = spares_.back();
+  spares_.pop_back();
+  return frame;
+}
+
+PageId PageTable::AddPage(uint32_t version) {
+  Entry entry;
+  entry.frame = TakeSpare();
+  entry.version = version;
+  entries_.push_back(entry);
+  views_.push_back({k_row(entry.frame, 0), v_row(entry.frame, 0), 0});
+  return PageId(page_count() - 1);
+}
+
+void PageTable::AppendRow(PageId page, const std::byte* k, const std::byte* v, uint32_t position) {
+  Entry& entry = entries_[page.value];
+  PageView& view = views_[page.value];
+  KV_CHECK(entry.residency == Residency::kWarm && view.fill < limits::kPageTokens);
+  std::memcpy(k_row(entry.frame, view.fill), k, row_bytes_);
+  std::memcpy(v_row(entry.frame, view.fill), v, row_bytes_);
+  position_row(entry.frame)[view.fill] = position;
+  ++view.fill;
+  ++token_count_;
+  entry.committed = false;
+}
+
+void PageTable::Commit(PageId page) {
+  KV_CHECK(views_[page.value].fill > 0);
+  entries_[page.value].checksum = Checksum(page);
+  entries_[page.value].committed = true;
+}
+
+PageId PageTable::Split(PageId page, uint16_t mask, uint32_t kept_version, uint32_t moved_version) {
+  const Entry old = entries_[page.value];
+  const PageView from = views_[page.value];
+  const auto moved = static_cast<uint32_t>(std::popcount(mask));
+  KV_CHECK(moved > 0 && moved < from.fill && std::bit_width(mask) <= static_cast<int>(from.fill));
+  KV_CHECK(old.residency == Residency::kWarm && spares_.size() >= 2);
+
+  entries_[page.value].frame = TakeSpare();
+  entries_[page.value].version = kept_version;
+  views_[page.value] = {k_row(entries_[page.value].frame, 0), v_row(entries_[page.value].frame, 0),
+                        0};
+  token_count_ -= from.fill;
+  const PageId added = AddPage(moved_version);
+  for (uint32_t row = 0; row < from.fill; ++row) {
+    const PageId to = (mask >> row & 1) != 0 ? added : page;
+    AppendRow(to, k_row(old.frame, row), v_row(old.frame, row), position_row(old.frame)[row]);
+  }
+  Commit(page);
+  Commit(added);
+  pool_.Release(options_.tenant, frame_bytes_, {&old.frame, 1});
+  return added;
+}
+
+PagedKv PageTable::view() const {
+  PagedKv kv;
+  kv.dtype = options_.dtype;
+  kv.head_dim = options_.head_dim;
+  kv.page_count = page_count();
+  kv.pages = views_.data();
+  return kv;
+}
+
+PageContent PageTable::content(PageId page) const {
+  const Entry& entry = entries_[page.value];
+  const uint32_t fill = views_[page.value].fill;
+  KV_CHECK(entry.residency == Residency::kWarm && entry.committed);
+  PageContent content;
+  content.k_rows = {k_row(entry.frame, 0), fill * row_bytes_};
+  content.v_rows = {v_row(entry.frame, 0), fill * row_bytes_};
+  content.positions = std::as_bytes(std::span(position_row(entry.frame), fill));
+  content.version = entry.version;
+  content.fill = fill;
+  content.checksum = entry.checksum;
+  return content;
+}
+
+const uint32_t* PageTable::positions(PageId page) const {
+  return position_row(entries_[page.value].frame);
+}
+
+uint64_t PageTable::Checksum(PageId page) const {
+  const Entry& entry = entries_[page.value];
+  const uint32_t fill = views_[page.value].fill;
+  return PageChecksum({options_.segment.value, page.value, entry.version},
+                      {k_row(entry.frame, 0), fill * row_bytes_},
+                      {v_row(entry.frame, 0), fill * row_bytes_},
+                      std::as_bytes(std::span(position_row(entry.frame), fill)));
+}
+
+Status PageTable::Validate() const {
+  uint64_t tokens = 0;
+  for (uint32_t p = 0; p < page_count(); ++p) {
+    const std::string name =
+        "page " + std::to_string(p) + " of segment " + std::to_string(options_.segment.value);
+    if (views_[p].fill == 0 || views_[p].fill > limits::kPageTokens) {
+      return Internal(name + " holds " + std::to_string(views_[p].fill) + " rows");
+    }
+    tokens += views_[p].fill;
+    if (entries_[p].residency != Residency::kWarm) continue;
+    if (views_[p].k != k_row(entries_[p].frame, 0) || views_[p].v != v_row(entries_[p].frame, 0)) {
+      return Internal(name + ": the view points away from its frame");
+    }
+    if (!entries_[p].committed || entries_[p].checksum != Checksum(PageId(p))) {
+      return DataLoss(name + ": content does not match its checksum");
+    }
+  }
+  if (tokens != token_count_) {
+    return Internal("page table counts " + std::to_string(token_count_) + " tokens, its pages " +
+                    std::to_string(tokens));
+  }
+  return OkStatus();
+}
+
+}  // namespace icecache
