@@ -1,0 +1,65 @@
+// Saved indexes. Input: one byte for the policy, then the image. What Restore accepts must answer a
+// query and save to something it accepts again.
+#include <cmath>
+
+#include "cacheserver/select/selection_policy.h"
+#include "tests/fuzz/fuzz_target.h"
+
+namespace icecache::fuzz {
+namespace {
+
+constexpr PolicyKind kKinds[] = {PolicyKind::kClusterTree, PolicyKind::kDciTree, PolicyKind::kExact,
+                                 PolicyKind::kSequential};
+const PolicyOptions kOptions{.dtype = DType::kF32, .head_dim = 16};
+
+void Query(const SelectionPolicy& policy, const PagedKv& pages) {
+  std::vector<float> query(16, 0.25f);
+  Selection selection;
+  policy.Select({.queries = query.data(), .group = 1, .max_pages = 4, .read_cap = 64}, pages,
+                &selection);
+  if (selection.pages.size() > 4) Broken("never more pages than asked for");
+}
+
+}  // namespace
+
+std::vector<std::string> Seeds() {
+  std::vector<float> rows(200 * 16);
+  for (size_t i = 0; i < rows.size(); ++i) rows[i] = std::sin(static_cast<float>(i * i % 1013));
+  const auto* bytes = reinterpret_cast<const std::byte*>(rows.data());
+  std::vector<std::string> seeds;
+  for (size_t kind = 0; kind < std::size(kKinds); ++kind) {
+    for (const uint32_t count : {0u, 5u, 200u}) {
+      auto policy = MakePolicy(kKinds[kind], kOptions);
+      if (!policy->Build({DType::kF32, 16, count, bytes, bytes}, {}).ok())
+        Broken("finite rows build");
+      std::string image(1, static_cast<char>(kind));
+      policy->Save(&image);
+      seeds.push_back(std::move(image));
+    }
+  }
+  return seeds;
+}
+
+}  // namespace icecache::fuzz
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  using namespace icecache;
+  if (size == 0) return 0;
+  const std::string_view image(reinterpret_cast<const char*>(data) + 1, size - 1);
+  const PolicyKind kind = fuzz::kKinds[data[0] % std::size(fuzz::kKinds)];
+  auto policy = MakePolicy(kind, fuzz::kOptions);
+  if (!policy->Restore(image).ok()) return 0;
+  double pages = 0;
+  policy->VisitCounters([&](std::string_view name, double value) {
+    if (name == "pages") pages = value;
+  });
+  // All pages cold: only the structure itself is used.
+  const std::vector<PageView> views(static_cast<size_t>(pages), PageView{nullptr, nullptr, 1});
+  const PagedKv kv{DType::kF32, 16, static_cast<uint32_t>(views.size()), views.data()};
+  fuzz::Query(*policy, kv);
+  std::string saved;
+  policy->Save(&saved);
+  if (!MakePolicy(kind, fuzz::kOptions)->Restore(saved).ok())
+    fuzz::Broken("a saved image restores");
+  return 0;
+}
