@@ -1,9 +1,10 @@
-// Channel: requests and replies with deadlines over one Endpoint, and a heartbeat in both directions.
+// Channel: requests and replies with deadlines over one Endpoint, and a heartbeat in both
+// directions.
 //
-// UCX never reports a stopped peer and misses most link losses (notes: feasibility 3d), so a channel sends
-// a heartbeat whenever it has been quiet for kHeartbeatInterval and declares the peer dead after
-// kHeartbeatMisses silent intervals. Every call ends exactly once: with the reply, with the peer's error
-// status, with DEADLINE_EXCEEDED, or with UNAVAILABLE when the connection is lost.
+// UCX never reports a stopped peer and misses most link losses (notes: feasibility 3d), so a
+// channel sends a heartbeat whenever it has been quiet for kHeartbeatInterval and declares the peer
+// dead after kHeartbeatMisses silent intervals. Every call ends exactly once: with the reply, with
+// the peer's error status, with DEADLINE_EXCEEDED, or with UNAVAILABLE when the connection is lost.
 //
 // Both sides use it: a client calls, a server sets a handler and responds. Thread: the reactor's.
 #pragma once
@@ -37,9 +38,9 @@ class Channel {
   Channel(const Channel&) = delete;
   Channel& operator=(const Channel&) = delete;
 
-  // The reply is valid during `done` only. Body parts and pin: as Endpoint::Send; they stay alive until UCX lets
-  // go, also when the call has ended by its deadline. RESOURCE_EXHAUSTED (through done, on a later turn)
-  // when in_flight_max calls are open.
+  // The reply is valid during `done` only. Body parts and pin: as Endpoint::Send; they stay alive
+  // until UCX lets go, also when the call has ended by its deadline. RESOURCE_EXHAUSTED (through
+  // done, on a later turn) when in_flight_max calls are open.
   using Done = std::function<void(Result<InMessage>)>;
   uint64_t Call(OutMessage request, Duration deadline, Done done);  // id is set by the channel
   // Ends the call with CANCELLED now; a late reply is dropped.
@@ -61,7 +62,7 @@ class Channel {
 
  private:
   struct Impl;
-  std::unique_ptr<Impl> impl_;
+  std::shared_ptr<Impl> impl_;  // shared with the callback that runs: it may destroy the channel
 };
 
 }  // namespace icecache

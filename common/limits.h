@@ -57,7 +57,7 @@ inline constexpr uint32_t kWireNestingMax = 8;         // pointers deep; the sch
 inline constexpr uint32_t kBodyPartsMax = 1u << 16;
 inline constexpr uint32_t kConnectionsMax = 4096;
 inline constexpr uint32_t kSendWindowMessages = 1024;  // handed to UCX and not complete, per connection; bounds reordering
-inline constexpr size_t kReceiveHeldBytesMax = 512u << 20;   // per connection, out of order or in flight
+inline constexpr size_t kReceiveHeldBytesMax = 1u << 30;   // per connection, out of order or in flight
 inline constexpr size_t kReceiveCacheBytesMax = 64u << 20;   // idle receive buffers kept, per transport
 
 // Time.
