@@ -1,0 +1,389 @@
+#include "worker/cache_client.h"
+
+#include <algorithm>
+#include <cstring>
+#include <string>
+#include <utility>
+
+#include "common/checksum.h"
+
+namespace icecache {
+namespace {
+
+// How long a wait may outlast the deadlines of the calls that it waits for.
+constexpr Duration kGrace = std::chrono::milliseconds(500);
+constexpr size_t kBuffersMax = 2 * limits::kShardsMax;
+
+uint64_t MessageBytes(const OutMessage& message) {
+  uint64_t bytes = message.meta.size();
+  for (const auto& part : message.body) bytes += part.size();
+  return bytes;
+}
+
+}  // namespace
+
+// One Select in the air. Shared with the callbacks of its calls, which may outlive an interrupted
+// Select.
+struct CacheClient::SelectState {
+  ContextHandle context;
+  LayerId layer;
+  uint32_t max_pages = 0;
+  uint32_t append_end = 0;
+  TimePoint deadline;
+  SelectionSink* sink = nullptr;  // null: nobody waits any more
+  uint32_t open = 0;              // calls without an end
+  Status error;
+  SelectOutcome outcome;
+};
+
+Result<std::unique_ptr<CacheClient>> CacheClient::Connect(Reactor& reactor, Transport& transport,
+                                                          const std::vector<std::string>& shards,
+                                                          const CacheClientOptions& options) {
+  if (shards.empty() || shards.size() > limits::kShardsMax) {
+    return InvalidArgument("the server named " + std::to_string(shards.size()) +
+                           " shards, expected 1 to " + std::to_string(limits::kShardsMax));
+  }
+  std::unique_ptr<CacheClient> client(new CacheClient(reactor, options));
+  client->addresses_ = shards;
+  for (const std::string& address : shards) {
+    KV_ASSIGN_OR_RETURN(std::unique_ptr<Endpoint> endpoint, transport.Connect(address));
+    client->channels_.push_back(
+        std::make_unique<Channel>(reactor, std::move(endpoint), options.channel));
+  }
+  return client;
+}
+
+CacheClient::~CacheClient() { channels_.clear(); }  // ends their calls while the rest still stands
+
+std::vector<KvHeadId> CacheClient::HeadsOf(LayerId layer, ShardId shard,
+                                           const ModelShape& shape) const {
+  std::vector<KvHeadId> heads;
+  for (uint16_t h = 0; h < shape.kv_heads; ++h) {
+    if (ShardOf(layer, KvHeadId(h), shape, shard_count()) == shard) heads.push_back(KvHeadId(h));
+  }
+  return heads;
+}
+
+Status CacheClient::Health() const {
+  for (size_t i = 0; i < channels_.size(); ++i) {
+    if (channels_[i]->closed()) {
+      return Unavailable("shard " + std::to_string(i) + " at " + addresses_[i] +
+                         ": the connection to the cache server is lost; is it still running?");
+    }
+  }
+  return OkStatus();
+}
+
+void CacheClient::Call(ShardId shard, OutMessage message, Duration deadline, Channel::Done done) {
+  bytes_moved_ += MessageBytes(message);
+  const size_t index = shard.value;
+  channels_[index]->Call(
+      std::move(message), deadline, [this, index, done = std::move(done)](Result<InMessage> reply) {
+        if (reply.ok()) {
+          bytes_moved_ += reply->meta.size() + reply->body.size();
+          done(std::move(reply));
+          return;
+        }
+        done(reply.status().WithContext("cache server, shard " + std::to_string(index) + " at " +
+                                        addresses_[index]));
+      });
+}
+
+Status CacheClient::Wait(const std::function<bool()>& done, Duration limit) {
+  const auto interrupted = [this] { return options_.interrupted && options_.interrupted(); };
+  reactor_.RunUntil([&] { return done() || interrupted(); }, reactor_.clock().Now() + limit);
+  if (done()) return OkStatus();
+  if (interrupted()) return Cancelled("interrupted");
+  return DeadlineExceeded("no answer from the cache server in time");
+}
+
+Status CacheClient::Attach(const wire::Grant& grant) {
+  struct State {
+    size_t open = 0;
+    Status error;
+  };
+  const auto state = std::make_shared<State>();
+  state->open = channels_.size();
+  for (uint16_t i = 0; i < channels_.size(); ++i) {
+    wire::AttachRequest request;
+    request.ticket = grant.ticket;
+    OutMessage message;
+    wire::Encode(request, &message);
+    Call(ShardId(i), std::move(message), options_.request_deadline,
+         [state, i, count = channels_.size()](const Result<InMessage>& reply) {
+           --state->open;
+           if (!state->error.ok()) return;
+           if (!reply.ok()) {
+             state->error = reply.status();
+             return;
+           }
+           const Result<wire::AttachReply> decoded = wire::DecodeAttachReply(*reply);
+           if (!decoded.ok()) {
+             state->error = decoded.status();
+           } else if (decoded->shard.value != i || decoded->shard_count != count) {
+             state->error = FailedPrecondition(
+                 "attached to shard " + std::to_string(decoded->shard.value) + " of " +
+                 std::to_string(decoded->shard_count) + ", expected " + std::to_string(i) + " of " +
+                 std::to_string(count) + "; did the server restart? connect again");
+           }
+         });
+  }
+  KV_RETURN_IF_ERROR(Wait([&] { return state->open == 0; }, options_.request_deadline + kGrace));
+  return state->error;
+}
+
+std::shared_ptr<std::vector<std::byte>> CacheClient::Buffer() {
+  for (const auto& buffer : buffers_) {
+    if (buffer.use_count() == 1) return buffer;
+  }
+  auto buffer = std::make_shared<std::vector<std::byte>>();
+  if (buffers_.size() < kBuffersMax) buffers_.push_back(buffer);
+  return buffer;
+}
+
+OutMessage CacheClient::SelectMessage(const ContextHandle& context, const SelectParams& params,
+                                      SelectionSink& sink, const std::vector<KvHeadId>& heads) {
+  const ModelShape& shape = context.shape;
+  wire::SelectRequest request;
+  request.context = context.id;
+  request.epoch = context.epoch;
+  request.layer = params.layer;
+  request.max_pages = params.max_pages;
+  request.read_cap = params.read_cap;
+  request.min_mass = params.min_mass;
+  request.flags = params.residual ? 0 : wire::kSelectNoResidual;
+  request.append_first = params.append_first.value;
+  request.append_count = static_cast<uint32_t>(params.append.size());
+
+  const size_t query_bytes = size_t{shape.group()} * shape.head_dim * sizeof(float);
+  const size_t row_bytes = shape.row_bytes();
+  const std::shared_ptr<std::vector<std::byte>> buffer = Buffer();
+  buffer->resize(heads.size() * (query_bytes + params.append.size() * 2 * row_bytes));
+  std::byte* out = buffer->data();
+  for (const KvHeadId head : heads) {
+    wire::SelectHead& wanted = request.heads.emplace_back();
+    wanted.head = head;
+    if (params.max_pages > 0) sink.ListResident(head, &wanted.resident);
+    std::memcpy(out, reinterpret_cast<const std::byte*>(params.queries) + head.value * query_bytes,
+                query_bytes);
+    out += query_bytes;
+  }
+  for (const KvHeadId head : heads) {
+    for (int part = 0; part < 2; ++part) {
+      for (const LayerRows& token : params.append) {
+        std::memcpy(out, (part == 0 ? token.k(head) : token.v(head)).data(), row_bytes);
+        out += row_bytes;
+      }
+    }
+  }
+  OutMessage message;
+  wire::Encode(request, &message);
+  message.body.emplace_back(buffer->data(), buffer->size());
+  message.pin = buffer;
+  return message;
+}
+
+Result<SelectOutcome> CacheClient::Select(const ContextHandle& context, const SelectParams& params,
+                                          SelectionSink& sink,
+                                          const std::function<void()>& meanwhile) {
+  const TimePoint start = reactor_.clock().Now();
+  const auto state = std::make_shared<SelectState>();
+  state->context = context;
+  state->layer = params.layer;
+  state->max_pages = params.max_pages;
+  state->append_end = params.append_first.value + static_cast<uint32_t>(params.append.size());
+  state->deadline = start + params.deadline;
+  state->sink = &sink;
+  for (uint16_t i = 0; i < shard_count(); ++i) {
+    const std::vector<KvHeadId> heads = HeadsOf(params.layer, ShardId(i), context.shape);
+    if (heads.empty()) continue;
+    ++state->open;
+    Call(ShardId(i), SelectMessage(context, params, sink, heads), params.deadline,
+         [this, state, i, heads](const Result<InMessage>& reply) {
+           OnSelectReply(state, ShardId(i), heads, reply);
+         });
+  }
+  reactor_.Poll();  // hands over what the transport only queued
+  const TimePoint sent = reactor_.clock().Now();
+  state->outcome.sending = sent - start - state->outcome.handling;
+  if (meanwhile) meanwhile();
+  const TimePoint wait_start = reactor_.clock().Now();
+  const Duration handled = state->outcome.handling;
+  const Status waited = Wait([&] { return state->open == 0; },
+                             state->deadline - std::min(wait_start, state->deadline) + kGrace);
+  state->sink = nullptr;
+  if (waited.code() == StatusCode::kCancelled) return waited;
+  if (!waited.ok()) state->outcome.complete = state->outcome.confirmed = false;
+  state->outcome.waiting =
+      reactor_.clock().Now() - wait_start - (state->outcome.handling - handled);
+  if (!state->error.ok()) return state->error;
+  return state->outcome;
+}
+
+void CacheClient::OnSelectReply(const std::shared_ptr<SelectState>& state, ShardId shard,
+                                const std::vector<KvHeadId>& heads,
+                                const Result<InMessage>& reply) {
+  --state->open;
+  if (state->sink == nullptr || !state->error.ok()) return;
+  const TimePoint start = reactor_.clock().Now();
+  if (!reply.ok()) {
+    state->outcome.complete = state->outcome.confirmed = false;
+    if (reply.status().code() != StatusCode::kDeadlineExceeded) state->error = reply.status();
+    return;
+  }
+  const Result<wire::SelectReply> decoded = wire::DecodeSelectReply(*reply, state->context.shape);
+  std::vector<wire::FetchPagesRequest> refetches;
+  Status status = decoded.status();
+  if (decoded.ok()) {
+    state->outcome.server_select_ns += decoded->select_ns;
+    if (decoded->next_position < state->append_end) state->outcome.confirmed = false;
+    status = ApplySelection(*state, heads, *decoded, &refetches);
+  }
+  if (!status.ok()) {
+    state->error = status.WithContext("shard " + std::to_string(shard.value) + " at " +
+                                      addresses_[shard.value]);
+  }
+  state->outcome.handling += reactor_.clock().Now() - start;
+  for (const wire::FetchPagesRequest& request : refetches) Refetch(state, shard, request);
+}
+
+Status CacheClient::ApplySelection(SelectState& state, const std::vector<KvHeadId>& heads,
+                                   const wire::SelectReply& reply,
+                                   std::vector<wire::FetchPagesRequest>* refetches) {
+  if (reply.heads.size() != heads.size()) {
+    return DataLoss("selection for " + std::to_string(reply.heads.size()) + " heads, expected " +
+                    std::to_string(heads.size()));
+  }
+  for (size_t i = 0; i < heads.size(); ++i) {
+    const wire::HeadSelection& selection = reply.heads[i];
+    if (selection.head != heads[i]) {
+      return DataLoss("selection of kv head " + std::to_string(selection.head.value) +
+                      ", expected " + std::to_string(heads[i].value));
+    }
+    if (selection.pages.size() > state.max_pages) {
+      return DataLoss("selection of " + std::to_string(selection.pages.size()) +
+                      " pages, asked for at most " + std::to_string(state.max_pages));
+    }
+    std::vector<wire::ResidentPage> bad;
+    state.sink->OnSelection(selection, &bad);
+    if (bad.empty()) continue;
+    wire::FetchPagesRequest& request = refetches->emplace_back();
+    request.context = state.context.id;
+    request.epoch = state.context.epoch;
+    request.layer = state.layer;
+    request.head = heads[i];
+    request.pages = std::move(bad);
+  }
+  return OkStatus();
+}
+
+void CacheClient::Refetch(const std::shared_ptr<SelectState>& state, ShardId shard,
+                          const wire::FetchPagesRequest& request) {
+  const TimePoint now = reactor_.clock().Now();
+  if (now >= state->deadline) {
+    state->outcome.complete = false;
+    return;
+  }
+  ++state->open;
+  OutMessage message;
+  wire::Encode(request, &message);
+  Call(shard, std::move(message), state->deadline - now,
+       [this, state, head = request.head](const Result<InMessage>& reply) {
+         --state->open;
+         if (state->sink == nullptr || !state->error.ok()) return;
+         const TimePoint start = reactor_.clock().Now();
+         const Result<wire::SelectReply> decoded =
+             reply.ok() ? wire::DecodeSelectReply(*reply, state->context.shape)
+                        : Result<wire::SelectReply>(reply.status());
+         // What does not come is left out of this step, as a page that missed the deadline would
+         // be.
+         if (!decoded.ok() || decoded->heads.size() != 1 || decoded->heads[0].head != head) {
+           state->outcome.complete = false;
+           if (decoded.status().code() == StatusCode::kUnavailable) state->error = decoded.status();
+           return;
+         }
+         for (const wire::PagePayload& page : decoded->heads[0].pages) {
+           state->sink->OnRefetched(head, page);
+         }
+         state->outcome.handling += reactor_.clock().Now() - start;
+       });
+}
+
+// Rows of one part, all layers, as they come in. Shared with callbacks that may outlive an
+// interrupted wait.
+struct CacheClient::FetchState {
+  ModelShape shape;
+  wire::RowsPart part;
+  uint32_t count;
+  TokenPos first;
+  std::vector<LayerRows> rows;  // by layer
+  uint32_t open = 0;
+  Status error;
+
+  Status Take(LayerId layer, const std::vector<KvHeadId>& heads, const InMessage& message) {
+    KV_ASSIGN_OR_RETURN(const wire::FetchRowsReply reply,
+                        wire::DecodeFetchRowsReply(message, shape, heads.size()));
+    const std::string where = std::string(part == wire::RowsPart::kSinks ? "sinks" : "tail") +
+                              " of layer " + std::to_string(layer.value);
+    if (reply.count != count || reply.first_position != first.value) {
+      return DataLoss(where + ": " + std::to_string(reply.count) + " rows from position " +
+                      std::to_string(reply.first_position) + ", expected " + std::to_string(count) +
+                      " from " + std::to_string(first.value));
+    }
+    if (Checksum64(reply.body) != reply.checksum) return DataLoss(where + ": checksum mismatch");
+    const size_t block = count * shape.row_bytes();
+    for (size_t i = 0; i < heads.size(); ++i) {
+      std::memcpy(rows[layer.value].k(heads[i]).data(), reply.body.data() + 2 * i * block, block);
+      std::memcpy(rows[layer.value].v(heads[i]).data(), reply.body.data() + (2 * i + 1) * block,
+                  block);
+    }
+    return OkStatus();
+  }
+};
+
+Result<std::vector<LayerRows>> CacheClient::FetchPart(const ContextHandle& context,
+                                                      wire::RowsPart part, uint32_t count,
+                                                      TokenPos first) {
+  const auto state = std::make_shared<FetchState>();
+  const ModelShape& shape = context.shape;
+  *state = {shape, part, count, first, {}, 0, {}};
+  state->rows.assign(shape.layers, LayerRows(shape, first, count));
+  for (uint16_t l = 0; l < shape.layers && count > 0; ++l) {
+    for (uint16_t i = 0; i < shard_count(); ++i) {
+      const std::vector<KvHeadId> heads = HeadsOf(LayerId(l), ShardId(i), shape);
+      if (heads.empty()) continue;
+      wire::FetchRowsRequest request;
+      request.slices = {context.id, context.epoch, LayerId(l), heads};
+      request.part = part;
+      OutMessage message;
+      wire::Encode(request, &message);
+      ++state->open;
+      Call(ShardId(i), std::move(message), options_.request_deadline,
+           [state, l, heads](const Result<InMessage>& reply) {
+             --state->open;
+             if (!state->error.ok()) return;
+             state->error = reply.ok() ? state->Take(LayerId(l), heads, *reply) : reply.status();
+           });
+    }
+  }
+  KV_RETURN_IF_ERROR(Wait([&] { return state->open == 0; }, options_.request_deadline + kGrace));
+  if (!state->error.ok()) return state->error;
+  return std::move(state->rows);
+}
+
+Status CacheClient::FetchWindow(const ContextHandle& context, const wire::ContextInfo& info,
+                                SinkWindow* window) {
+  const uint32_t tail = std::min(info.tail_tokens, info.tokens);
+  const uint32_t sinks = std::min(info.sink_tokens, info.tokens - tail);
+  KV_ASSIGN_OR_RETURN(const std::vector<LayerRows> sink_rows,
+                      FetchPart(context, wire::RowsPart::kSinks, sinks, TokenPos(0)));
+  KV_ASSIGN_OR_RETURN(
+      const std::vector<LayerRows> tail_rows,
+      FetchPart(context, wire::RowsPart::kTail, tail, TokenPos(info.tokens - tail)));
+  for (uint16_t l = 0; l < context.shape.layers; ++l) {
+    window->LoadParts(LayerId(l), sink_rows[l], tail_rows[l]);
+  }
+  return OkStatus();
+}
+
+}  // namespace icecache

@@ -1,0 +1,141 @@
+// CacheClient: the worker's side of the data plane. One channel per shard; requests go straight to
+// the shard that owns a slice (ShardOf). Calls are synchronous on the reactor, except that Select
+// lets the caller compute between sending and waiting, and LayerUpload (layer_upload.h) runs in the
+// background.
+//
+// Errors: UNAVAILABLE when a connection is lost, DEADLINE_EXCEEDED, or what the shard answered;
+// each names the shard. Owner's thread: the reactor's; not from inside its handlers.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "common/channel.h"
+#include "common/ids.h"
+#include "common/limits.h"
+#include "common/model_shape.h"
+#include "common/wire/control_codec.h"
+#include "common/wire/data_codec.h"
+#include "worker/layer_rows.h"
+#include "worker/sink_window.h"
+
+namespace icecache {
+
+// The right to address a context's slices.
+struct ContextHandle {
+  ContextId id;
+  Epoch epoch;
+  ModelShape shape;
+};
+
+struct CacheClientOptions {
+  Duration request_deadline = limits::kRequestDeadline;
+  Duration build_deadline = std::chrono::minutes(5);  // clustering a long document's slice
+  uint64_t upload_bytes_in_flight_max = 16u << 20;
+  std::function<bool()> interrupted;  // asked while waiting; true ends waits with CANCELLED
+  ChannelOptions channel;
+};
+
+// Who a Select is for: says what it holds and takes what arrives.
+class SelectionSink {
+ public:
+  virtual ~SelectionSink() = default;
+  virtual void ListResident(KvHeadId head, std::vector<wire::ResidentPage>* pages) = 0;
+  // One head's answer, valid during the call. Pages that failed verification are added to `refetch`
+  // and arrive through OnRefetched, or not at all.
+  virtual void OnSelection(const wire::HeadSelection& selection,
+                           std::vector<wire::ResidentPage>* refetch) = 0;
+  virtual void OnRefetched(KvHeadId head, const wire::PagePayload& page) = 0;
+};
+
+struct SelectParams {
+  LayerId layer;
+  const float* queries = nullptr;  // [kv_heads, group, head_dim], scaled
+  uint32_t max_pages = 0;
+  uint32_t read_cap = 0;
+  float min_mass = 0;
+  bool residual = true;
+  TokenPos append_first;
+  std::span<const LayerRows> append;  // tokens that left the window, one each
+  Duration deadline{0};
+};
+
+struct SelectOutcome {
+  bool complete = true;   // every shard answered in time and every bad page came again
+  bool confirmed = true;  // every shard has the appended tokens
+  uint64_t server_select_ns = 0;
+  Duration sending{0};   // making and sending the requests
+  Duration waiting{0};   // idle until the last reply, without handling them
+  Duration handling{0};  // decoding replies and running the sink
+};
+
+class CacheClient {
+ public:
+  // Starts a connection to each shard; a failure shows at Attach.
+  static Result<std::unique_ptr<CacheClient>> Connect(Reactor& reactor, Transport& transport,
+                                                      const std::vector<std::string>& shards,
+                                                      const CacheClientOptions& options);
+  ~CacheClient();
+  CacheClient(const CacheClient&) = delete;
+  CacheClient& operator=(const CacheClient&) = delete;
+
+  // Introduces a context to every shard. Once per grant.
+  Status Attach(const wire::Grant& grant);
+
+  // Asks every shard that owns heads of the layer; `meanwhile` runs after the requests are on their
+  // way. An error only when a shard refused or is lost; a missed deadline is an incomplete outcome.
+  // DATA_LOSS when a shard breaks the protocol (more pages than asked for, a head twice).
+  Result<SelectOutcome> Select(const ContextHandle& context, const SelectParams& params,
+                               SelectionSink& sink, const std::function<void()>& meanwhile);
+
+  // Fills `window` (made for the context's sink and window sizes) with sinks and tail of all
+  // layers. DATA_LOSS when the rows do not match their checksum or `info`.
+  Status FetchWindow(const ContextHandle& context, const wire::ContextInfo& info,
+                     SinkWindow* window);
+
+  // OK, or UNAVAILABLE naming the shard whose connection is lost.
+  Status Health() const;
+
+  uint64_t bytes_moved() const { return bytes_moved_; }  // both directions, metas and bodies
+
+  // For LayerUpload.
+  uint32_t shard_count() const { return static_cast<uint32_t>(channels_.size()); }
+  std::vector<KvHeadId> HeadsOf(LayerId layer, ShardId shard, const ModelShape& shape) const;
+  // Channel::Call with bytes counted and errors that name the shard.
+  void Call(ShardId shard, OutMessage message, Duration deadline, Channel::Done done);
+  // Turns the loop until done(); CANCELLED when interrupted, DEADLINE_EXCEEDED after `limit`.
+  Status Wait(const std::function<bool()>& done, Duration limit);
+  const CacheClientOptions& options() const { return options_; }
+
+ private:
+  struct SelectState;
+  struct FetchState;
+  CacheClient(Reactor& reactor, const CacheClientOptions& options)
+      : reactor_(reactor), options_(options) {}
+  void OnSelectReply(const std::shared_ptr<SelectState>& state, ShardId shard,
+                     const std::vector<KvHeadId>& heads, const Result<InMessage>& reply);
+  Status ApplySelection(SelectState& state, const std::vector<KvHeadId>& heads,
+                        const wire::SelectReply& reply,
+                        std::vector<wire::FetchPagesRequest>* refetches);
+  void Refetch(const std::shared_ptr<SelectState>& state, ShardId shard,
+               const wire::FetchPagesRequest& request);
+  OutMessage SelectMessage(const ContextHandle& context, const SelectParams& params,
+                           SelectionSink& sink, const std::vector<KvHeadId>& heads);
+  // A buffer that no message in flight uses.
+  std::shared_ptr<std::vector<std::byte>> Buffer();
+  Result<std::vector<LayerRows>> FetchPart(const ContextHandle& context, wire::RowsPart part,
+                                           uint32_t count, TokenPos first);
+
+  Reactor& reactor_;
+  const CacheClientOptions options_;
+  std::vector<std::unique_ptr<Channel>> channels_;  // by shard
+  std::vector<std::string> addresses_;
+  std::vector<std::shared_ptr<std::vector<std::byte>>> buffers_;
+  uint64_t bytes_moved_ = 0;
+};
+
+}  // namespace icecache

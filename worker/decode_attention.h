@@ -1,0 +1,44 @@
+// DecodeAttention: a LayerAttention that keeps books, so that methods can be compared: full KV,
+// exact top-k, sinks + window, icecache. All of them round K and V to the shape's dtype before
+// anything is computed with them.
+#pragma once
+
+#include <cstdint>
+
+#include "common/clock.h"
+#include "worker/model/model.h"
+
+namespace icecache {
+
+// Sums over all tokens since the last ResetStats.
+struct AttentionStats {
+  uint64_t heads = 0;             // (token, layer, query head) triples
+  uint64_t attended_tokens = 0;   // tokens attended to exactly, summed over those triples
+  uint64_t bytes_moved = 0;       // requests and replies of the data plane
+  uint64_t page_hits = 0;         // selected pages that were resident
+  uint64_t page_misses = 0;       // selected pages that travelled, whole or their new rows
+  uint64_t bad_pages = 0;         // failed verification and were fetched again or dropped
+  uint64_t degraded_steps = 0;    // layer steps that went on without the answer of a shard
+  uint64_t server_select_ns = 0;  // as the shards report, summed
+  Duration select_wait{0};        // waiting for replies beyond the work done meanwhile
+  Duration transfer{0};           // encoding, decoding, verifying, placing pages
+  Duration attention{0};          // computing attention
+
+  double tokens_per_head() const {
+    return heads == 0 ? 0 : static_cast<double>(attended_tokens) / static_cast<double>(heads);
+  }
+  double hit_rate() const {
+    const uint64_t pages = page_hits + page_misses;
+    return pages == 0 ? 0 : static_cast<double>(page_hits) / static_cast<double>(pages);
+  }
+};
+
+class DecodeAttention : public LayerAttention {
+ public:
+  virtual const AttentionStats& stats() const = 0;
+  virtual void ResetStats() = 0;
+  // Bytes of K and V that this method keeps in the worker now.
+  virtual uint64_t kv_bytes() const = 0;
+};
+
+}  // namespace icecache

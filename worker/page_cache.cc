@@ -1,0 +1,185 @@
+#include "worker/page_cache.h"
+
+#include <algorithm>
+#include <cstring>
+#include <string>
+
+#include "common/checksum.h"
+#include "common/status.h"
+
+namespace icecache {
+
+std::byte* PageArena::Allocate() {
+  if (free_.empty()) {
+    chunks_.push_back(std::make_unique<std::byte[]>(kFramesPerChunk * frame_bytes_));
+    for (size_t i = kFramesPerChunk; i-- > 0;) {
+      free_.push_back(chunks_.back().get() + i * frame_bytes_);
+    }
+  }
+  std::byte* const frame = free_.back();
+  free_.pop_back();
+  return frame;
+}
+
+PageCache::PageCache(const ModelShape& shape, uint32_t capacity_pages, PageArena& arena)
+    : shape_(shape), capacity_(capacity_pages), arena_(arena) {
+  KV_CHECK(capacity_pages > 0);
+}
+
+std::byte* PageCache::v_rows(const Slot& slot) const {
+  return slot.frame + limits::kPageTokens * shape_.row_bytes();
+}
+
+std::byte* PageCache::positions(const Slot& slot) const {
+  return slot.frame + limits::kPageTokens * 2 * shape_.row_bytes();
+}
+
+void PageCache::ListResident(std::vector<wire::ResidentPage>* pages) const {
+  for (const Slot& slot : slots_) {
+    if (slot.fill == 0) continue;
+    pages->push_back({SegmentId(slot.key.segment), PageId(slot.key.page), slot.version, slot.fill});
+  }
+}
+
+void PageCache::BeginStep() {
+  for (const PageId id : selected_) {
+    slots_[id.value].pinned = false;
+    views_[id.value].fill = slots_[id.value].fill;
+  }
+  selected_.clear();
+}
+
+void PageCache::RetainSegments(std::span<const SegmentId> segments) {
+  BeginStep();
+  for (uint32_t i = 0; i < slots_.size(); ++i) {
+    const SegmentId segment(slots_[i].key.segment);
+    const bool kept = std::find(segments.begin(), segments.end(), segment) != segments.end();
+    if (slots_[i].fill > 0 && !kept) Drop(i);
+  }
+}
+
+void PageCache::Drop(uint32_t index) {
+  Slot& slot = slots_[index];
+  slot_of_.erase(slot.key);
+  slot.fill = 0;
+  views_[index] = PageView{};
+  free_slots_.push_back(index);
+}
+
+uint32_t PageCache::TakeSlot() {
+  if (free_slots_.empty() && slots_.size() < capacity_) {
+    slots_.emplace_back().frame = arena_.Allocate();
+    views_.emplace_back();
+    free_slots_.push_back(static_cast<uint32_t>(slots_.size() - 1));
+  }
+  if (free_slots_.empty()) {
+    KV_CHECK(selected_.size() < slots_.size());
+    for (uint32_t i = 0; i < 2 * slots_.size() && free_slots_.empty(); ++i) {
+      Slot& slot = slots_[hand_];
+      if (!slot.pinned && !slot.recent) Drop(hand_);
+      if (!slot.pinned) slot.recent = false;
+      hand_ = (hand_ + 1) % static_cast<uint32_t>(slots_.size());
+    }
+  }
+  KV_CHECK(!free_slots_.empty());
+  const uint32_t index = free_slots_.back();
+  free_slots_.pop_back();
+  return index;
+}
+
+bool PageCache::Place(const wire::PagePayload& page, TokenPos begin, TokenPos end,
+                      const Slot& slot) const {
+  const size_t row_bytes = shape_.row_bytes();
+  std::memcpy(k_rows(slot) + page.from * row_bytes, page.k_rows.data(), page.k_rows.size());
+  std::memcpy(v_rows(slot) + page.from * row_bytes, page.v_rows.data(), page.v_rows.size());
+  std::memcpy(positions(slot) + page.from * sizeof(uint32_t), page.positions.data(),
+              page.positions.size());
+  const uint64_t found = PageChecksum(
+      {page.segment.value, page.page.value, page.version}, {k_rows(slot), page.fill * row_bytes},
+      {v_rows(slot), page.fill * row_bytes}, {positions(slot), page.fill * sizeof(uint32_t)});
+  if (found != page.checksum) return false;
+  for (uint32_t i = 0; i < page.fill; ++i) {
+    uint32_t position = 0;
+    std::memcpy(&position, positions(slot) + i * sizeof(position), sizeof(position));
+    if (position < begin.value || position >= end.value) return false;
+  }
+  return true;
+}
+
+void PageCache::Pin(uint32_t index, uint8_t rows_used) {
+  Slot& slot = slots_[index];
+  slot.recent = true;
+  slot.pinned = true;
+  const uint8_t rows = rows_used == 0 || rows_used > slot.fill ? slot.fill : rows_used;
+  views_[index] = {k_rows(slot), v_rows(slot), rows};
+  selected_.push_back(PageId(index));
+}
+
+PageCache::Outcome PageCache::Apply(const wire::PagePayload& page, TokenPos begin, TokenPos end,
+                                    uint8_t rows_used) {
+  const Key key{page.segment.value, page.page.value};
+  const auto found = slot_of_.find(key);
+  const bool resident = found != slot_of_.end();
+  if (resident && slots_[found->second].pinned) return Outcome::kRepeated;
+  if (page.fill == 0 || page.fill > limits::kPageTokens || page.from > page.fill) {
+    return Outcome::kBad;
+  }
+  if (page.from > 0) {  // builds on what should be here
+    if (!resident) return Outcome::kBad;
+    Slot& slot = slots_[found->second];
+    if (slot.version != page.version || slot.fill != page.from ||
+        (page.from == page.fill && slot.checksum != page.checksum)) {
+      Drop(found->second);
+      return Outcome::kBad;
+    }
+    if (page.from == page.fill) {
+      Pin(found->second, rows_used);
+      return Outcome::kHit;
+    }
+  }
+  const uint32_t index = resident ? found->second : TakeSlot();
+  Slot& slot = slots_[index];
+  slot.key = key;
+  slot_of_[key] = index;
+  if (!Place(page, begin, end, slot)) {
+    Drop(index);
+    return Outcome::kBad;
+  }
+  slot.version = page.version;
+  slot.fill = page.fill;
+  slot.checksum = page.checksum;
+  Pin(index, rows_used);
+  return Outcome::kReceived;
+}
+
+uint32_t PageCache::selected_tokens() const {
+  uint32_t tokens = 0;
+  for (const PageId id : selected_) tokens += views_[id.value].fill;
+  return tokens;
+}
+
+Status PageCache::Validate() const {
+  uint32_t used = 0;
+  uint32_t pinned = 0;
+  for (uint32_t i = 0; i < slots_.size(); ++i) {
+    const Slot& slot = slots_[i];
+    if (slot.fill == 0) continue;
+    ++used;
+    pinned += slot.pinned ? 1 : 0;
+    const auto it = slot_of_.find(slot.key);
+    if (it == slot_of_.end() || it->second != i) return Internal("slot is not under its key");
+    const size_t row_bytes = shape_.row_bytes();
+    if (PageChecksum({slot.key.segment, slot.key.page, slot.version},
+                     {k_rows(slot), slot.fill * row_bytes}, {v_rows(slot), slot.fill * row_bytes},
+                     {positions(slot), slot.fill * sizeof(uint32_t)}) != slot.checksum) {
+      return Internal("content of slot " + std::to_string(i) + " does not match its checksum");
+    }
+  }
+  if (used != slot_of_.size()) return Internal("keys and used slots differ");
+  if (used + free_slots_.size() != slots_.size()) return Internal("slots are lost");
+  if (slots_.size() > capacity_) return Internal("more slots than the capacity");
+  if (pinned != selected_.size()) return Internal("pinned pages are not the selected ones");
+  return OkStatus();
+}
+
+}  // namespace icecache

@@ -1,0 +1,117 @@
+// PageCache: the pages of one (layer, kv head) that the worker holds, so that a page selected again
+// is not sent again. CLOCK replacement: the pages of the last few selections stay, since
+// consecutive tokens ask for mostly the same ones.
+//
+// A step: 1. ListResident goes out with the request   2. BeginStep   3. Apply each page of the
+// reply
+//         4. attention over view() and selected(); selected pages cannot be evicted within their
+//         step
+// Every page is verified (checksum over content and name, positions in range) before it is in
+// selected(); one that fails is dropped. Owner's thread: the decode thread. Not for capacities
+// below a selection's pages.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <unordered_map>
+#include <vector>
+
+#include "common/ids.h"
+#include "common/model_shape.h"
+#include "common/wire/data_codec.h"
+#include "kernels/paged_kv.h"
+
+namespace icecache {
+
+// Page frames for all caches of a worker: grows by chunks, gives nothing back before its end.
+class PageArena {
+ public:
+  explicit PageArena(size_t frame_bytes) : frame_bytes_(frame_bytes) {}
+  std::byte* Allocate();
+  void Free(std::byte* frame) { free_.push_back(frame); }
+  uint64_t bytes() const { return chunks_.size() * kFramesPerChunk * frame_bytes_; }
+
+ private:
+  static constexpr size_t kFramesPerChunk = 32;
+  const size_t frame_bytes_;
+  std::vector<std::unique_ptr<std::byte[]>> chunks_;
+  std::vector<std::byte*> free_;
+};
+
+class PageCache {
+ public:
+  // The arena outlives the cache. REQUIRES: arena frames of shape.page_bytes(), capacity_pages > 0.
+  PageCache(const ModelShape& shape, uint32_t capacity_pages, PageArena& arena);
+  PageCache(PageCache&&) = default;
+
+  void ListResident(std::vector<wire::ResidentPage>* pages) const;
+  void BeginStep();
+  // Drops pages of other segments than these: what a new context of the same worker cannot use.
+  void RetainSegments(std::span<const SegmentId> segments);
+
+  enum class Outcome {
+    kHit,       // was resident as it is
+    kReceived,  // content came: a new page, a new version or new rows
+    kBad,  // failed verification, or refers to content that is not here; dropped, fetch it whole
+    kRepeated,  // already selected in this step; ignored, or its tokens would count twice
+  };
+  // `rows_used`: attend to only the first so many rows in this step (a page that was fetched again
+  // may have grown by rows that the reply counted elsewhere); 0: all. Positions of indexed tokens
+  // lie in [positions_begin, positions_end).
+  Outcome Apply(const wire::PagePayload& page, TokenPos positions_begin, TokenPos positions_end,
+                uint8_t rows_used = 0);
+
+  // For AttentionBackend::AttendPages: page ids are slots of this cache.
+  PagedKv view() const {
+    return {shape_.dtype, shape_.head_dim, static_cast<uint32_t>(views_.size()), views_.data()};
+  }
+  std::span<const PageId> selected() const { return selected_; }
+  uint32_t selected_tokens() const;
+  uint32_t page_count() const { return static_cast<uint32_t>(slot_of_.size()); }
+
+  // INTERNAL naming the first broken invariant; slow, for tests.
+  Status Validate() const;
+
+ private:
+  struct Key {
+    uint64_t segment = 0;
+    uint32_t page = 0;
+    friend bool operator==(const Key&, const Key&) = default;
+  };
+  struct KeyHash {
+    size_t operator()(const Key& key) const {
+      return std::hash<uint64_t>{}(key.segment * 0x9e3779b97f4a7c15u + key.page);
+    }
+  };
+  struct Slot {
+    Key key;
+    uint32_t version = 0;
+    uint8_t fill = 0;  // 0: the slot is free
+    bool recent = false;
+    bool pinned = false;
+    uint64_t checksum = 0;
+    std::byte* frame = nullptr;
+  };
+
+  std::byte* k_rows(const Slot& slot) const { return slot.frame; }
+  std::byte* v_rows(const Slot& slot) const;
+  std::byte* positions(const Slot& slot) const;
+  bool Place(const wire::PagePayload& page, TokenPos begin, TokenPos end, const Slot& slot) const;
+  uint32_t TakeSlot();
+  void Drop(uint32_t slot);
+  void Pin(uint32_t slot, uint8_t rows_used);
+
+  const ModelShape shape_;
+  const uint32_t capacity_;
+  PageArena& arena_;
+  std::vector<Slot> slots_;
+  std::vector<PageView> views_;  // one per slot
+  std::unordered_map<Key, uint32_t, KeyHash> slot_of_;
+  std::vector<uint32_t> free_slots_;
+  std::vector<PageId> selected_;
+  uint32_t hand_ = 0;
+};
+
+}  // namespace icecache
