@@ -28,6 +28,8 @@ DataService::DataService(Shard& shard, Reactor& reactor, MetricsRegistry& metric
       reactor_(reactor),
       metrics_(metrics),
       options_(options),
+      connection_gauge_(metrics.GetGauge("icecache_data_connections", "Open data-plane connections, by shard.",
+                                         {{"shard", std::to_string(shard.options().id.value)}})),
       bytes_sent_(metrics.GetCounter("icecache_sent_bytes_total",
                                      "Bytes of data-plane replies, by shard.",
                                      {{"shard", std::to_string(shard.options().id.value)}})),
@@ -73,14 +75,18 @@ void DataService::Accept(std::unique_ptr<Endpoint> endpoint) {
   });
   LogDebug("data connection", {{"peer", c.channel->endpoint().Describe()}});
   connections_.emplace(c.id, std::move(connection));
+  connection_gauge_.Set(static_cast<int64_t>(connections_.size()));
 }
 
 void DataService::Close(uint64_t id) {
   auto node = connections_.extract(id);
   if (node.empty()) return;
-  // Not inside a callback of the channel that goes.
-  std::shared_ptr<Connection> gone = std::move(node.mapped());
-  reactor_.Post([gone] {});
+  connection_gauge_.Set(static_cast<int64_t>(connections_.size()));
+  closed_.push_back(std::move(node.mapped()));
+  if (closed_.size() > 1) return;
+  reactor_.Post([this, alive = std::weak_ptr<int>(alive_)] {
+    if (!alive.expired()) closed_.clear();
+  });
 }
 
 void DataService::Sweep() {

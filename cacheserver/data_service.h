@@ -91,6 +91,7 @@ class DataService {
   Reactor& reactor_;
   MetricsRegistry& metrics_;
   const DataServiceOptions options_;
+  Gauge& connection_gauge_;
   Counter& bytes_sent_;
   Counter& pages_returned_;
   Counter& pages_resident_;
@@ -101,6 +102,7 @@ class DataService {
   Histogram& gather_seconds_;
 
   std::unordered_map<uint64_t, std::unique_ptr<Connection>> connections_;
+  std::vector<std::unique_ptr<Connection>> closed_;  // until the next turn: not inside their own callbacks
   uint64_t next_connection_ = 1;
   uint64_t requests_open_ = 0;
   bool accepting_ = true;

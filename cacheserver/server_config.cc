@@ -12,14 +12,13 @@
 
 #include "common/limits.h"
 #include "common/size.h"
+#include "common/ucx_environment.h"
 
 namespace icecache {
 namespace {
 
 constexpr uint64_t kNoLimit = ~0ull;
 constexpr uint64_t kDefaultMemoryMax = 4ull << 30;
-// UCX gives each same-host connection two 4 MiB FIFO segments in /dev/shm at most; room for a few.
-constexpr uint64_t kSharedMemoryMin = 64ull << 20;
 constexpr uint64_t kRdmaMemlockMin = 1ull << 30;
 
 std::string ReadText(const std::string& path) {
@@ -101,6 +100,69 @@ bool WantsRdma(const std::string& transports) {
   return false;
 }
 
+Status CheckHost(const ServerConfig& c) {
+  if (IsLoopbackHost(c.host) || !c.token_file.empty()) return OkStatus();
+  return InvalidArgument("host " + c.host +
+                         " is not loopback and there is no token file, so anybody could read every "
+                         "context; give --token-file FILE, or --host 127.0.0.1");
+}
+
+Status CheckHttpHost(const ServerConfig& c) {
+  if (IsLoopbackHost(c.http_host) || !c.token_file.empty()) return OkStatus();
+  return InvalidArgument("http-host " + c.http_host +
+                         " is not loopback and there is no token file with an admin in it; give "
+                         "--token-file FILE, or --http-host 127.0.0.1");
+}
+
+Status CheckMemory(const ServerConfig& c, const Machine& machine) {
+  const uint64_t pool_min = uint64_t{limits::kPoolBytesMin} * c.threads;
+  if (c.memory_size < pool_min) {
+    return InvalidArgument("memory-size " + FormatSize(c.memory_size) + " is too little for " +
+                           std::to_string(c.threads) + " shards; give --memory-size " +
+                           FormatSize(pool_min) + " or more, or fewer --threads");
+  }
+  if (c.memory_size > machine.memory_available) {
+    return ResourceExhausted("memory-size " + FormatSize(c.memory_size) + " is more than the " +
+                             FormatSize(machine.memory_available) +
+                             " this machine has available; give a smaller --memory-size");
+  }
+  if (c.memory_size > machine.cgroup_available) {
+    return ResourceExhausted(
+        "memory-size " + FormatSize(c.memory_size) + " is more than the " +
+        FormatSize(machine.cgroup_available) +
+        " left under the memory limit of this control group; give a smaller --memory-size "
+        "or raise the limit (systemd: MemoryMax=, containers: --memory)");
+  }
+  return OkStatus();
+}
+
+// Each shard maps some of /dev/shm by itself, and each connection on this host as much again.
+Status CheckSharedMemoryRoom(const ServerConfig& c, const Machine& machine) {
+  const uint64_t needed = kUcxSharedBytesPerTransport * 2 * c.threads;
+  if (!UsesSharedMemory(c.transports) || machine.shm_available >= needed) return OkStatus();
+  return ResourceExhausted(
+      "/dev/shm has " + FormatSize(machine.shm_available) + " free and " + FormatSize(needed) +
+      " are needed for connections on this host by " + std::to_string(c.threads) +
+      " shards; run: mount -o remount,size=1G /dev/shm (containers: --shm-size 1g)");
+}
+
+Status CheckLockedMemory(const ServerConfig& c, const Machine& machine) {
+  if (!WantsRdma(c.transports) || machine.memlock >= kRdmaMemlockMin) return OkStatus();
+  return ResourceExhausted(
+      "transports " + c.transports + " lock memory and `ulimit -l` is " +
+      FormatSize(machine.memlock) +
+      "; run: ulimit -l unlimited (systemd: LimitMEMLOCK=infinity, containers: --ulimit "
+      "memlock=-1)");
+}
+
+// Three times, so that two lost renewals are survived.
+Status CheckLease(const ServerConfig& c) {
+  if (c.heartbeat_ms != 0 && uint64_t{c.heartbeat_ms} * 3 <= c.lease_ms) return OkStatus();
+  return InvalidArgument("lease-ms " + std::to_string(c.lease_ms) +
+                         " must be at least three times heartbeat-ms " +
+                         std::to_string(c.heartbeat_ms) + ", which must not be 0");
+}
+
 constexpr char kDescription[] =
     "Holds the K/V cache of long contexts on this machine's CPU memory, finds the pages that "
     "matter to a query, "
@@ -141,7 +203,12 @@ void AddKeys(ConfigParser& parser, ServerConfig& c) {
   parser.Add("port_file", &c.port_file, "write the ports chosen as JSON to this file once ready");
 }
 
-void AddChecks(ConfigParser& parser, ServerConfig& c) {
+void AddChecks(ConfigParser& parser, ServerConfig& c, const Machine& machine) {
+  parser.AddCheck("host", [&c] { return CheckHost(c); });
+  parser.AddCheck("http_host", [&c] { return CheckHttpHost(c); });
+  parser.AddCheck("memory_size", [&c, &machine] { return CheckMemory(c, machine); });
+  parser.AddCheck("lease_ms", [&c] { return CheckLease(c); });
+  parser.AddCheck("heartbeat_ms", [&c] { return CheckLease(c); });
   parser.AddCheck("log_level", [&c]() -> Status {
     KV_ASSIGN_OR_RETURN(c.level, ParseLogLevel(c.log_level));
     return OkStatus();
@@ -208,7 +275,7 @@ Result<ParsedServerConfig> ParseServerConfig(int argc, const char* const* argv,
   parsed.config = DefaultServerConfig(machine);
   ConfigParser parser("icecache-server", kDescription, kExamples);
   AddKeys(parser, parsed.config);
-  AddChecks(parser, parsed.config);
+  AddChecks(parser, parsed.config, machine);
   KV_ASSIGN_OR_RETURN(parsed.outcome,
                       parser.Parse(argc, argv, std::string("icecache-server ") + kServerVersion,
                                    std::move(environment)));
@@ -217,55 +284,12 @@ Result<ParsedServerConfig> ParseServerConfig(int argc, const char* const* argv,
 }
 
 Status CheckServerConfig(const ServerConfig& c, const Machine& machine) {
-  if (!IsLoopbackHost(c.host) && c.token_file.empty()) {
-    return InvalidArgument("host " + c.host +
-                           " is not loopback and there is no token file, so anybody could "
-                           "read every context; give --token-file FILE, or --host 127.0.0.1");
-  }
-  if (!IsLoopbackHost(c.http_host) && c.token_file.empty()) {
-    return InvalidArgument("http-host " + c.http_host +
-                           " is not loopback and there is no token file with an "
-                           "admin in it; give --token-file FILE, or --http-host 127.0.0.1");
-  }
-  const uint64_t pool_min = uint64_t{limits::kPoolBytesMin} * c.threads;
-  if (c.memory_size < pool_min) {
-    return InvalidArgument("memory-size " + FormatSize(c.memory_size) + " is too little for " +
-                           std::to_string(c.threads) + " shards; give --memory-size " +
-                           FormatSize(pool_min) + " or more, or fewer --threads");
-  }
-  if (c.memory_size > machine.memory_available) {
-    return ResourceExhausted("memory-size " + FormatSize(c.memory_size) + " is more than the " +
-                             FormatSize(machine.memory_available) +
-                             " this machine has available; give a smaller --memory-size");
-  }
-  if (c.memory_size > machine.cgroup_available) {
-    return ResourceExhausted(
-        "memory-size " + FormatSize(c.memory_size) + " is more than the " +
-        FormatSize(machine.cgroup_available) +
-        " left under the memory limit of this control group; give a smaller --memory-size "
-        "or raise the limit (systemd: MemoryMax=, containers: --memory)");
-  }
-  if (machine.shm_available < kSharedMemoryMin) {
-    return ResourceExhausted(
-        "/dev/shm has " + FormatSize(machine.shm_available) + " free and " +
-        FormatSize(kSharedMemoryMin) +
-        " are needed for connections on this host; run: mount -o remount,size=1G /dev/shm "
-        "(containers: --shm-size 1g)");
-  }
-  if (WantsRdma(c.transports) && machine.memlock < kRdmaMemlockMin) {
-    return ResourceExhausted(
-        "transports " + c.transports + " lock memory and `ulimit -l` is " +
-        FormatSize(machine.memlock) +
-        "; run: ulimit -l unlimited (systemd: LimitMEMLOCK=infinity, containers: --ulimit "
-        "memlock=-1)");
-  }
-  // A third of the lease time, so that two lost renewals are survived.
-  if (c.heartbeat_ms == 0 || uint64_t{c.heartbeat_ms} * 3 > c.lease_ms) {
-    return InvalidArgument("lease-ms " + std::to_string(c.lease_ms) +
-                           " must be at least three times heartbeat-ms " +
-                           std::to_string(c.heartbeat_ms) + ", which must not be 0");
-  }
-  return OkStatus();
+  KV_RETURN_IF_ERROR(CheckHost(c));
+  KV_RETURN_IF_ERROR(CheckHttpHost(c));
+  KV_RETURN_IF_ERROR(CheckMemory(c, machine));
+  KV_RETURN_IF_ERROR(CheckSharedMemoryRoom(c, machine));
+  KV_RETURN_IF_ERROR(CheckLockedMemory(c, machine));
+  return CheckLease(c);
 }
 
 }  // namespace icecache

@@ -121,17 +121,21 @@ void Shard::EndLease(Epoch epoch) {
   leases_.erase(it);
 }
 
-std::map<SegmentId, SegmentBytes> Shard::BytesOf(std::span<const ContextId> ids) const {
-  std::map<SegmentId, SegmentBytes> bytes;
+Holdings Shard::HoldingsOf(std::span<const ContextId> ids) const {
+  Holdings holdings;
   for (ContextId id : ids) {
     auto it = contexts_.find(id);
     if (it == contexts_.end()) continue;
     it->second->VisitSegments([&](const Segment& segment) {
-      auto [entry, fresh] = bytes.try_emplace(segment.id());
+      auto [entry, fresh] = holdings.segments.try_emplace(segment.id());
       if (fresh) entry->second = {segment.kv_bytes(), segment.index_bytes()};
     });
+    it->second->VisitPrivateSlices([&](LayerId, KvHeadId, const HeadSlice& slice) {
+      uint32_t& end = holdings.ends[id];
+      end = std::max(end, slice.end());
+    });
   }
-  return bytes;
+  return holdings;
 }
 
 ShardStatus Shard::status() {

@@ -43,6 +43,11 @@ struct SegmentBytes {
   uint64_t kv_bytes = 0;
   uint64_t index_bytes = 0;
 };
+// This shard's part of some contexts. A segment that several of them share is there once.
+struct Holdings {
+  std::map<SegmentId, SegmentBytes> segments;
+  std::map<ContextId, uint32_t> ends;  // of contexts that grow: after the last position held
+};
 
 struct ShardStatus {
   ShardId id;
@@ -79,7 +84,7 @@ class Shard {
   void AddLease(const Lease& lease);
   void EndLease(Epoch epoch);
   void SetQuota(TenantId tenant, uint64_t bytes) { pool_.SetQuota(tenant, bytes); }
-  std::map<SegmentId, SegmentBytes> BytesOf(std::span<const ContextId> contexts) const;
+  Holdings HoldingsOf(std::span<const ContextId> contexts) const;
   ShardStatus status();
 
   // For the data plane. nullptr: absent, valid until the shard next changes leases or contexts.

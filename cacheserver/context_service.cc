@@ -1,0 +1,432 @@
+#include "cacheserver/context_service.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "common/limits.h"
+#include "common/log.h"
+
+namespace icecache {
+
+const char* ControlRequestName(const ControlRequestBody& request) {
+  constexpr const char* kNames[] = {"hello",   "create", "open", "fork",     "seal", "publish",
+                                    "release", "drop",   "list", "describe", "renew"};
+  static_assert(std::size(kNames) == std::variant_size_v<ControlRequestBody>);
+  return kNames[request.index()];
+}
+
+ContextService::ContextService(ShardGroup& shards, TenantTable& tenants, LeaseTable& leases,
+                               MetricsRegistry& metrics)
+    : shards_(shards),
+      tenants_(tenants),
+      leases_(leases),
+      metrics_(metrics),
+      lease_gauge_(metrics.GetGauge("icecache_leases", "Leases that are alive.")),
+      context_gauge_(metrics.GetGauge("icecache_contexts", "Contexts that the server holds.")),
+      segment_gauge_(metrics.GetGauge("icecache_segments", "Segments that the contexts share.")) {}
+
+void ContextService::CountGauges() {
+  lease_gauge_.Set(leases_.count());
+  context_gauge_.Set(table_.count());
+  segment_gauge_.Set(table_.segment_count());
+}
+
+void ContextService::Handle(ConnectionId connection, TenantId tenant,
+                            const ControlRequestBody& request, Done done) {
+  const char* name = ControlRequestName(request);
+  Done counted = [this, name, done = std::move(done)](ControlReplyBody body) {
+    const Status* error = std::get_if<Status>(&body);
+    metrics_
+        .GetCounter(
+            "icecache_control_requests_total", "Control-plane requests by kind and result.",
+            {{"kind", name},
+             {"result", std::string(StatusCodeName(error ? error->code() : StatusCode::kOk))}})
+        .Add();
+    CountGauges();
+    done(std::move(body));
+  };
+  const Caller caller{connection, tenant};
+  std::visit([&](const auto& body) { Do(caller, body, std::move(counted)); }, request);
+}
+
+Status ContextService::CheckAdmit(const Caller& caller, bool write) const {
+  if (!admitting_) {
+    return Unavailable(
+        "the server is draining and takes no new contexts; use another one or retry after its "
+        "restart");
+  }
+  const Tenant& tenant = tenants_.Get(caller.tenant);
+  if (write ? tenant.rights.write : tenant.rights.read) return OkStatus();
+  return PermissionDenied("tenant '" + tenant.name + "' has no right to " +
+                          (write ? "write" : "read") +
+                          "; add it to rights in the token file and send the server SIGHUP");
+}
+
+void ContextService::Admit(const Caller& caller, const ContextRecord& record,
+                           std::function<Status(Shard&)> make, Done done) {
+  Result<Lease> lease = leases_.Grant(record.id, caller.tenant, caller.connection, true);
+  if (!lease.ok()) {
+    table_.Remove(record.id);
+    return done(lease.status());
+  }
+  struct Made {
+    Status status;
+    Holdings holdings;
+  };
+  shards_.Gather<Made>(
+      [make = std::move(make), lease = *lease](Shard& shard) {
+        Made made;
+        made.status = make(shard);
+        if (!made.status.ok()) return made;
+        shard.AddLease(lease);
+        made.holdings = shard.HoldingsOf(std::span(&lease.context, 1));
+        return made;
+      },
+      [this, lease = *lease, done = std::move(done)](std::vector<Made> all) {
+        std::vector<Holdings> holdings;
+        for (Made& made : all) {
+          if (!made.status.ok()) {
+            DropContext(lease.context);
+            return done(made.status);
+          }
+          holdings.push_back(std::move(made.holdings));
+        }
+        FinishGrant(lease, std::move(holdings), done);
+      });
+}
+
+void ContextService::FinishGrant(const Lease& lease, std::vector<Holdings> holdings,
+                                 const Done& done) {
+  const ContextRecord* record = table_.Find(lease.context);
+  // Dropped, or its connection ended, while the shards were at it.
+  if (record == nullptr || !leases_.Alive(lease.epoch)) {
+    return done(Cancelled("the context was dropped or its lease ended before it was granted"));
+  }
+  wire::Grant grant;
+  grant.context = Info(*record, holdings);
+  grant.epoch = lease.epoch;
+  grant.ticket = lease.ticket;
+  grant.lease_ms = static_cast<uint32_t>(
+      std::chrono::duration_cast<std::chrono::milliseconds>(leases_.lease_time()).count());
+  done(std::move(grant));
+}
+
+void ContextService::Do(const Caller& caller, const wire::Create& request, Done done) {
+  if (Status status = CheckAdmit(caller, true); !status.ok()) return done(status);
+  Result<PolicyKind> policy = ParsePolicyKind(request.policy);
+  if (!policy.ok()) return done(policy.status());
+  Result<ContextRecord> record = table_.Create(caller.tenant, request.name,
+                                               {.shape = request.shape,
+                                                .model = request.model,
+                                                .sink_tokens = request.sink_tokens,
+                                                .window_tokens = request.window_tokens,
+                                                .policy = *policy,
+                                                .seed = request.seed});
+  if (!record.ok()) return done(record.status());
+  ContextSpec spec;
+  spec.id = record->id;
+  spec.segment = record->chain.back();
+  spec.tenant = record->tenant;
+  spec.shape = request.shape;
+  spec.sink_tokens = request.sink_tokens;
+  spec.window_tokens = request.window_tokens;
+  spec.policy = *policy;
+  spec.seed = request.seed;
+  Admit(
+      caller, *record, [spec](Shard& shard) { return shard.CreateContext(spec); }, std::move(done));
+}
+
+void ContextService::Do(const Caller& caller, const wire::Fork& request, Done done) {
+  if (Status status = CheckAdmit(caller, true); !status.ok()) return done(status);
+  const ContextRecord* parent = table_.FindByName(caller.tenant, request.parent);
+  // A context that is not published is its creator's alone, and as unknown to others as if it were
+  // not there.
+  if (parent == nullptr || (!parent->published && !leases_.Find(caller.connection, parent->id))) {
+    return done(NotFound("fork: no published context '" + request.parent + "'"));
+  }
+  const ContextId parent_id = parent->id;
+  Result<ContextRecord> child = table_.Fork(parent_id, request.name);
+  if (!child.ok()) return done(child.status());
+  Admit(
+      caller, *child,
+      [parent_id, id = child->id, segment = child->chain.back()](Shard& shard) {
+        return shard.ForkContext(parent_id, id, segment);
+      },
+      std::move(done));
+}
+
+void ContextService::Do(const Caller& caller, const wire::Open& request, Done done) {
+  if (Status status = CheckAdmit(caller, false); !status.ok()) return done(status);
+  const ContextRecord* record = table_.FindByName(caller.tenant, request.name);
+  if (record == nullptr || !record->published) {
+    return done(NotFound("open: no published context '" + request.name + "'"));
+  }
+  Result<Lease> lease = leases_.Grant(record->id, caller.tenant, caller.connection, false);
+  if (!lease.ok()) return done(lease.status());
+  shards_.Gather<Holdings>(
+      [lease = *lease](Shard& shard) {
+        shard.AddLease(lease);
+        return shard.HoldingsOf(std::span(&lease.context, 1));
+      },
+      [this, lease = *lease, done = std::move(done)](std::vector<Holdings> holdings) {
+        FinishGrant(lease, std::move(holdings), done);
+      });
+}
+
+Result<ContextRecord> ContextService::Owned(const Caller& caller, ContextId id) const {
+  const ContextRecord* record = table_.Find(id);
+  // One answer for what is not there, another tenant's and another connection's: ids tell nothing.
+  const std::optional<Lease> lease = leases_.Find(caller.connection, id);
+  if (record == nullptr || !lease || record->tenant != caller.tenant) {
+    return NotFound("context " + std::to_string(id.value) +
+                    ": this connection holds no lease on it");
+  }
+  if (!lease->writable) {
+    return PermissionDenied("context '" + record->name + "' was opened to read by this connection");
+  }
+  return *record;
+}
+
+void ContextService::Do(const Caller& caller, const wire::Seal& request, Done done) {
+  Result<ContextRecord> record = Owned(caller, request.context);
+  if (!record.ok()) return done(record.status());
+  if (record->sealed) return done(wire::Done{});
+  const Lease lease = *leases_.Find(caller.connection, record->id);
+  using Ends = Result<std::optional<uint32_t>>;
+  shards_.Gather<Ends>([id = record->id](Shard& shard) { return shard.CheckSealable(id); },
+                       [this, id = record->id, lease, done = std::move(done)](
+                           const std::vector<Ends>& ends) { SealChecked(id, lease, ends, done); });
+}
+
+void ContextService::SealChecked(ContextId id, const Lease& lease,
+                                 const std::vector<Result<std::optional<uint32_t>>>& ends,
+                                 Done done) {
+  std::optional<uint32_t> end;
+  for (size_t i = 0; i < ends.size(); ++i) {
+    if (!ends[i].ok()) return done(ends[i].status());
+    if (!ends[i]->has_value()) continue;
+    if (end && **ends[i] != *end) {
+      return done(FailedPrecondition("seal: shard " + std::to_string(i) + " holds " +
+                                     std::to_string(**ends[i]) + " tokens and another one " +
+                                     std::to_string(*end) +
+                                     "; send the missing rows of all layers first"));
+    }
+    end = **ends[i];
+  }
+  if (!leases_.Alive(lease.epoch)) return done(Cancelled("seal: the lease ended"));
+  using Sealed = Result<std::optional<SegmentEnds>>;
+  shards_.Gather<Sealed>([id](Shard& shard) { return shard.SealContext(id); },
+                         [this, id, done = std::move(done)](const std::vector<Sealed>& sealed) {
+                           FinishSeal(id, sealed, done);
+                         });
+}
+
+void ContextService::FinishSeal(ContextId id,
+                                const std::vector<Result<std::optional<SegmentEnds>>>& ends,
+                                const Done& done) {
+  std::optional<SegmentEnds> all;
+  for (const auto& of_shard : ends) {
+    // Seal may be repeated: shards that have sealed say so again.
+    if (!of_shard.ok()) return done(of_shard.status());
+    if (!of_shard->has_value()) continue;
+    if (all && !(*all == **of_shard)) {
+      return done(Internal("seal: shards disagree on where the segment ends; drop the context"));
+    }
+    all = **of_shard;
+  }
+  const ContextRecord* record = table_.Find(id);
+  if (record == nullptr) return done(Cancelled("seal: the context was dropped"));
+  if (!record->sealed) {
+    const uint32_t end = all ? all->end : 0;
+    table_.MarkSealed(id, end, end - (all ? all->tail_first : 0));
+  }
+  done(wire::Done{});
+}
+
+void ContextService::Do(const Caller& caller, const wire::Publish& request, Done done) {
+  Result<ContextRecord> record = Owned(caller, request.context);
+  if (!record.ok()) return done(record.status());
+  const Tenant& tenant = tenants_.Get(caller.tenant);
+  if (!tenant.rights.share) {
+    return done(PermissionDenied("tenant '" + tenant.name + "' has no right to share"));
+  }
+  if (Status status = table_.Publish(record->id); !status.ok()) return done(status);
+  LogInfo("context published", {{"tenant", tenant.name},
+                                {"context", record->name},
+                                {"tokens", std::to_string(record->tokens)}});
+  done(wire::Done{});
+}
+
+void ContextService::Do(const Caller& caller, const wire::Release& request, Done done) {
+  std::vector<Lease> ended;
+  while (std::optional<Lease> lease = leases_.Find(caller.connection, request.context)) {
+    ended.push_back(*leases_.End(lease->epoch));
+  }
+  if (ended.empty()) {
+    return done(NotFound("release: this connection holds no lease on context " +
+                         std::to_string(request.context.value)));
+  }
+  EndLeases(ended, "released");
+  // The answer comes after the shards have freed what went with the lease.
+  shards_.Gather<bool>([](Shard&) { return true; },
+                       [done = std::move(done)](const std::vector<bool>&) { done(wire::Done{}); });
+}
+
+void ContextService::Do(const Caller& caller, const wire::Drop& request, Done done) {
+  const Tenant& tenant = tenants_.Get(caller.tenant);
+  if (!tenant.rights.write) {
+    return done(PermissionDenied("tenant '" + tenant.name + "' has no right to write"));
+  }
+  const ContextRecord* record = table_.FindByName(caller.tenant, request.name);
+  if (record == nullptr) return done(NotFound("drop: no context '" + request.name + "'"));
+  LogInfo("context dropped", {{"tenant", tenant.name}, {"context", record->name}});
+  DropContext(record->id);
+  shards_.Gather<bool>([](Shard&) { return true; },
+                       [done = std::move(done)](const std::vector<bool>&) { done(wire::Done{}); });
+}
+
+void ContextService::Do(const Caller& caller, const wire::List&, Done done) {
+  Describe(table_.List(caller.tenant),
+           [done = std::move(done)](std::vector<wire::ContextInfo> contexts) {
+             done(wire::ContextList{std::move(contexts)});
+           });
+}
+
+void ContextService::Do(const Caller& caller, const wire::Describe& request, Done done) {
+  const ContextRecord* record = table_.FindByName(caller.tenant, request.name);
+  if (record == nullptr) return done(NotFound("describe: no context '" + request.name + "'"));
+  Describe({*record}, [done = std::move(done)](std::vector<wire::ContextInfo> contexts) {
+    done(wire::ContextList{std::move(contexts)});
+  });
+}
+
+void ContextService::Do(const Caller& caller, const wire::Renew&, Done done) {
+  leases_.Renew(caller.connection);
+  done(wire::Done{});
+}
+
+void ContextService::Do(const Caller&, const wire::Hello&, Done done) {
+  done(InvalidArgument("hello was said already on this connection"));
+}
+
+wire::ContextInfo ContextService::Info(const ContextRecord& record,
+                                       const std::vector<Holdings>& holdings) const {
+  wire::ContextInfo info;
+  info.id = record.id;
+  info.name = record.name;
+  info.shape = record.traits.shape;
+  info.model = record.traits.model;
+  info.tokens = record.tokens;
+  info.sink_tokens = record.traits.sink_tokens;
+  info.window_tokens = record.traits.window_tokens;
+  info.tail_tokens = record.tail_tokens;
+  info.policy = std::string(PolicyKindName(record.traits.policy));
+  info.seed = record.traits.seed;
+  info.sealed = record.sealed;
+  info.published = record.published;
+  info.tenant = tenants_.Get(record.tenant).name;
+  for (const Holdings& of_shard : holdings) {
+    auto end = of_shard.ends.find(record.id);
+    if (end != of_shard.ends.end()) info.tokens = std::max(info.tokens, end->second);
+  }
+  for (SegmentId id : record.chain) {
+    const std::optional<SegmentRecord> segment = table_.FindSegment(id);
+    KV_CHECK(segment.has_value());
+    wire::SegmentInfo part;
+    part.id = id;
+    part.sealed = segment->sealed;
+    part.references = segment->references;
+    part.tokens =
+        segment->sealed ? segment->tokens : info.tokens - (record.tokens - record.tail_tokens);
+    for (const Holdings& of_shard : holdings) {
+      auto bytes = of_shard.segments.find(id);
+      if (bytes == of_shard.segments.end()) continue;
+      part.bytes += bytes->second.kv_bytes;
+      part.index_bytes += bytes->second.index_bytes;
+    }
+    info.segments.push_back(part);
+  }
+  return info;
+}
+
+void ContextService::Describe(std::vector<ContextRecord> records,
+                              std::function<void(std::vector<wire::ContextInfo>)> done) {
+  std::vector<ContextId> ids;
+  for (const ContextRecord& record : records) ids.push_back(record.id);
+  shards_.Gather<Holdings>(
+      [ids](Shard& shard) { return shard.HoldingsOf(ids); },
+      [this, ids, done = std::move(done)](const std::vector<Holdings>& holdings) {
+        std::vector<wire::ContextInfo> contexts;
+        for (ContextId id : ids) {
+          // As it is now: it may have been sealed or dropped meanwhile.
+          if (const ContextRecord* record = table_.Find(id))
+            contexts.push_back(Info(*record, holdings));
+        }
+        done(std::move(contexts));
+      });
+}
+
+void ContextService::Report(std::function<void(ContextReport)> done) {
+  Describe(table_.ListAll(), [done = std::move(done)](std::vector<wire::ContextInfo> contexts) {
+    ContextReport report;
+    std::map<SegmentId, const wire::SegmentInfo*> distinct;
+    for (const wire::ContextInfo& context : contexts) {
+      for (const wire::SegmentInfo& segment : context.segments)
+        distinct.emplace(segment.id, &segment);
+    }
+    report.segments = distinct.size();
+    for (const auto& [id, segment] : distinct) {
+      report.kv_bytes += segment->bytes;
+      report.index_bytes += segment->index_bytes;
+    }
+    report.contexts = std::move(contexts);
+    done(std::move(report));
+  });
+}
+
+void ContextService::EndLeases(const std::vector<Lease>& ended, const char* reason) {
+  for (const Lease& lease : ended) {
+    metrics_
+        .GetCounter("icecache_leases_ended_total", "Leases that ended, by reason.",
+                    {{"reason", reason}})
+        .Add();
+    shards_.Tell([epoch = lease.epoch](Shard& shard) { shard.EndLease(epoch); });
+    const ContextRecord* record = table_.Find(lease.context);
+    if (record == nullptr || record->published) continue;
+    LogInfo("context dropped with its lease", {{"context", record->name},
+                                               {"reason", reason},
+                                               {"epoch", std::to_string(lease.epoch.value)}});
+    DropContext(lease.context);
+  }
+  CountGauges();
+}
+
+void ContextService::DropContext(ContextId id) {
+  for (const Lease& lease : leases_.EndContext(id)) {
+    metrics_
+        .GetCounter("icecache_leases_ended_total", "Leases that ended, by reason.",
+                    {{"reason", "dropped"}})
+        .Add();
+    shards_.Tell([epoch = lease.epoch](Shard& shard) { shard.EndLease(epoch); });
+  }
+  if (!table_.Remove(id)) return;
+  shards_.Tell([id](Shard& shard) { shard.DropContext(id); });
+}
+
+void ContextService::EndConnection(ConnectionId connection) {
+  EndLeases(leases_.EndConnection(connection), "disconnected");
+}
+
+void ContextService::ExpireLeases() { EndLeases(leases_.EndExpired(), "expired"); }
+
+void ContextService::ApplyQuotas() {
+  for (const Tenant& tenant : tenants_.all()) {
+    // Heads are spread evenly over the shards, so each gets an equal part; rounding down keeps the
+    // sum within the quota.
+    const uint64_t part =
+        tenant.quota_bytes == 0 ? 0 : std::max<uint64_t>(1, tenant.quota_bytes / shards_.size());
+    shards_.Tell([id = tenant.id, part](Shard& shard) { shard.SetQuota(id, part); });
+  }
+}
+
+}  // namespace icecache

@@ -1,0 +1,110 @@
+// ContextService: what the control plane does, without its sockets. Create, open, fork, seal,
+// publish, release, drop, list, describe and renew, over the context table, the leases and the
+// shards.
+//
+// Every change goes to the shards before it is answered, in the order of the requests: a worker
+// that holds a grant finds its context and its ticket on every shard. A lease that ends (released,
+// expired, its connection gone, its context dropped) is void here at once and on the shards as soon
+// as they turn; an unpublished context goes with its lease. Thread: control.
+#pragma once
+
+#include <functional>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "cacheserver/context/context_table.h"
+#include "cacheserver/context/lease_table.h"
+#include "cacheserver/context/tenant.h"
+#include "cacheserver/shard_group.h"
+#include "common/metrics.h"
+#include "common/wire/control_codec.h"
+
+namespace icecache {
+
+using ControlRequestBody = decltype(wire::ControlRequest::body);
+using ControlReplyBody = decltype(wire::ControlReply::body);
+
+// Everything /status says about contexts; gathered from the shards.
+struct ContextReport {
+  std::vector<wire::ContextInfo> contexts;  // by tenant, then name
+  uint64_t segments = 0;
+  uint64_t kv_bytes = 0;  // of distinct segments
+  uint64_t index_bytes = 0;
+};
+
+class ContextService {
+ public:
+  ContextService(ShardGroup& shards, TenantTable& tenants, LeaseTable& leases,
+                 MetricsRegistry& metrics);
+  ContextService(const ContextService&) = delete;
+  ContextService& operator=(const ContextService&) = delete;
+
+  // Answers once, now or on a later turn; a Status is an error. Hello is not for here
+  // (INVALID_ARGUMENT).
+  using Done = std::function<void(ControlReplyBody)>;
+  void Handle(ConnectionId connection, TenantId tenant, const ControlRequestBody& request,
+              Done done);
+
+  void EndConnection(ConnectionId connection);
+  void Renew(ConnectionId connection) { leases_.Renew(connection); }
+  void ExpireLeases();
+  // Create, open and fork answer UNAVAILABLE from now on.
+  void StopAdmitting() { admitting_ = false; }
+  // Sends the tenants' quotas to the shards: at start and after a reload.
+  void ApplyQuotas();
+
+  void Report(std::function<void(ContextReport)> done);
+  uint32_t lease_count() const { return leases_.count(); }
+  uint32_t context_count() const { return table_.count(); }
+
+ private:
+  struct Caller {
+    ConnectionId connection;
+    TenantId tenant;
+  };
+  void Do(const Caller& caller, const wire::Create& request, Done done);
+  void Do(const Caller& caller, const wire::Open& request, Done done);
+  void Do(const Caller& caller, const wire::Fork& request, Done done);
+  void Do(const Caller& caller, const wire::Seal& request, Done done);
+  void Do(const Caller& caller, const wire::Publish& request, Done done);
+  void Do(const Caller& caller, const wire::Release& request, Done done);
+  void Do(const Caller& caller, const wire::Drop& request, Done done);
+  void Do(const Caller& caller, const wire::List& request, Done done);
+  void Do(const Caller& caller, const wire::Describe& request, Done done);
+  void Do(const Caller& caller, const wire::Renew& request, Done done);
+  void Do(const Caller& caller, const wire::Hello& request, Done done);
+
+  Status CheckAdmit(const Caller& caller, bool write) const;
+  // Leases the new record, makes it on the shards through `make`, grants it.
+  void Admit(const Caller& caller, const ContextRecord& record, std::function<Status(Shard&)> make,
+             Done done);
+  void FinishGrant(const Lease& lease, std::vector<Holdings> holdings, const Done& done);
+  void SealChecked(ContextId id, const Lease& lease,
+                   const std::vector<Result<std::optional<uint32_t>>>& ends, Done done);
+  void FinishSeal(ContextId id, const std::vector<Result<std::optional<SegmentEnds>>>& ends,
+                  const Done& done);
+  // The record of a context that the caller holds a writable lease on.
+  Result<ContextRecord> Owned(const Caller& caller, ContextId id) const;
+  wire::ContextInfo Info(const ContextRecord& record, const std::vector<Holdings>& holdings) const;
+  void Describe(std::vector<ContextRecord> records,
+                std::function<void(std::vector<wire::ContextInfo>)> done);
+  void EndLeases(const std::vector<Lease>& ended, const char* reason);
+  void DropContext(ContextId id);
+  void CountGauges();
+
+  ShardGroup& shards_;
+  TenantTable& tenants_;
+  LeaseTable& leases_;
+  MetricsRegistry& metrics_;
+  Gauge& lease_gauge_;
+  Gauge& context_gauge_;
+  Gauge& segment_gauge_;
+  ContextTable table_;
+  bool admitting_ = true;
+};
+
+// "create"; for logs and metrics.
+const char* ControlRequestName(const ControlRequestBody& request);
+
+}  // namespace icecache

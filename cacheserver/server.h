@@ -1,0 +1,86 @@
+// Server: icecache-server without its command line. Wires the threads together and takes them apart
+// again.
+//
+//   Start    shards come up (thread, reactor, transport, pool), then the control plane, then the
+//   admin pages Run      the control loop, on the caller's thread, until Drain has finished or Stop
+//   Drain    not ready, no new contexts or connections; ends when no lease is left or the time is
+//   up ~Server  closes in the reverse order: connections, running builds, shards
+//
+// Start, Run and destruction on one thread; Drain, Reload and Stop on any.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "cacheserver/context/tenant.h"
+#include "cacheserver/server_config.h"
+#include "common/clock.h"
+#include "common/metrics.h"
+#include "common/reactor.h"
+#include "common/status.h"
+#include "common/transport.h"
+
+namespace icecache {
+
+struct ServerParts {
+  ServerConfig config;
+  std::string merged_config;  // for /config
+  TenantTable tenants = TenantTable::Open();
+  // Makes the transport of one shard, on its thread.
+  std::function<Result<std::unique_ptr<Transport>>(Reactor&)> make_transport;
+  Duration spin = Duration::zero();  // of every shard's reactor
+};
+
+class Server {
+ public:
+  // INVALID_ARGUMENT, UNAVAILABLE (a port is taken), or what a transport says; nothing is left
+  // running then.
+  static Result<std::unique_ptr<Server>> Start(ServerParts parts);
+  ~Server();
+  Server(const Server&) = delete;
+  Server& operator=(const Server&) = delete;
+
+  // OK after a drain or Stop; a drain that ran out of time is OK too, and logged.
+  Status Run();
+  void Drain();
+  void Stop();
+  // Takes over a token file that was read again.
+  void Reload(TenantTable tenants);
+
+  // Addresses as they were chosen.
+  const std::string& control_address() const { return control_address_; }
+  const std::string& http_address() const { return http_address_; }
+  std::vector<std::string> data_addresses() const;
+  std::string transport_description() const;
+  Reactor& reactor() { return *reactor_; }
+
+ private:
+  struct ShardThread;
+  struct ControlPlane;
+
+  explicit Server(ServerParts parts);
+  Status StartShards();
+  Status StartControl();
+  void ContinueDrain(TimePoint deadline);
+  void MeasureLag(Reactor& reactor, const std::string& loop);
+  void RenderStatus(std::function<void(std::string)> answer);
+  void RenderMetrics(std::function<void(std::string)> answer);
+
+  ServerParts parts_;
+  const std::unique_ptr<Clock> clock_;
+  MetricsRegistry metrics_;
+  std::unique_ptr<Reactor> reactor_;  // control
+  std::vector<std::unique_ptr<ShardThread>> shards_;
+  std::unique_ptr<class BuildPool> builds_;
+  std::unique_ptr<ControlPlane> control_;
+  std::string control_address_;
+  std::string http_address_;
+  std::atomic<bool> ready_{false};
+  TimePoint started_;
+};
+
+}  // namespace icecache
