@@ -12,7 +12,8 @@
 namespace icecache {
 namespace {
 
-static_assert(std::endian::native == std::endian::little, "UcxHeader travels as it lies in memory");
+static_assert(std::endian::native == std::endian::little,
+              "MessageHeader travels as it lies in memory");
 
 // Up to this size a message is gathered by us and sent as one part: UCX's path for lists of parts
 // costs more than the copy.
@@ -21,8 +22,6 @@ constexpr uint64_t kGatherBytesMax = 8192;
 constexpr size_t kSmallPartBytes = 512;
 constexpr size_t kSpareSendsMax = 64;
 constexpr size_t kSpareStagingBytesMax = 256 << 10;
-
-uint64_t Padded(uint64_t bytes) { return (bytes + 7) & ~uint64_t{7}; }
 
 std::string UcxReason(ucs_status_t status) { return ucs_status_string(status); }
 
@@ -39,7 +38,7 @@ struct UcxSend {
   }
 
   UcxConnection* connection = nullptr;
-  UcxHeader header{};
+  MessageHeader header{};
   OutMessage message;
   std::vector<std::byte> staging;
   std::vector<ucp_dt_iov_t> parts;
@@ -63,28 +62,6 @@ struct UcxReceive {
 
 // ---- values
 // ---------------------------------------------------------------------------------------
-
-Status CheckUcxHeader(const UcxHeader& header, uint64_t data_bytes) {
-  const auto bad = [](const std::string& what) {
-    return DataLoss("malformed message from the peer: " + what);
-  };
-  if (header.magic != kUcxMagic || header.reserved != 0) {
-    return bad("magic " + std::to_string(header.magic) + ", expected " + std::to_string(kUcxMagic) +
-               " (another version of icecache, or another program)");
-  }
-  if (header.meta_bytes > limits::kDataMetaBytesMax) {
-    return bad("meta of " + std::to_string(header.meta_bytes) + " bytes, at most " +
-               std::to_string(limits::kDataMetaBytesMax));
-  }
-  if (header.body_bytes > limits::kDataBodyBytesMax) {
-    return bad("body of " + std::to_string(header.body_bytes) + " bytes, at most " +
-               std::to_string(limits::kDataBodyBytesMax));
-  }
-  const uint64_t expected = Padded(header.meta_bytes) + header.body_bytes;
-  if (data_bytes == expected) return OkStatus();
-  return bad(std::to_string(data_bytes) + " bytes of data, its header says " +
-             std::to_string(expected));
-}
 
 UcxReceived& UcxReceived::operator=(UcxReceived&& other) noexcept {
   std::swap(header, other.header);
@@ -122,7 +99,7 @@ void UcxSend::Prepare(OutMessage m) {
     if (part.size() < kSmallPartBytes) small_bytes += part.size();
   }
   KV_CHECK(body_bytes <= limits::kDataBodyBytesMax);
-  header = {kUcxMagic,
+  header = {kMessageMagic,
             message.kind,
             message.flags,
             message.id,
@@ -130,7 +107,7 @@ void UcxSend::Prepare(OutMessage m) {
             static_cast<uint32_t>(message.meta.size()),
             static_cast<uint32_t>(body_bytes),
             0};
-  message.meta.resize(Padded(message.meta.size()));
+  message.meta.resize(PaddedMetaBytes(message.meta.size()));
   bytes = message.meta.size() + body_bytes;
 
   const bool gather = bytes <= kGatherBytesMax;
@@ -362,7 +339,7 @@ ucs_status_t UcxConnection::Receive(const void* header_data, size_t header_bytes
   // To UCX an error means: the sender's rendezvous fails. Eager data is dropped by UCS_OK.
   const ucs_status_t refuse = rendezvous ? UCS_ERR_CANCELED : UCS_OK;
   if (ended_ || !failure_.ok()) return refuse;
-  UcxHeader header;
+  MessageHeader header;
   if (header_bytes != sizeof header) {
     Fail(DataLoss("malformed message from " + peer_ + ": header of " +
                   std::to_string(header_bytes) + " bytes, expected " +
@@ -370,7 +347,7 @@ ucs_status_t UcxConnection::Receive(const void* header_data, size_t header_bytes
     return refuse;
   }
   std::memcpy(&header, header_data, sizeof header);  // it comes unaligned
-  if (Status status = CheckUcxHeader(header, data_bytes); !status.ok()) {
+  if (Status status = CheckMessageHeader(header, data_bytes); !status.ok()) {
     Fail(std::move(status));
     return refuse;
   }
@@ -385,7 +362,7 @@ ucs_status_t UcxConnection::Receive(const void* header_data, size_t header_bytes
   return ReceiveEager(header, data, data_bytes, (attributes & UCP_AM_RECV_ATTR_FLAG_DATA) != 0);
 }
 
-ucs_status_t UcxConnection::ReceiveEager(const UcxHeader& header, void* data, size_t bytes,
+ucs_status_t UcxConnection::ReceiveEager(const MessageHeader& header, void* data, size_t bytes,
                                          bool keep) {
   UcxReceived received;
   received.header = header;
@@ -404,7 +381,7 @@ ucs_status_t UcxConnection::ReceiveEager(const UcxHeader& header, void* data, si
   return keep ? UCS_INPROGRESS : UCS_OK;
 }
 
-ucs_status_t UcxConnection::ReceiveRendezvous(const UcxHeader& header, void* descriptor,
+ucs_status_t UcxConnection::ReceiveRendezvous(const MessageHeader& header, void* descriptor,
                                               size_t bytes) {
   auto owned = std::make_unique<UcxReceive>();
   UcxReceive* receive = owned.get();
@@ -463,17 +440,17 @@ void UcxConnection::Deliver(const UcxReceived& received) {
   held_bytes_ -= received.data_bytes;
   const std::shared_ptr<Handlers> handlers = handlers_;
   if (ended_ || handlers == nullptr || !handlers->on_message) return;
-  const UcxHeader& header = received.header;
+  const MessageHeader& header = received.header;
   InMessage message{header.kind, header.flags, header.id, {}, {}};
   const std::byte* meta = received.data;
   if (header.meta_bytes > 0 && reinterpret_cast<uintptr_t>(meta) % 8 != 0) {
-    core_->aligned_meta.resize(Padded(header.meta_bytes) / 8);
+    core_->aligned_meta.resize(PaddedMetaBytes(header.meta_bytes) / 8);
     std::memcpy(core_->aligned_meta.data(), meta, header.meta_bytes);
     meta = reinterpret_cast<const std::byte*>(core_->aligned_meta.data());
   }
   message.meta = {meta, header.meta_bytes};
   if (header.body_bytes > 0) {
-    message.body = {received.data + Padded(header.meta_bytes), header.body_bytes};
+    message.body = {received.data + PaddedMetaBytes(header.meta_bytes), header.body_bytes};
   }
   handlers->on_message(message);
 }

@@ -21,32 +21,13 @@
 #include <unordered_map>
 #include <vector>
 
+#include "common/message_header.h"
 #include "common/receive_buffers.h"
 #include "common/transport.h"
 
 namespace icecache {
 
 inline constexpr unsigned kUcxMessageId = 1;  // the one active message id
-
-// In front of every message, as the header of the UCX active message. Little-endian. Data follows:
-// meta, zeroes up to a multiple of 8, body. `sequence` counts the messages of one direction: UCX
-// does not keep the order of small (eager) and large (rendezvous) messages.
-struct UcxHeader {
-  uint32_t magic;
-  uint16_t kind;
-  uint16_t flags;
-  uint64_t id;
-  uint32_t sequence;
-  uint32_t meta_bytes;
-  uint32_t body_bytes;
-  uint32_t reserved;  // zero
-};
-static_assert(sizeof(UcxHeader) == 32);
-inline constexpr uint32_t kUcxMagic =
-    0x31454349;  // "ICE1"; the digit is the version of this framing
-
-// Sizes and magic against common/limits.h; `data_bytes` is what UCX says has come.
-Status CheckUcxHeader(const UcxHeader& header, uint64_t data_bytes);
 
 // A message that has arrived completely. Its data is either a descriptor of UCX's, given back on
 // destruction, or a buffer of ours.
@@ -56,7 +37,7 @@ struct UcxReceived {
   UcxReceived& operator=(UcxReceived&& other) noexcept;
   ~UcxReceived();
 
-  UcxHeader header{};
+  MessageHeader header{};
   const std::byte* data = nullptr;
   uint64_t data_bytes = 0;
   ReceiveBuffers::Buffer buffer;
@@ -128,8 +109,8 @@ class UcxConnection : public std::enable_shared_from_this<UcxConnection> {
   void PumpQueue();
   void Submit(std::unique_ptr<UcxSend> send);
   void SendCompleted(UcxSend* send, ucs_status_t status);
-  ucs_status_t ReceiveEager(const UcxHeader& header, void* data, size_t bytes, bool keep);
-  ucs_status_t ReceiveRendezvous(const UcxHeader& header, void* descriptor, size_t bytes);
+  ucs_status_t ReceiveEager(const MessageHeader& header, void* data, size_t bytes, bool keep);
+  ucs_status_t ReceiveRendezvous(const MessageHeader& header, void* descriptor, size_t bytes);
   void ReceiveCompleted(UcxReceive* receive, ucs_status_t status);
   void Enqueue(UcxReceived received);
   void NeedAttention();

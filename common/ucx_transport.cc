@@ -312,7 +312,11 @@ bool UcxTransport::Progress() {
   KV_CHECK(!delivering_);
   delivering_ = true;
   bool any = false;
-  for (int i = 0; i < kProgressPerTurn && ucp_worker_progress(core_.worker) != 0; ++i) any = true;
+  // Stops at the first message: another look at the sockets (a system call) would delay it.
+  for (int i = 0; i < kProgressPerTurn && core_.ready.empty(); ++i) {
+    if (ucp_worker_progress(core_.worker) == 0) break;
+    any = true;
+  }
   if (!requests_.empty()) {
     any = true;
     for (const ucp_conn_request_h request : std::exchange(requests_, {})) Accept(request);
