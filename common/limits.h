@@ -94,6 +94,8 @@ inline constexpr milliseconds kLoopLagInterval{250};            // how often a l
 // Cold tier.
 inline constexpr size_t kColdKeyBytesMax = 1024;
 
+inline constexpr size_t kConfigFileBytesMax = 1u << 20;
+
 // HTTP admin.
 inline constexpr milliseconds kHttpTimeout{5000};               // of one request, from its first byte to the last of its reply
 inline constexpr size_t kHttpRequestBytesMax = 64u << 10;
