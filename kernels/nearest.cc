@@ -11,8 +11,9 @@
 #ifndef ICECACHE_KERNELS_NEAREST_ONCE
 #define ICECACHE_KERNELS_NEAREST_ONCE
 namespace icecache {
-inline constexpr uint32_t kPanel = 16;   // columns of a panel
-inline constexpr uint32_t kRowTile = 6;  // 6 rows x 16 columns = 12 AVX2 accumulators of 16 registers
+inline constexpr uint32_t kPanel = 16;  // columns of a panel
+inline constexpr uint32_t kRowTile =
+    6;  // 6 rows x 16 columns = 12 AVX2 accumulators of 16 registers
 }  // namespace icecache
 #endif
 
@@ -67,21 +68,24 @@ HWY_INLINE void NearestTile(const CentroidPanels& panels, const float* rows, siz
   for (int r = 0; r < kRows; ++r) {
     const float value = hn::GetLane(hn::MaxOfLanes(d, top[r]));
     const auto ties = hn::RebindMask(di, hn::Eq(top[r], hn::Set(d, value)));
-    const auto lowest = hn::IfThenElse(ties, where[r], hn::Set(di, std::numeric_limits<int32_t>::max()));
+    const auto lowest =
+        hn::IfThenElse(ties, where[r], hn::Set(di, std::numeric_limits<int32_t>::max()));
     const int32_t index = hn::GetLane(hn::MinOfLanes(di, lowest));
     best[r] = static_cast<uint32_t>(index) < panels.count() ? static_cast<uint32_t>(index) : 0;
     if (score != nullptr) score[r] = value;
   }
 }
 
-void NearestImpl(const CentroidPanels& panels, const float* rows, size_t row_stride, size_t row_count,
-                 uint32_t* best, float* score) {
+void NearestImpl(const CentroidPanels& panels, const float* rows, size_t row_stride,
+                 size_t row_count, uint32_t* best, float* score) {
   size_t r = 0;
   for (; r + kRowTile <= row_count; r += kRowTile) {
-    NearestTile<kRowTile>(panels, rows + r * row_stride, row_stride, best + r, score ? score + r : nullptr);
+    NearestTile<kRowTile>(panels, rows + r * row_stride, row_stride, best + r,
+                          score ? score + r : nullptr);
   }
   for (; r < row_count; ++r) {
-    NearestTile<1>(panels, rows + r * row_stride, row_stride, best + r, score ? score + r : nullptr);
+    NearestTile<1>(panels, rows + r * row_stride, row_stride, best + r,
+                   score ? score + r : nullptr);
   }
 }
 

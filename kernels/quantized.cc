@@ -10,13 +10,14 @@
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/quantized.cc"
-#include "hwy/foreach_target.h"  // IWYU pragma: keep
 #include "hwy/cache_control.h"
+#include "hwy/foreach_target.h"  // IWYU pragma: keep
 #include "hwy/highway.h"
 
 HWY_BEFORE_NAMESPACE();
 #if HWY_TARGET == HWY_AVX3_DL && HWY_COMPILER_GCC_ACTUAL
-// Highway checks the CPU for VNNI before it picks this target, but does not ask the compiler for it.
+// Highway checks the CPU for VNNI before it picks this target, but does not ask the compiler for
+// it.
 #pragma GCC target("avx512vnni")
 #endif
 namespace icecache {
@@ -59,7 +60,8 @@ HWY_INLINE void DotBlock(const uint8_t* block, const int8_t* query, size_t row_s
     for (int r = 0; r < kRows; ++r) acc[r] = hn::Zero(d32);
     for (uint32_t j = 0; j < dim; j += 4, at += kBlockRows * 4) {
       const IntVec bytes = hn::BitCast(d32, hn::LoadU(hn::ScalableTag<uint8_t>(), at));
-      for (int r = 0; r < kRows; ++r) acc[r] = Dot4(acc[r], bytes, BroadcastQuad(query + r * row_stride + j));
+      for (int r = 0; r < kRows; ++r)
+        acc[r] = Dot4(acc[r], bytes, BroadcastQuad(query + r * row_stride + j));
     }
     for (int r = 0; r < kRows; ++r) hn::StoreU(acc[r], d32, dots[r] + first);
   }
@@ -106,7 +108,8 @@ HWY_INLINE FloatVec Exp(FloatVec x) {
 // The kHeads heads from `head` on; kDigits rows each.
 template <int kHeads, int kDigits>
 void ScoreHeads(const QuantizedQueries& q, uint32_t head, const uint8_t* const* blocks,
-                const float* const* scales, uint32_t count, const float* base, float* out, size_t out_stride) {
+                const float* const* scales, uint32_t count, const float* base, float* out,
+                size_t out_stride) {
   constexpr int kRows = kHeads * kDigits;
   alignas(64) int32_t dots[kRows][kBlockRows];
   const Floats d;
@@ -131,8 +134,9 @@ void ScoreHeads(const QuantizedQueries& q, uint32_t head, const uint8_t* const* 
 }
 
 template <int kDigits>
-void ScoreAllHeads(const QuantizedQueries& q, const uint8_t* const* blocks, const float* const* scales,
-                   uint32_t count, const float* base, float* out, size_t out_stride) {
+void ScoreAllHeads(const QuantizedQueries& q, const uint8_t* const* blocks,
+                   const float* const* scales, uint32_t count, const float* base, float* out,
+                   size_t out_stride) {
   uint32_t head = 0;
   for (; head + 4 <= q.group(); head += 4) {
     ScoreHeads<4, kDigits>(q, head, blocks, scales, count, base, out, out_stride);
@@ -140,11 +144,13 @@ void ScoreAllHeads(const QuantizedQueries& q, const uint8_t* const* blocks, cons
   for (; head + 2 <= q.group(); head += 2) {
     ScoreHeads<2, kDigits>(q, head, blocks, scales, count, base, out, out_stride);
   }
-  if (head < q.group()) ScoreHeads<1, kDigits>(q, head, blocks, scales, count, base, out, out_stride);
+  if (head < q.group())
+    ScoreHeads<1, kDigits>(q, head, blocks, scales, count, base, out, out_stride);
 }
 
-void ScoreBlocksImpl(const QuantizedQueries& q, const uint8_t* const* blocks, const float* const* scales,
-                     uint32_t count, const float* base, float* out, size_t out_stride) {
+void ScoreBlocksImpl(const QuantizedQueries& q, const uint8_t* const* blocks,
+                     const float* const* scales, uint32_t count, const float* base, float* out,
+                     size_t out_stride) {
   if (q.digits() == 2) {
     ScoreAllHeads<2>(q, blocks, scales, count, base, out, out_stride);
   } else {
@@ -154,7 +160,8 @@ void ScoreBlocksImpl(const QuantizedQueries& q, const uint8_t* const* blocks, co
 
 template <int kHeads>
 void SketchHeads(const QuantizedQueries& q, uint32_t head, const SketchPage* pages, uint32_t count,
-                 const float* centre, size_t centre_stride, float* weights, float* sum, float* top) {
+                 const float* centre, size_t centre_stride, float* weights, float* sum,
+                 float* top) {
   alignas(64) int32_t dots[kHeads][kBlockRows];
   const Floats d;
   const hn::Rebind<int32_t, Floats> di;
@@ -189,7 +196,8 @@ void SketchHeads(const QuantizedQueries& q, uint32_t head, const SketchPage* pag
 }
 
 void ScoreSketchesImpl(const QuantizedQueries& q, const SketchPage* pages, uint32_t count,
-                       const float* centre, size_t centre_stride, float* weights, float* sum, float* top) {
+                       const float* centre, size_t centre_stride, float* weights, float* sum,
+                       float* top) {
   // A tile of pages stays in the first-level cache while the heads pass over it.
   constexpr uint32_t kTile = 32;
   for (uint32_t first = 0; first < count; first += kTile) {
@@ -204,14 +212,15 @@ void ScoreSketchesImpl(const QuantizedQueries& q, const SketchPage* pages, uint3
     for (; head + 2 <= q.group(); head += 2) {
       SketchHeads<2>(q, head, tile, n, c, centre_stride, w, sum + first, top + first);
     }
-    if (head < q.group()) SketchHeads<1>(q, head, tile, n, c, centre_stride, w, sum + first, top + first);
+    if (head < q.group())
+      SketchHeads<1>(q, head, tile, n, c, centre_stride, w, sum + first, top + first);
   }
 }
 
 // 16 dims of kHeads heads in registers while the rows stream by.
 template <int kHeads>
-HWY_INLINE void AddRowsHeads(const float* weights, size_t stride, const int8_t* const* rows, uint32_t count,
-                             uint32_t dim, float* out) {
+HWY_INLINE void AddRowsHeads(const float* weights, size_t stride, const int8_t* const* rows,
+                             uint32_t count, uint32_t dim, float* out) {
   const Floats d;
   const hn::Rebind<int8_t, Floats> d8;
   const hn::Rebind<int32_t, Floats> d32;
@@ -221,7 +230,8 @@ HWY_INLINE void AddRowsHeads(const float* weights, size_t stride, const int8_t* 
     for (int h = 0; h < kHeads; ++h) acc[h] = hn::LoadU(d, out + size_t{dim} * h + j);
     for (uint32_t i = 0; i < count; ++i) {
       const auto x = hn::ConvertTo(d, hn::PromoteTo(d32, hn::LoadU(d8, rows[i] + j)));
-      for (int h = 0; h < kHeads; ++h) acc[h] = hn::MulAdd(hn::Set(d, weights[h * stride + i]), x, acc[h]);
+      for (int h = 0; h < kHeads; ++h)
+        acc[h] = hn::MulAdd(hn::Set(d, weights[h * stride + i]), x, acc[h]);
     }
     for (int h = 0; h < kHeads; ++h) hn::StoreU(acc[h], d, out + size_t{dim} * h + j);
   }
@@ -234,10 +244,12 @@ void AddInt8RowsImpl(const float* weights, size_t stride, uint32_t group, const 
     const uint32_t n = std::min(kTile, count - first);
     uint32_t head = 0;
     for (; head + 4 <= group; head += 4) {
-      AddRowsHeads<4>(weights + head * stride + first, stride, rows + first, n, dim, out + size_t{head} * dim);
+      AddRowsHeads<4>(weights + head * stride + first, stride, rows + first, n, dim,
+                      out + size_t{head} * dim);
     }
     for (; head < group; ++head) {
-      AddRowsHeads<1>(weights + head * stride + first, stride, rows + first, n, dim, out + size_t{head} * dim);
+      AddRowsHeads<1>(weights + head * stride + first, stride, rows + first, n, dim,
+                      out + size_t{head} * dim);
     }
   }
 }
@@ -293,7 +305,8 @@ void UnpackBlockRow(const uint8_t* block, uint32_t dim, uint32_t lane, int8_t* r
 }
 
 void ClearBlockRow(uint32_t dim, uint32_t lane, uint8_t* block) {
-  for (uint32_t j = 0; j < dim; j += 4) std::memset(block + (size_t{j} * kBlockRows) + lane * 4, 128, 4);
+  for (uint32_t j = 0; j < dim; j += 4)
+    std::memset(block + (size_t{j} * kBlockRows) + lane * 4, 128, 4);
 }
 
 void QuantizedQueries::Assign(const float* queries, uint32_t group, uint32_t dim, uint32_t digits) {
@@ -303,7 +316,8 @@ void QuantizedQueries::Assign(const float* queries, uint32_t group, uint32_t dim
   rows_.resize(size_t{group} * digits * dim);
   step_.resize(group);
   bias_.resize(group);
-  // High digits stay in [-63, 63]: 2 * 255 * 63 fits the 16 bits of maddubs. Low digits are in [-32, 31].
+  // High digits stay in [-63, 63]: 2 * 255 * 63 fits the 16 bits of maddubs. Low digits are in
+  // [-32, 31].
   const int32_t range = digits == 2 ? 63 * 64 + 31 : 63;
   for (uint32_t g = 0; g < group; ++g) {
     const float* q = queries + size_t{g} * dim;
@@ -332,13 +346,15 @@ void QuantizedQueries::Assign(const float* queries, uint32_t group, uint32_t dim
   }
 }
 
-void ScoreBlocks(const QuantizedQueries& queries, const uint8_t* const* blocks, const float* const* scales,
-                 uint32_t count, const float* base, float* out, size_t out_stride) {
+void ScoreBlocks(const QuantizedQueries& queries, const uint8_t* const* blocks,
+                 const float* const* scales, uint32_t count, const float* base, float* out,
+                 size_t out_stride) {
   HWY_DYNAMIC_DISPATCH(ScoreBlocksImpl)(queries, blocks, scales, count, base, out, out_stride);
 }
 
 void ScoreSketches(const QuantizedQueries& queries, const SketchPage* pages, uint32_t count,
-                   const float* centre, size_t centre_stride, float* weights, float* sum, float* top) {
+                   const float* centre, size_t centre_stride, float* weights, float* sum,
+                   float* top) {
   HWY_DYNAMIC_DISPATCH(ScoreSketchesImpl)
   (queries, pages, count, centre, centre_stride, weights, sum, top);
 }

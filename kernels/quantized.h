@@ -1,11 +1,11 @@
 // Scans of int8 summaries: blocks of 16 rows interleaved by four dimensions.
 //
 // A block holds 16 rows (page means, or the tokens of one page) of `dim` signed bytes as
-// [dim / 4][16][4], each byte stored as value + 128. One load then brings four dimensions of 16 rows, which
-// is what maddubs (AVX2) and dpbusd (VNNI) multiply with a broadcast query: a dot product of 16 rows
-// needs no horizontal sum. Queries are split into signed digits of 7 bits, so that a pair of products fits 16 bits:
-// two digits give 12-bit queries (page means), one gives 7 bits (token sketches). Integer results are the same on
-// every instruction set.
+// [dim / 4][16][4], each byte stored as value + 128. One load then brings four dimensions of 16
+// rows, which is what maddubs (AVX2) and dpbusd (VNNI) multiply with a broadcast query: a dot
+// product of 16 rows needs no horizontal sum. Queries are split into signed digits of 7 bits, so
+// that a pair of products fits 16 bits: two digits give 12-bit queries (page means), one gives 7
+// bits (token sketches). Integer results are the same on every instruction set.
 //
 // Cost: 64 bytes of a block per dim quad; ~5 us per MiB and query digit from cache with AVX2.
 #pragma once
@@ -18,8 +18,8 @@ namespace icecache {
 
 inline constexpr uint32_t kBlockRows = 16;
 
-// Symmetric quantisation of row[dim] to int8 with scale max|x| / 127: q = round(x / scale). A row of zeros
-// has scale 0. Returns the scale.
+// Symmetric quantisation of row[dim] to int8 with scale max|x| / 127: q = round(x / scale). A row
+// of zeros has scale 0. Returns the scale.
 float QuantizeRow(const float* row, uint32_t dim, int8_t* q);
 
 // Writes or reads row `lane` of a block.
@@ -38,8 +38,8 @@ class QuantizedQueries {
   uint32_t dim() const { return dim_; }
   uint32_t digits() const { return digits_; }
   const int8_t* row(uint32_t head) const { return rows_.data() + size_t{head} * digits_ * dim_; }
-  float step(uint32_t head) const { return step_[head]; }     // value of one integer unit
-  int32_t bias(uint32_t head) const { return bias_[head]; }   // 128 * sum of the query's integers
+  float step(uint32_t head) const { return step_[head]; }    // value of one integer unit
+  int32_t bias(uint32_t head) const { return bias_[head]; }  // 128 * sum of the query's integers
 
  private:
   uint32_t group_ = 0, dim_ = 0, digits_ = 0;
@@ -50,8 +50,9 @@ class QuantizedQueries {
 
 // out[g * out_stride + 16 i + lane] = base[g] + q_g . row(lane of blocks[i]), for i in [0, count).
 // scales[i][16] are the rows' scales.
-void ScoreBlocks(const QuantizedQueries& queries, const uint8_t* const* blocks, const float* const* scales,
-                 uint32_t count, const float* base, float* out, size_t out_stride);
+void ScoreBlocks(const QuantizedQueries& queries, const uint8_t* const* blocks,
+                 const float* const* scales, uint32_t count, const float* base, float* out,
+                 size_t out_stride);
 
 // One page of a token sketch: 16 lanes of which the first `fill` are tokens.
 struct SketchPage {
@@ -60,12 +61,13 @@ struct SketchPage {
   uint32_t fill;
 };
 
-// weights[g * stride16 + 16 i + lane] = exp(centre[g * centre_stride + i] + q_g . token), 0 beyond fill;
-// the exponent is cut at kSketchExponentMax. sum and top [g * centre_stride + i] receive a page's sum and maximum.
-// stride16 = 16 * centre_stride.
+// weights[g * stride16 + 16 i + lane] = exp(centre[g * centre_stride + i] + q_g . token), 0 beyond
+// fill; the exponent is cut at kSketchExponentMax. sum and top [g * centre_stride + i] receive a
+// page's sum and maximum. stride16 = 16 * centre_stride.
 inline constexpr float kSketchExponentMax = 60.0f;
 void ScoreSketches(const QuantizedQueries& queries, const SketchPage* pages, uint32_t count,
-                   const float* centre, size_t centre_stride, float* weights, float* sum, float* top);
+                   const float* centre, size_t centre_stride, float* weights, float* sum,
+                   float* top);
 
 // out[g * dim + d] += sum over i of weights[g * stride + i] * rows[i][d]. dim is a multiple of 16.
 void AddInt8Rows(const float* weights, size_t stride, uint32_t group, const int8_t* const* rows,

@@ -1,0 +1,217 @@
+// The part of Select that accounts for everything that is not returned.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "cacheserver/select/cluster_tree_search.h"
+#include "kernels/distance.h"
+
+namespace icecache::cluster_tree {
+
+namespace {
+// Pages below this share of every head's mass are valued at their super's mean instead of their
+// own.
+constexpr float kTinyShare = 1e-5f;
+constexpr uint32_t kReadRows = 64;  // rows gathered before they are scored
+}  // namespace
+
+// Heavy tokens of sketched pages that nobody has read: the best by estimated weight within the cap.
+void Search::FixTokens() {
+  tokens_.clear();
+  const uint32_t cap = request_->read_cap - std::min(request_->read_cap, unreturned_);
+  if (!tree_->basis.sketched() || read_all_ || cap == 0) return;
+  const auto count = static_cast<uint32_t>(sketch_slot_.size());
+  for (uint32_t c = 0; c < candidates_.size(); ++c) {
+    if (candidate_read_[c] != 0 || candidate_chosen_[c] != 0) share_[candidates_[c]] = 0;
+  }
+  for (uint32_t m = 0; m < count; ++m) {
+    if (share_[sketch_slot_[m]] < options_->token_threshold || !InMemory(PageOf(sketch_slot_[m])))
+      continue;
+    float best[kBlockRows] = {};
+    for (uint32_t g = 0; g < group_; ++g) {
+      const float inverse = 1.0f / total_[g];
+      const float* weights = sketch_weight_.data() + (size_t{g} * count + m) * kBlockRows;
+      for (uint32_t lane = 0; lane < kBlockRows; ++lane)
+        best[lane] = std::max(best[lane], weights[lane] * inverse);
+    }
+    for (uint32_t lane = 0; lane < sketch_pages_[m].fill; ++lane) {
+      if (best[lane] >= options_->token_threshold) tokens_.push_back({best[lane], m, lane});
+    }
+  }
+  const auto place = [](const Token& a, const Token& b) {
+    return a.sketch != b.sketch ? a.sketch < b.sketch : a.lane < b.lane;
+  };
+  if (tokens_.size() > cap) {
+    std::nth_element(tokens_.begin(), tokens_.begin() + cap, tokens_.end(),
+                     [&](const Token& a, const Token& b) {
+                       return a.weight != b.weight ? a.weight > b.weight : place(a, b);
+                     });
+    tokens_.resize(cap);
+    std::sort(tokens_.begin(), tokens_.end(), place);
+  }
+}
+
+// token_logits_ = exact logits of tokens_.
+void Search::ReadTokens() {
+  const size_t row_bytes = kv_->row_bytes();
+  const size_t count = tokens_.size();
+  token_logits_.resize(group_ * count);
+  rows_.resize(kReadRows * row_bytes);
+  const auto k_row = [&](size_t t) {
+    return kv_->pages[PageOf(sketch_slot_[tokens_[t].sketch])].k + tokens_[t].lane * row_bytes;
+  };
+  for (size_t first = 0; first < count; first += kReadRows) {
+    const size_t n = std::min<size_t>(kReadRows, count - first);
+    for (size_t t = 0; t < n; ++t)
+      std::memcpy(rows_.data() + t * row_bytes, k_row(first + t), row_bytes);
+    DotRows(request_->queries, group_, rows_.data(), kv_->dtype, static_cast<uint32_t>(n), dim_,
+            token_logits_.data() + first, count);
+  }
+  for (float& x : token_logits_) x = Sane(x);
+  out_->tokens_read += static_cast<uint32_t>(count);
+}
+
+void Search::Residual() {
+  FixTokens();
+  ReadTokens();
+  const AttentionStateRef states = out_->residual.ref();
+  const size_t count = tokens_.size();
+  weight_.assign(group_, 0.0f);  // becomes the factor from the old reference to the new one
+  for (uint32_t g = 0; g < group_; ++g) {
+    const float ref = std::max(ref_[g], MaxOf(token_logits_.data() + g * count, count));
+    weight_[g] = std::exp(ref_[g] - ref);
+    ref_[g] = ref;
+    states.max[g] = ref;
+    states.denom[g] = 0;
+    if (count > 0)
+      ExpShifted(token_logits_.data() + g * count, count, ref, token_logits_.data() + g * count);
+  }
+  item_rows_.clear();
+  item_sum_.assign(group_, 0.0f);
+  AddReadPages(states);
+  AddFixedTokens(states);
+  AddEstimates(states);
+  for (uint32_t g = 0; g < group_; ++g) {
+    if (states.denom[g] > 0) continue;
+    states.max[g] = kEmptyMax;
+    states.denom[g] = 0;
+    std::fill_n(states.row(g), dim_, 0.0f);
+  }
+}
+
+// Pages that were re-ranked but not returned: exact.
+void Search::AddReadPages(const AttentionStateRef& states) {
+  const auto count = static_cast<uint32_t>(candidates_.size());
+  const size_t stride = size_t{count} * kPageRows;
+  for (uint32_t c = 0; c < count; ++c) {
+    if (candidate_read_[c] == 0 || candidate_chosen_[c] != 0) continue;
+    const PageView& page = kv_->pages[PageOf(candidates_[c])];
+    for (uint32_t g = 0; g < group_; ++g) {
+      float* weights = logits_.data() + g * stride + size_t{c} * kPageRows;
+      for (uint32_t t = 0; t < page.fill; ++t) {
+        weights[t] *= weight_[g];
+        states.denom[g] += weights[t];
+      }
+    }
+    AddWeightedRows(logits_.data() + size_t{c} * kPageRows, stride, group_, page.v, kv_->dtype,
+                    page.fill, dim_, states.out);
+  }
+}
+
+// Tokens read one by one are exact. What is left of their page keeps its estimated mass, valued at
+// the mean of its other tokens: (n mean - sum of the read ones) / (n - read), by weights alone.
+void Search::AddFixedTokens(const AttentionStateRef& states) {
+  const size_t row_bytes = kv_->row_bytes();
+  const size_t count = tokens_.size();
+  const size_t sketched = sketch_slot_.size();
+  float rest[limits::kGroupMax];
+  for (size_t first = 0; first < count;) {
+    const uint32_t m = tokens_[first].sketch;
+    size_t end = first;
+    while (end < count && tokens_[end].sketch == m) ++end;
+    const uint32_t page_index = PageOf(sketch_slot_[m]);
+    const Page& page = tree_->pages[page_index];
+    const auto others = static_cast<float>(page.count - (end - first));
+    for (uint32_t g = 0; g < group_; ++g) {
+      float& mass = mass_[size_t{g} * slots_ + sketch_slot_[m]];
+      float left = mass;
+      for (size_t t = first; t < end; ++t) {
+        left -= sketch_weight_[(g * sketched + m) * kBlockRows + tokens_[t].lane];
+      }
+      rest[g] = others > 0 ? std::max(0.0f, left) * weight_[g] / others : 0.0f;
+      mass = 0;
+      float* exact = token_logits_.data() + g * count;
+      states.denom[g] += rest[g] * others;
+      for (size_t t = first; t < end; ++t) {
+        states.denom[g] += exact[t];
+        exact[t] -= rest[g];
+      }
+      weight_scratch_[g] = rest[g] * static_cast<float>(page.count);
+    }
+    AddItem(tree_->values.signed_row(page_index), page.value_scale);
+    const std::byte* v = kv_->pages[page_index].v;
+    for (size_t t = first; t < end; ++t) {
+      AddWeightedRows(token_logits_.data() + t, count, group_, v + tokens_[t].lane * row_bytes,
+                      kv_->dtype, 1, dim_, states.out);
+    }
+    first = end;
+  }
+}
+
+// Notes a mean value row, to be added with weight_scratch_[g].
+void Search::AddItem(const int8_t* row, float scale) {
+  item_rows_.push_back(row);
+  item_weights_.resize(item_rows_.size() * group_);
+  float* to = item_weights_.data() + (item_rows_.size() - 1) * group_;
+  for (uint32_t g = 0; g < group_; ++g) {
+    to[g] = weight_scratch_[g] * scale;
+    item_sum_[g] += weight_scratch_[g];
+  }
+}
+
+// Everything else: mass times mean value, of pages, and of supers for tiny pages and for what was
+// not scanned.
+void Search::AddEstimates(const AttentionStateRef& states) {
+  const uint32_t supers = tree_->super_count();
+  for (uint32_t c = 0; c < candidates_.size(); ++c) {
+    if (candidate_read_[c] == 0 && candidate_chosen_[c] == 0) continue;
+    for (uint32_t g = 0; g < group_; ++g) mass_[size_t{g} * slots_ + candidates_[c]] = 0;
+    share_[candidates_[c]] = 0;
+  }
+  for (uint32_t i = 0; i < slots_; ++i) {
+    const size_t block = blocks_[i / kBlockRows];
+    if (share_[i] < kTinyShare) {
+      float* to = super_mass_.data() + tree_->super_of_block[block];
+      for (uint32_t g = 0; g < group_; ++g) to[size_t{g} * supers] += mass_[size_t{g} * slots_ + i];
+      continue;
+    }
+    const uint32_t page = PageOf(i);
+    for (uint32_t g = 0; g < group_; ++g) {
+      weight_scratch_[g] = mass_[size_t{g} * slots_ + i] * weight_[g];
+      states.denom[g] += weight_scratch_[g];
+    }
+    AddItem(tree_->values.signed_row(page), tree_->pages[page].value_scale);
+  }
+  for (uint32_t s = 0; s < supers; ++s) {
+    float any = 0;
+    for (uint32_t g = 0; g < group_; ++g) {
+      weight_scratch_[g] = super_mass_[size_t{g} * supers + s] * weight_[g];
+      states.denom[g] += weight_scratch_[g];
+      any = std::max(any, weight_scratch_[g]);
+    }
+    if (any > 0) AddItem(tree_->super_values.signed_row(s), tree_->supers[s].value_scale);
+  }
+  const auto items = static_cast<uint32_t>(item_rows_.size());
+  spare_.resize(size_t{group_} * items);
+  for (uint32_t i = 0; i < items; ++i) {
+    for (uint32_t g = 0; g < group_; ++g)
+      spare_[size_t{g} * items + i] = item_weights_[size_t{i} * group_ + g];
+  }
+  AddInt8Rows(spare_.data(), items, group_, item_rows_.data(), items, dim_, states.out);
+  for (uint32_t g = 0; g < group_; ++g) {
+    for (uint32_t j = 0; j < dim_; ++j)
+      states.row(g)[j] += item_sum_[g] * tree_->basis.value_mean[j];
+  }
+}
+
+}  // namespace icecache::cluster_tree

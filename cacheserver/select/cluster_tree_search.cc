@@ -1,0 +1,450 @@
+#include "cacheserver/select/cluster_tree_search.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "kernels/distance.h"
+
+namespace icecache::cluster_tree {
+
+namespace {
+
+constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+constexpr float kOptimism = 3.0f;          // standard deviations granted to an unseen page or super
+constexpr float kNegligibleShare = 2e-4f;  // of the mass: not worth a sketch even if optimistic
+constexpr float kTopOfPage = 1.5f;  // standard deviations of the best of 16 above the mean, about
+
+// Variance of z inside pages as these queries see it, relative to the metric, as a factor on
+// spreads.
+template <typename Dims>
+float SpreadFactor(const Basis& basis, const float* scaled, const Dims& use) {
+  double seen = 0, metric = 0, plain = 0, plain_metric = 0;
+  for (size_t j = 0; j < basis.weight.size(); ++j) {
+    if (!use(j)) continue;
+    const double q2 = double{scaled[j]} * scaled[j];
+    seen += q2 * basis.page_variance[j];
+    metric += double{basis.weight[j]} * basis.page_variance[j];
+    plain += q2;
+    plain_metric += basis.weight[j];
+  }
+  const double ratio = metric > 0 ? seen / metric : plain_metric > 0 ? plain / plain_metric : 0.0;
+  return static_cast<float>(std::min(std::sqrt(ratio), 1e15));
+}
+
+}  // namespace
+
+void Search::Run(const Tree& tree, const ClusterTreeOptions& options, const SelectRequest& request,
+                 const PagedKv& pages, Selection* out) {
+  tree_ = &tree;
+  options_ = &options;
+  request_ = &request;
+  kv_ = &pages;
+  out_ = out;
+  group_ = request.group;
+  dim_ = tree.head_dim;
+  out->pages.clear();
+  out->covered_mass = 0;
+  out->tokens_read = 0;
+  out->residual.Reset(group_, dim_);
+  if (tree.page_count() == 0) return;
+  KV_CHECK(group_ >= 1 && group_ <= limits::kGroupMax && pages.page_count >= tree.page_count());
+  max_pages_ = std::min(request.max_pages, tree.page_count());
+  read_all_ = request.read_cap >= tree.tokens;
+  Prepare();
+  ScanSupers();
+  ScanPages();
+  if (tree.basis.sketched() && !read_all_) Sketch();
+  Shares();
+  Candidates();
+  ReadCandidates();
+  Choose();
+  if (request.residual) Residual();
+}
+
+void Search::Prepare() {
+  const Basis& basis = tree_->basis;
+  scaled_.resize(size_t{group_} * dim_);
+  base_.resize(group_);
+  rho_.resize(group_);
+  rest_rho_.resize(group_);
+  ref_.resize(group_);
+  total_.resize(group_);
+  local_.resize(group_);
+  for (uint32_t g = 0; g < group_; ++g) {
+    const float* q = request_->queries + size_t{g} * dim_;
+    float* to = scaled_.data() + size_t{g} * dim_;
+    double base = 0;
+    for (uint32_t j = 0; j < dim_; ++j) {
+      to[j] = q[j] * basis.scale[j];
+      base += double{q[j]} * basis.mean[j];
+    }
+    base_[g] = Sane(static_cast<float>(base));
+    rho_[g] = SpreadFactor(basis, to, [](size_t) { return true; });
+  }
+  coarse_.Assign(scaled_.data(), group_, dim_, 2);
+  if (!basis.sketched()) return;
+  picked_.resize(size_t{group_} * kSketchDims);
+  bool in_sketch[limits::kHeadDimMax] = {};
+  for (uint32_t j : basis.sketch_dims) in_sketch[j] = true;
+  for (uint32_t g = 0; g < group_; ++g) {
+    const float* from = scaled_.data() + size_t{g} * dim_;
+    for (uint32_t i = 0; i < kSketchDims; ++i)
+      picked_[g * kSketchDims + i] = from[basis.sketch_dims[i]];
+    rest_rho_[g] = SpreadFactor(basis, from, [&](size_t j) { return !in_sketch[j]; });
+  }
+  fine_.Assign(picked_.data(), group_, kSketchDims, 1);
+}
+
+// Fills blocks_ with what is to be scanned, and super_mass_ with the log mass of what is not.
+void Search::ScanSupers() {
+  blocks_.clear();
+  super_mass_.assign(size_t{group_} * tree_->super_count(), kMinusInfinity);
+  super_scanned_.assign(tree_->super_count(), 1);
+  if (tree_->page_count() > options_->scan_pages && !read_all_) {
+    const NodeTable& nodes = tree_->super_nodes;
+    const uint32_t slots = nodes.block_count() * kBlockRows;
+    block_keys_.clear();
+    block_scales_.clear();
+    for (uint32_t b = 0; b < nodes.block_count(); ++b) {
+      block_keys_.push_back(nodes.keys.row(b));
+      block_scales_.push_back(nodes.scale.data() + size_t{b} * kBlockRows);
+    }
+    centre_.resize(size_t{group_} * slots);
+    ScoreBlocks(coarse_, block_keys_.data(), block_scales_.data(), nodes.block_count(),
+                base_.data(), centre_.data(), slots);
+    order_.clear();
+    for (uint32_t s = 0; s < tree_->super_count(); ++s) order_.emplace_back(kMinusInfinity, s);
+    for (uint32_t g = 0; g < group_; ++g) {
+      float best = kMinusInfinity;
+      spare_.resize(tree_->super_count());
+      for (uint32_t s = 0; s < tree_->super_count(); ++s) {
+        const float centre = Sane(centre_[size_t{g} * slots + s]);
+        const float spread = nodes.spread[s] * rho_[g];
+        super_mass_[size_t{g} * tree_->super_count() + s] =
+            centre + nodes.log_count[s] + SpreadGain(spread);
+        spare_[s] = centre + kOptimism * spread;
+        best = std::max(best, spare_[s]);
+      }
+      // Heads have logits of different sizes: each ranks supers relative to its own best.
+      for (uint32_t s = 0; s < tree_->super_count(); ++s) {
+        order_[s].first = std::max(order_[s].first, spare_[s] - best);
+      }
+    }
+    std::sort(order_.begin(), order_.end(), [](const auto& a, const auto& b) {
+      return a.first != b.first ? a.first > b.first : a.second < b.second;
+    });
+    uint32_t pages = 0;
+    for (const auto& [bound, s] : order_) {
+      if (pages >= options_->scan_pages) super_scanned_[s] = 0;
+      pages += tree_->supers[s].page_count;
+    }
+  }
+  for (uint32_t s = 0; s < tree_->super_count(); ++s) {
+    if (super_scanned_[s] == 0) continue;
+    for (uint32_t g = 0; g < group_; ++g)
+      super_mass_[size_t{g} * tree_->super_count() + s] = kMinusInfinity;
+    const Super& super = tree_->supers[s];
+    blocks_.insert(blocks_.end(), super.blocks.begin(), super.blocks.begin() + super.block_count);
+  }
+}
+
+void Search::ScanPages() {
+  const NodeTable& nodes = tree_->leaves;
+  slots_ = static_cast<uint32_t>(blocks_.size()) * kBlockRows;
+  block_keys_.clear();
+  block_scales_.clear();
+  for (uint32_t block : blocks_) {
+    block_keys_.push_back(nodes.keys.row(block));
+    block_scales_.push_back(nodes.scale.data() + size_t{block} * kBlockRows);
+  }
+  centre_.resize(size_t{group_} * slots_);
+  mass_.resize(size_t{group_} * slots_);
+  ScoreBlocks(coarse_, block_keys_.data(), block_scales_.data(),
+              static_cast<uint32_t>(blocks_.size()), base_.data(), centre_.data(), slots_);
+  const uint32_t supers = tree_->super_count();
+  for (uint32_t g = 0; g < group_; ++g) {
+    const float rho = rho_[g];
+    for (size_t b = 0; b < blocks_.size(); ++b) {
+      const float* spread = nodes.spread.data() + size_t{blocks_[b]} * kBlockRows;
+      const float* log_count = nodes.log_count.data() + size_t{blocks_[b]} * kBlockRows;
+      float* centre = centre_.data() + size_t{g} * slots_ + b * kBlockRows;
+      float* mass = mass_.data() + size_t{g} * slots_ + b * kBlockRows;
+      for (uint32_t lane = 0; lane < kBlockRows; ++lane) {
+        centre[lane] = Sane(centre[lane]);
+        mass[lane] = centre[lane] + SpreadGain(spread[lane] * rho) + log_count[lane];
+      }
+    }
+    float* mass = mass_.data() + size_t{g} * slots_;
+    float* rest = super_mass_.data() + size_t{g} * supers;
+    ref_[g] = std::max(MaxOf(mass, slots_), MaxOf(rest, supers));
+    ExpShifted(mass, slots_, ref_[g], mass);
+    ExpShifted(rest, supers, ref_[g], rest);
+  }
+}
+
+// The pages to sketch, by scanned slot: all of a small slice, else the best under an optimistic
+// estimate.
+void Search::ChooseSketched() {
+  sketch_slot_.clear();
+  if (slots_ <= options_->sketch_pages * 3 / 2) {
+    for (uint32_t i = 0; i < slots_; ++i) {
+      if (PageOf(i) != kNone) sketch_slot_.push_back(i);
+    }
+    return;
+  }
+  Shares();
+  const float rho = *std::max_element(rho_.begin(), rho_.end());
+  spare_.resize(slots_);
+  for (uint32_t i = 0; i < slots_; ++i) {
+    const float spread =
+        tree_->leaves.spread[size_t{blocks_[i / kBlockRows]} * kBlockRows + i % kBlockRows];
+    spare_[i] = std::min(kOptimism * spread * rho, 40.0f) - 40.0f;
+  }
+  ExpShifted(spare_.data(), slots_, -40.0f, spare_.data());
+  for (uint32_t i = 0; i < slots_; ++i) spare_[i] *= share_[i];
+  TopSlots(spare_, options_->sketch_pages);
+  for (uint32_t i : candidates_) {
+    if (spare_[i] >= kNegligibleShare) sketch_slot_.push_back(i);
+  }
+  std::sort(sketch_slot_.begin(), sketch_slot_.end());
+}
+
+void Search::Sketch() {
+  ChooseSketched();
+  const auto count = static_cast<uint32_t>(sketch_slot_.size());
+  sketch_pages_.clear();
+  sketch_centre_.resize(size_t{group_} * count);
+  sketch_sum_.resize(size_t{group_} * count);
+  sketch_top_.resize(size_t{group_} * count);
+  sketch_weight_.resize(size_t{group_} * count * kBlockRows);
+  for (uint32_t m = 0; m < count; ++m) {
+    const uint32_t index = PageOf(sketch_slot_[m]);
+    const Page& page = tree_->pages[index];
+    sketch_pages_.push_back({tree_->sketches.row(index), page.sketch_scale, page.count});
+    for (uint32_t g = 0; g < group_; ++g) {
+      sketch_centre_[size_t{g} * count + m] = centre_[size_t{g} * slots_ + sketch_slot_[m]] +
+                                              SpreadGain(page.rest_spread * rest_rho_[g]) - ref_[g];
+    }
+  }
+  ScoreSketches(fine_, sketch_pages_.data(), count, sketch_centre_.data(), count,
+                sketch_weight_.data(), sketch_sum_.data(), sketch_top_.data());
+  for (uint32_t g = 0; g < group_; ++g) {
+    for (uint32_t m = 0; m < count; ++m) {
+      mass_[size_t{g} * slots_ + sketch_slot_[m]] = sketch_sum_[size_t{g} * count + m];
+    }
+  }
+}
+
+// total_, share_ and rank_ from the masses as they stand.
+void Search::Shares() {
+  const uint32_t supers = tree_->super_count();
+  share_.assign(slots_, 0.0f);
+  rank_.assign(slots_, 0.0f);
+  for (uint32_t g = 0; g < group_; ++g) {
+    const float* mass = mass_.data() + size_t{g} * slots_;
+    double sum = 0;
+    for (uint32_t i = 0; i < slots_; i += kBlockRows) {
+      float block = 0;
+      for (uint32_t lane = 0; lane < kBlockRows; ++lane) block += mass[i + lane];
+      sum += block;
+    }
+    for (uint32_t s = 0; s < supers; ++s) sum += super_mass_[size_t{g} * supers + s];
+    local_[g] = request_->local_lse == nullptr
+                    ? 0.0f
+                    : std::exp(std::min(Sane(request_->local_lse[g]) - ref_[g], 80.0f));
+    total_[g] = std::max(static_cast<float>(sum), 1e-30f) + local_[g];
+    const float inverse = 1.0f / total_[g];
+    for (uint32_t i = 0; i < slots_; ++i) {
+      const float x = mass[i] * inverse;
+      share_[i] = std::max(share_[i], x);
+      rank_[i] += x;
+    }
+  }
+  if (request_->rank == GroupRank::kMassMax) rank_ = share_;
+}
+
+// Leaves the `count` slots of largest rank in candidates_, best first; empty slots never.
+void Search::TopSlots(const std::vector<float>& rank, uint32_t count) {
+  candidates_.clear();
+  if (count == 0) return;
+  // The count-th largest block maximum bounds the count-th largest value from below.
+  float bound = kMinusInfinity;
+  if (blocks_.size() > count) {
+    spare_block_max_.resize(blocks_.size());
+    for (size_t b = 0; b < blocks_.size(); ++b) {
+      const float* block = rank.data() + b * kBlockRows;
+      float best = block[0];
+      for (uint32_t lane = 1; lane < kBlockRows; ++lane) best = std::max(best, block[lane]);
+      spare_block_max_[b] = best;
+    }
+    std::nth_element(spare_block_max_.begin(), spare_block_max_.begin() + (count - 1),
+                     spare_block_max_.end(), std::greater<>());
+    bound = spare_block_max_[count - 1];
+  }
+  for (uint32_t i = 0; i < slots_; ++i) {
+    if (rank[i] >= bound && PageOf(i) != kNone) candidates_.push_back(i);
+  }
+  const auto better = [&](uint32_t a, uint32_t b) {
+    return rank[a] != rank[b] ? rank[a] > rank[b] : a < b;
+  };
+  if (candidates_.size() > count) {
+    std::nth_element(candidates_.begin(), candidates_.begin() + count, candidates_.end(), better);
+    candidates_.resize(count);
+  }
+  std::sort(candidates_.begin(), candidates_.end(), better);
+}
+
+// With min_mass: how many of candidates_ are needed by estimate.
+uint32_t Search::PagesByEstimate() const {
+  float missing = 0;
+  for (uint32_t g = 0; g < group_; ++g) missing += Indexed(g) / total_[g];
+  const float allowed = (1.0f - request_->min_mass) * static_cast<float>(group_);
+  uint32_t n = 0;
+  while (n < candidates_.size() && missing > allowed) {
+    for (uint32_t g = 0; g < group_; ++g)
+      missing -= mass_[size_t{g} * slots_ + candidates_[n]] / total_[g];
+    ++n;
+  }
+  return n;
+}
+
+void Search::Candidates() {
+  if (request_->rank == GroupRank::kMaxToken) {
+    // Estimated best token of a page, from its sketch or from its spread.
+    rank_.assign(slots_, 0.0f);
+    spare_.resize(slots_);
+    for (uint32_t g = 0; g < group_; ++g) {
+      const float inverse = 1.0f / total_[g];
+      for (uint32_t i = 0; i < slots_; ++i) {
+        const size_t slot = size_t{blocks_[i / kBlockRows]} * kBlockRows + i % kBlockRows;
+        spare_[i] = std::min(centre_[size_t{g} * slots_ + i] +
+                                 kTopOfPage * rho_[g] * tree_->leaves.spread[slot] - ref_[g],
+                             60.0f);
+      }
+      ExpShifted(spare_.data(), slots_, 0.0f, spare_.data());
+      if (tree_->basis.sketched() && !read_all_) {
+        const size_t count = sketch_slot_.size();
+        for (size_t m = 0; m < count; ++m) spare_[sketch_slot_[m]] = sketch_top_[g * count + m];
+      }
+      for (uint32_t i = 0; i < slots_; ++i) rank_[i] = std::max(rank_[i], spare_[i] * inverse);
+    }
+  }
+  uint32_t extra = tree_->basis.sketched() ? options_->rerank_pages_sketch : options_->rerank_pages;
+  extra = read_all_ ? tree_->page_count() : std::min(extra, request_->read_cap / kPageRows);
+  TopSlots(rank_, std::min(tree_->page_count(), max_pages_ + extra));
+  if (request_->min_mass > 0) {
+    max_pages_ = std::min(max_pages_, PagesByEstimate());
+    if (candidates_.size() > max_pages_ + extra) candidates_.resize(max_pages_ + extra);
+  }
+}
+
+void Search::ReadCandidates() {
+  const auto count = static_cast<uint32_t>(candidates_.size());
+  const size_t stride = size_t{count} * kPageRows;
+  logits_.assign(size_t{group_} * stride, kMinusInfinity);
+  candidate_mass_.resize(size_t{group_} * count);
+  candidate_top_.resize(size_t{group_} * count);
+  candidate_read_.assign(count, 0);
+  const auto prefetch = [&](uint32_t c) {
+    if (c >= count) return;
+    const PageView& page = kv_->pages[PageOf(candidates_[c])];
+    if (page.k == nullptr) return;
+    const size_t bytes = page.fill * kv_->row_bytes();
+    for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch(page.k + at);
+  };
+  prefetch(0);
+  for (uint32_t c = 0; c < count; ++c) {
+    prefetch(c + 1);
+    const PageView& page = kv_->pages[PageOf(candidates_[c])];
+    if (page.k == nullptr) continue;
+    candidate_read_[c] = 1;
+    out_->tokens_read += page.fill;
+    DotRows(request_->queries, group_, page.k, kv_->dtype, page.fill, dim_,
+            logits_.data() + size_t{c} * kPageRows, stride);
+    for (uint32_t g = 0; g < group_; ++g) {
+      float* row = logits_.data() + g * stride + size_t{c} * kPageRows;
+      for (uint32_t t = 0; t < page.fill; ++t) row[t] = Sane(row[t]);
+    }
+  }
+  for (uint32_t g = 0; g < group_; ++g) {
+    float* row = logits_.data() + g * stride;
+    float* mass = mass_.data() + size_t{g} * slots_;
+    const float ref = std::max(ref_[g], MaxOf(row, stride));
+    if (ref > ref_[g]) {
+      const float shrink = std::exp(ref_[g] - ref);
+      for (uint32_t i = 0; i < slots_; ++i) mass[i] *= shrink;
+      for (float *w = sketch_weight_.data() + g * sketch_slot_.size() * kBlockRows,
+                 *e = w + sketch_slot_.size() * kBlockRows;
+           w < e; ++w)
+        *w *= shrink;
+      for (uint32_t s = 0; s < tree_->super_count(); ++s)
+        super_mass_[size_t{g} * tree_->super_count() + s] *= shrink;
+      ref_[g] = ref;
+    }
+    ExpShifted(row, stride, ref, row);
+    for (uint32_t c = 0; c < count; ++c) {
+      float sum = 0, top = 0;
+      for (uint32_t t = 0; t < kPageRows; ++t) {
+        sum += row[size_t{c} * kPageRows + t];
+        top = std::max(top, row[size_t{c} * kPageRows + t]);
+      }
+      float& estimate = mass[candidates_[c]];
+      candidate_mass_[size_t{g} * count + c] = candidate_read_[c] != 0 ? sum : estimate;
+      candidate_top_[size_t{g} * count + c] = candidate_read_[c] != 0 ? top : estimate;
+      estimate = candidate_mass_[size_t{g} * count + c];
+    }
+  }
+}
+
+void Search::Choose() {
+  Shares();
+  const auto count = static_cast<uint32_t>(candidates_.size());
+  const bool by_token = request_->rank == GroupRank::kMaxToken;
+  order_.clear();
+  uint32_t rows_unchosen = 0;
+  for (uint32_t c = 0; c < count; ++c) {
+    float rank = 0;
+    for (uint32_t g = 0; g < group_; ++g) {
+      const size_t at = size_t{g} * count + c;
+      const float x = (by_token ? candidate_top_[at] : candidate_mass_[at]) / total_[g];
+      rank = request_->rank == GroupRank::kMassSum ? rank + x : std::max(rank, x);
+    }
+    order_.emplace_back(rank, c);
+    rows_unchosen += candidate_read_[c] != 0 ? tree_->pages[PageOf(candidates_[c])].count : 0;
+  }
+  std::sort(order_.begin(), order_.end(), [&](const auto& a, const auto& b) {
+    return a.first != b.first ? a.first > b.first
+                              : PageOf(candidates_[a.second]) < PageOf(candidates_[b.second]);
+  });
+  candidate_chosen_.assign(count, 0);
+  float missing = 0, covered = 0;
+  for (uint32_t g = 0; g < group_; ++g) missing += Indexed(g) / total_[g];
+  const float allowed = (1.0f - request_->min_mass) * static_cast<float>(group_);
+  for (uint32_t n = 0; n < std::min(count, max_pages_); ++n) {
+    // A page that was read may stay behind only within the cap on exact reads.
+    if (request_->min_mass > 0 && missing <= allowed && rows_unchosen <= request_->read_cap) break;
+    const uint32_t c = order_[n].second;
+    const uint32_t page = PageOf(candidates_[c]);
+    float log_mass = kMinusInfinity;
+    for (uint32_t g = 0; g < group_; ++g) {
+      const float mass = candidate_mass_[size_t{g} * count + c];
+      log_mass = std::max(log_mass, std::log(mass) + ref_[g]);
+      missing -= mass / total_[g];
+      covered += mass / std::max(Indexed(g), 1e-30f);
+    }
+    out_->pages.push_back({PageId(page), log_mass});
+    candidate_chosen_[c] = 1;
+    if (candidate_read_[c] != 0) rows_unchosen -= tree_->pages[page].count;
+  }
+  unreturned_ = rows_unchosen;
+  out_->covered_mass = std::clamp(covered / static_cast<float>(group_), 0.0f, 1.0f);
+}
+
+void Select(const Tree& tree, const ClusterTreeOptions& options, const SelectRequest& request,
+            const PagedKv& pages, Selection* out) {
+  thread_local Search search;
+  search.Run(tree, options, request, pages, out);
+}
+
+}  // namespace icecache::cluster_tree

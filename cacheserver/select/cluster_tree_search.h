@@ -1,0 +1,113 @@
+// One Select call of ClusterTree, step by step. Scratch lives in the object, one object per thread.
+//
+//   Prepare      queries in the basis' coordinates, as digits
+//   ScanSupers   only above scan_pages: which supers are looked into
+//   ScanPages    estimated mass of every scanned page from its summary
+//   Sketch       better estimates from token sketches
+//   Candidates   the best pages by estimate; ReadCandidates replaces estimates by exact logits
+//   Choose       the pages to return
+//   FixTokens    single heavy tokens elsewhere, read exactly
+//   Residual     everything not returned, as an AttentionState
+//
+// Masses are linear, relative to exp(ref_[g]); scanned slot i is lane i % 16 of blocks_[i / 16].
+#pragma once
+
+#include <vector>
+
+#include "cacheserver/select/cluster_tree_internal.h"
+
+namespace icecache::cluster_tree {
+
+class Search {
+ public:
+  void Run(const Tree& tree, const ClusterTreeOptions& options, const SelectRequest& request,
+           const PagedKv& pages, Selection* out);
+
+ private:
+  struct Token {
+    float weight;     // estimated share, largest over the group
+    uint32_t sketch;  // position among sketched pages
+    uint32_t lane;
+  };
+
+  // cluster_tree_search.cc
+  void Prepare();
+  void ScanSupers();
+  void ScanPages();
+  void Sketch();
+  void ChooseSketched();
+  void Shares();
+  void Candidates();
+  void ReadCandidates();
+  void Choose();
+  uint32_t PagesByEstimate() const;
+  void TopSlots(const std::vector<float>& rank, uint32_t count);
+  float Indexed(uint32_t g) const { return total_[g] - local_[g]; }
+  uint32_t PageOf(uint32_t i) const {
+    return tree_->page_of_slot[size_t{blocks_[i / kBlockRows]} * kBlockRows + i % kBlockRows];
+  }
+  bool InMemory(uint32_t page) const { return kv_->pages[page].k != nullptr; }
+
+  // cluster_tree_residual.cc
+  void FixTokens();
+  void ReadTokens();
+  void Residual();
+  void AddReadPages(const AttentionStateRef& states);
+  void AddFixedTokens(const AttentionStateRef& states);
+  void AddEstimates(const AttentionStateRef& states);
+  void AddItem(const int8_t* row, float scale);
+
+  const Tree* tree_ = nullptr;
+  const ClusterTreeOptions* options_ = nullptr;
+  const SelectRequest* request_ = nullptr;
+  const PagedKv* kv_ = nullptr;
+  Selection* out_ = nullptr;
+  uint32_t group_ = 0, dim_ = 0;
+  uint32_t slots_ = 0;  // scanned
+  uint32_t max_pages_ = 0;
+  uint32_t unreturned_ = 0;  // rows read exactly in pages that are not returned
+  bool read_all_ = false;
+
+  QuantizedQueries coarse_, fine_;
+  std::vector<float> scaled_, picked_;        // queries in coordinates; of the sketched dimensions
+  std::vector<float> base_, rho_, rest_rho_;  // [group]
+  std::vector<float> ref_, total_, local_;    // [group]; total_ includes local_
+  std::vector<uint32_t> blocks_;
+  std::vector<const uint8_t*> block_keys_;
+  std::vector<const float*> block_scales_;
+  std::vector<float> centre_, mass_;  // [group][slots_]
+  std::vector<float> share_, rank_;   // [slots_]
+  std::vector<float> super_mass_;     // [group][supers]: mass to be valued at the super's mean
+  std::vector<uint8_t> super_scanned_;
+  std::vector<std::pair<float, uint32_t>> order_;
+  std::vector<float> spare_, spare_block_max_;
+
+  std::vector<SketchPage> sketch_pages_;
+  std::vector<uint32_t> sketch_slot_;  // scanned slot of each sketched page
+  std::vector<float> sketch_centre_, sketch_sum_, sketch_top_, sketch_weight_;
+
+  std::vector<uint32_t> candidates_;  // scanned slots
+  std::vector<uint8_t> candidate_read_, candidate_chosen_;
+  std::vector<float> logits_;                          // [group][candidates * 16], then weights
+  std::vector<float> candidate_mass_, candidate_top_;  // [group][candidates]
+
+  std::vector<Token> tokens_;  // by (sketch, lane)
+  std::vector<std::byte> rows_;
+  std::vector<float> token_logits_;  // [group][tokens]
+  std::vector<const int8_t*> item_rows_;
+  std::vector<float> item_weights_;          // [items][group]
+  std::vector<float> item_sum_, weight_;     // [group]
+  float weight_scratch_[limits::kGroupMax];  // of the next item
+};
+
+// exp(f(s)) is the factor by which tokens' logits of standard deviation s raise the mass of their
+// mean.
+inline float SpreadGain(float s) {
+  const float f = 0.5f * s * s / (1.0f + 0.2f * s);
+  return f < 1e30f ? f : 1e30f;
+}
+
+// Keeps logits finite and ordered whatever the rows hold.
+inline float Sane(float x) { return x > -1e30f ? (x < 1e30f ? x : 1e30f) : -1e30f; }
+
+}  // namespace icecache::cluster_tree
