@@ -124,7 +124,11 @@ void LayerUpload::Start(LayerId layer, std::shared_ptr<const LayerRows> rows,
   const uint32_t tokens = rows->tokens();
   for (uint32_t begin = 0; begin < tokens; begin += limits::kPutRowsTokensMax) {
     for (uint16_t s = 0; s < client.shard_count(); ++s) {
-      Job job{layer, ShardId(s), client.HeadsOf(layer, ShardId(s), shape), begin};
+      Job job;
+      job.layer = layer;
+      job.shard = ShardId(s);
+      job.heads = client.HeadsOf(layer, ShardId(s), shape);
+      job.begin = begin;
       if (job.heads.empty()) continue;
       job.count = std::min(limits::kPutRowsTokensMax, tokens - begin);
       job.rows = rows;
@@ -133,7 +137,10 @@ void LayerUpload::Start(LayerId layer, std::shared_ptr<const LayerRows> rows,
     }
   }
   for (uint16_t s = 0; s < client.shard_count(); ++s) {
-    Job job{layer, ShardId(s), client.HeadsOf(layer, ShardId(s), shape)};
+    Job job;
+    job.layer = layer;
+    job.shard = ShardId(s);
+    job.heads = client.HeadsOf(layer, ShardId(s), shape);
     if (job.heads.empty()) continue;
     job.build = true;
     job.count = rows->first().value + tokens;

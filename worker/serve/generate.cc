@@ -1,0 +1,263 @@
+#include "worker/serve/generate.h"
+
+#include <unistd.h>
+
+#include <cstdio>
+#include <memory>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "common/size.h"
+#include "worker/attention_exact.h"
+#include "worker/attention_full.h"
+#include "worker/attention_icecache.h"
+#include "worker/attention_sink_window.h"
+#include "worker/decode_loop.h"
+#include "worker/model/sampler.h"
+#include "worker/prefill.h"
+#include "worker/progress.h"
+#include "worker/serve/interrupt.h"
+#include "worker/serve/methods.h"
+#include "worker/serve/summary.h"
+#include "worker/served_context.h"
+
+namespace icecache {
+namespace {
+
+using Tokens = std::vector<int32_t>;
+
+// One run of the command: what is loaded, the sequence, and how it is attended to.
+class Generation {
+ public:
+  explicit Generation(const GenerateOptions& options)
+      : options_(options),
+        backend_(MakeCpuAttention()),
+        progress_(options.worker.progress || ProgressBar::OnTerminal()) {}
+
+  Status Run();
+
+ private:
+  Status ReadInputs();
+  Status PrepareServed();
+  Status PrepareLocal();
+  Status Decode();
+  PrefillOptions PrefillSettings(ProgressBar* bar);
+  Status Pump() {
+    if (link_) return link_->Pump();
+    return Interrupted() ? Cancelled("interrupted") : OkStatus();
+  }
+
+  const GenerateOptions& options_;
+  const std::unique_ptr<AttentionBackend> backend_;
+  const bool progress_;
+  Method method_ = Method::kIceCache;
+  LoadedModel loaded_;
+  Tokens prompt_, question_;
+  std::unique_ptr<ServerLink> link_;
+  std::optional<ServedContext> served_;
+  std::unique_ptr<LocalKv> local_;
+  std::unique_ptr<DecodeAttention> attention_;
+  uint32_t tokens_ = 0;  // of the sequence when decoding starts
+  std::vector<float> last_hidden_;
+  GenerateSummary summary_;
+};
+
+Result<std::string> TextOf(const std::string& text, const std::string& file, const char* what) {
+  if (!text.empty() && !file.empty()) {
+    return InvalidArgument(std::string("--") + what + " and --" + what +
+                           "-file are both given; use one");
+  }
+  return file.empty() ? Result<std::string>(text) : ReadTextFile(file);
+}
+
+Status Generation::ReadInputs() {
+  KV_ASSIGN_OR_RETURN(method_, ParseMethod(options_.method));
+  const bool fork = !options_.fork_of.empty();
+  if ((fork || options_.publish) && method_ != Method::kIceCache) {
+    return InvalidArgument("--fork-of and --publish need --method icecache, not " +
+                           options_.method);
+  }
+  KV_ASSIGN_OR_RETURN(loaded_, LoadModelAndTokenizer(options_.worker));
+  KV_ASSIGN_OR_RETURN(const std::string prompt,
+                      TextOf(options_.prompt, options_.prompt_file, "prompt"));
+  KV_ASSIGN_OR_RETURN(const std::string question,
+                      TextOf(options_.question, options_.question_file, "question"));
+  KV_ASSIGN_OR_RETURN(prompt_, loaded_.tokenizer->Encode(prompt, true));
+  KV_ASSIGN_OR_RETURN(question_, loaded_.tokenizer->Encode(question, false));
+  if (fork && !prompt.empty()) {
+    return InvalidArgument(
+        "--fork-of joins a context without prefilling, so there is no prompt; "
+        "put the text in --question-file");
+  }
+  if (fork && question_.empty()) {
+    return InvalidArgument("--fork-of needs a question: --question TEXT or --question-file FILE");
+  }
+  if (!fork && prompt_.empty()) {
+    return InvalidArgument(
+        "there is no prompt; give --prompt-file FILE, --prompt TEXT or "
+        "--fork-of CONTEXT");
+  }
+  return OkStatus();
+}
+
+PrefillOptions Generation::PrefillSettings(ProgressBar* bar) {
+  PrefillOptions prefill;
+  prefill.threads = options_.worker.threads;
+  prefill.pump = [this] { return Pump(); };
+  prefill.progress = [bar](uint64_t done, uint64_t total) { bar->Update(done, total); };
+  return prefill;
+}
+
+Status Generation::PrepareServed() {
+  KV_ASSIGN_OR_RETURN(link_, ConnectToServer(options_.worker));
+  const Model& model = *loaded_.model;
+  const bool named = !options_.context.empty();
+  const std::string name = named ? options_.context : FreshContextName("generate");
+  if (!options_.fork_of.empty()) {
+    KV_ASSIGN_OR_RETURN(served_,
+                        ForkFromServer(*link_, model, options_.fork_of, name, std::nullopt));
+  } else {
+    ProgressBar bar("prefill", progress_);
+    PrefillRequest request;
+    request.name = name;
+    request.tokens = prompt_;
+    request.sink_tokens = options_.worker.sink_tokens;
+    request.window_tokens = options_.worker.window_tokens;
+    request.policy = options_.worker.policy;
+    request.seed = options_.worker.index_seed;
+    request.prefill = PrefillSettings(&bar);
+    KV_ASSIGN_OR_RETURN(served_, PrefillToServer(*link_, *loaded_.model, request));
+    last_hidden_ = served_->last_hidden;
+    summary_.prefill_tokens = prompt_.size();
+  }
+  if (options_.publish) {
+    // What is published is the document; this worker goes on in a fork of its own.
+    KV_RETURN_IF_ERROR(link_->control().Seal(served_->handle.id));
+    KV_RETURN_IF_ERROR(link_->control().Publish(served_->handle.id));
+    if (options_.max_new_tokens > 0) {
+      KV_ASSIGN_OR_RETURN(
+          served_, ForkFromServer(*link_, model, name, FreshContextName(name), served_->window));
+    }
+  }
+  auto attention = std::make_unique<AttentionIceCache>(model.shape(), link_->cache(), *backend_,
+                                                       IceCacheOptionsOf(options_.worker));
+  attention->Begin(served_->handle, served_->window, served_->grant.context.segments);
+  attention_ = std::move(attention);
+  tokens_ = served_->tokens;
+  return OkStatus();
+}
+
+Status Generation::PrepareLocal() {
+  const ModelShape& shape = loaded_.model->shape();
+  const SparseBudget budget = BudgetOf(options_.worker);
+  SinkWindow window(shape, budget.sink_tokens, budget.window_tokens);
+  if (NeedsLocalKv(method_)) local_ = std::make_unique<LocalKv>(shape);
+  ProgressBar bar("prefill", progress_);
+  KV_ASSIGN_OR_RETURN(last_hidden_, Prefill(*loaded_.model, prompt_, PrefillSettings(&bar),
+                                            [&](FinishedLayer layer) -> Status {
+                                              window.LoadDocument(layer.layer, *layer.rows);
+                                              if (local_) local_->Append(layer.layer, *layer.rows);
+                                              return OkStatus();
+                                            }));
+  summary_.prefill_tokens = prompt_.size();
+  tokens_ = static_cast<uint32_t>(prompt_.size());
+  if (method_ == Method::kFullKv) {
+    attention_ = std::make_unique<AttentionFull>(shape, *local_, *backend_);
+  } else if (method_ == Method::kExact) {
+    attention_ = std::make_unique<AttentionExact>(shape, *local_, *backend_, budget);
+  } else {
+    auto attention = std::make_unique<AttentionSinkWindow>(shape, *backend_);
+    attention->Begin(window);
+    attention_ = std::move(attention);
+  }
+  return OkStatus();
+}
+
+Status Generation::Decode() {
+  DecodeLoop loop(*loaded_.model, *attention_, [this] { return Pump(); });
+  loop.Begin(tokens_, last_hidden_);
+  ProgressBar bar("generate", progress_ && ::isatty(STDOUT_FILENO) == 0);
+  uint64_t done = 0;
+  const uint64_t total = question_.size() + options_.max_new_tokens;
+  Status status;
+  for (const int32_t token : question_) {
+    status = loop.Feed(token);
+    if (!status.ok()) break;
+    bar.Update(++done, total);
+  }
+  StreamDecoder decoder(*loaded_.tokenizer);
+  Sampler sampler({options_.temperature, options_.top_p, options_.seed});
+  const std::vector<int32_t> stop =
+      options_.ignore_eos ? std::vector<int32_t>{} : loaded_.config.eos_ids;
+  if (status.ok() && options_.max_new_tokens > 0) {
+    status = loop.Generate(sampler, options_.max_new_tokens, stop, [&](int32_t token) {
+      const std::string text = decoder.Push(token);
+      std::fwrite(text.data(), 1, text.size(), stdout);
+      bar.Update(++done, total);
+      ++summary_.generated_tokens;
+      return std::fflush(stdout) == 0;  // nobody reads any more: stop
+    });
+  }
+  bar.Finish();
+  if (options_.max_new_tokens > 0) std::fputs((decoder.Finish() + "\n").c_str(), stdout);
+  std::fflush(stdout);
+  summary_.decode = loop.stats();
+  return status;
+}
+
+Status Generation::Run() {
+  const SamplerOptions sampling{options_.temperature, options_.top_p, options_.seed};
+  KV_RETURN_IF_ERROR(sampling.Validate());
+  KV_RETURN_IF_ERROR(ReadInputs());
+  const auto start = std::chrono::steady_clock::now();
+  KV_RETURN_IF_ERROR(method_ == Method::kIceCache ? PrepareServed() : PrepareLocal());
+  summary_.prepare = std::chrono::steady_clock::now() - start;
+  summary_.method = MethodName(method_);
+  summary_.budget = options_.worker.budget;
+  const Status status = Decode();
+  if (summary_.decode.tokens > 0 || summary_.prefill_tokens > 0) PrintSummary(summary_);
+  // A context that is not published goes now, not when the server notices that we have gone.
+  if (served_ && link_->Pump().ok()) {
+    const Status released = link_->control().Release(served_->handle.id);
+    if (status.ok() && !released.ok()) return released;
+  }
+  return status;
+}
+
+}  // namespace
+
+void AddGenerateCommand(ConfigParser& parser, GenerateOptions* o) {
+  ConfigParser& command = parser.AddCommand(
+      "generate", "Continue a prompt, with its KV cache in the cache server",
+      "icecache-worker generate --model DIR --prompt-file book.txt --question 'Who is Ahab?'\n"
+      "icecache-worker generate --model DIR --prompt-file book.txt --context book --publish "
+      "--max-new-tokens 0\n"
+      "icecache-worker generate --model DIR --fork-of book --question-file q.txt --budget 512");
+  AddWorkerOptions(command, &o->worker);
+  command.Section("Text");
+  command.Add("prompt_file", &o->prompt_file, "File with the prompt");
+  command.Add("prompt", &o->prompt, "The prompt itself");
+  command.Add("question_file", &o->question_file,
+              "File with text that follows the prompt, through sparse attention");
+  command.Add("question", &o->question, "The same, itself");
+  command.Section("Sharing");
+  command.Add("context", &o->context, "Name of the context that is made; empty: a fresh one");
+  command.Add("publish", &o->publish, "Seal the prompt and let other workers fork it by name");
+  command.Add("fork_of", &o->fork_of, "Continue a published context instead of a prompt");
+  command.Section("Generation");
+  command.Add("method", &o->method,
+              "icecache, full_kv, exact or sink_window; all but the first need no server");
+  command.Add("max_new_tokens", &o->max_new_tokens, "Tokens to generate at most");
+  command.Add("ignore_eos", &o->ignore_eos, "Go on after the model's end-of-text token");
+  command.Add("temperature", &o->temperature, "0: greedy", 0, 100);
+  command.Add("top_p", &o->top_p, "Sample from the likeliest tokens of this share", 0, 1);
+  command.Add("seed", &o->seed, "Seed of the sampler");
+}
+
+Status RunGenerate(const GenerateOptions& options) {
+  Generation generation(options);
+  return generation.Run();
+}
+
+}  // namespace icecache

@@ -1,0 +1,119 @@
+#include "worker/serve/options.h"
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <fstream>
+#include <iterator>
+#include <thread>
+#include <utility>
+
+#include "common/limits.h"
+#include "common/log.h"
+#include "worker/serve/interrupt.h"
+
+namespace icecache {
+
+void AddWorkerOptions(ConfigParser& parser, WorkerOptions* o) {
+  parser.Section("Model");
+  parser.Add("model", &o->model,
+             "Hugging Face model directory: config.json, model.safetensors, tokenizer.json", true);
+  parser.Add("kv_dtype", &o->kv_dtype, "Element type of stored K and V: f16, bf16 or f32");
+  parser.AddCheck("kv_dtype", [o] {
+    return ParseDType(o->kv_dtype)
+               ? OkStatus()
+               : InvalidArgument("'" + o->kv_dtype + "', expected f16, bf16 or f32");
+  });
+  parser.Add("threads", &o->threads, "Compute threads; 0: one per core", 0, 1024);
+
+  parser.Section("Cache server");
+  parser.Add("server", &o->server, "host:port of the server's control plane");
+  parser.Add("tenant", &o->tenant, "Tenant; empty: the server's default one");
+  parser.AddSecret("secret", &o->secret, "The tenant's secret (better in ICECACHE_SECRET)");
+  parser.Add("transports", &o->transports, "UCX_TLS of the data plane; empty: posix,cma,tcp,self");
+
+  parser.Section("Attention");
+  parser.Add("budget", &o->budget,
+             "Tokens that a head attends to exactly, sinks and window included", 1);
+  parser.Add("sink_tokens", &o->sink_tokens, "First tokens that are always attended to", 0,
+             limits::kSinkTokensMax);
+  parser.Add("window_tokens", &o->window_tokens, "Recent tokens that are always attended to", 0,
+             limits::kWindowTokensMax);
+  parser.Add("policy", &o->policy,
+             "How the server chooses: cluster_tree, dci_tree, exact or sequential");
+  parser.Add("index_seed", &o->index_seed, "Seed of the server's index");
+  parser.Add("read_cap", &o->read_cap,
+             "Tokens the server may read exactly, beyond the pages, for its estimate of the rest",
+             0, limits::kReadCapMax);
+  parser.Add("min_mass", &o->min_mass,
+             "Stop at this share of the attention mass even if the budget allows more; 0: never", 0,
+             1);
+  parser.Add("residual", &o->residual, "Merge the server's estimate of what is not fetched");
+  parser.Add("resident_multiple", &o->resident_multiple,
+             "Pages the worker keeps, in units of one selection's pages", 1, 64);
+  parser.AddMillis("select_deadline", &o->select_deadline_ms,
+                   "How long a layer step waits for the server before it goes on without");
+
+  parser.Section("Output");
+  parser.Add("progress", &o->progress, "Progress bars even where stderr is no terminal");
+  parser.Add("log_level", &o->log_level, "debug, info, warn, error or off");
+  parser.Add("log_format", &o->log_format, "text or json");
+}
+
+Status ApplyWorkerOptions(const WorkerOptions& options, const char* program) {
+  KV_ASSIGN_OR_RETURN(const LogLevel level, ParseLogLevel(options.log_level));
+  KV_ASSIGN_OR_RETURN(const LogFormat format, ParseLogFormat(options.log_format));
+  InitLogging(level, format, program);
+  return OkStatus();
+}
+
+Result<LoadedModel> LoadModelAndTokenizer(const WorkerOptions& options) {
+  LoadedModel loaded;
+  KV_ASSIGN_OR_RETURN(loaded.config, LoadModelConfig(options.model));
+  ModelOptions model;
+  const std::optional<DType> dtype = ParseDType(options.kv_dtype);
+  if (!dtype)
+    return InvalidArgument("--kv-dtype " + options.kv_dtype + ": expected f16, bf16, f32");
+  model.kv_dtype = *dtype;
+  model.threads =
+      options.threads > 0 ? options.threads : std::max(1u, std::thread::hardware_concurrency());
+  KV_ASSIGN_OR_RETURN(loaded.model, LoadModel(options.model, model));
+  KV_ASSIGN_OR_RETURN(loaded.tokenizer, Tokenizer::Load(options.model));
+  return loaded;
+}
+
+Result<std::unique_ptr<ServerLink>> ConnectToServer(const WorkerOptions& options) {
+  ServerLinkOptions link;
+  link.control.address = options.server;
+  link.control.tenant = options.tenant;
+  link.control.secret = options.secret;
+  link.control.interrupted = Interrupted;
+  link.cache.interrupted = Interrupted;
+  link.ucx.transports = options.transports;
+  return ServerLink::Connect(link);
+}
+
+SparseBudget BudgetOf(const WorkerOptions& options) {
+  return {options.budget, options.sink_tokens, options.window_tokens};
+}
+
+IceCacheOptions IceCacheOptionsOf(const WorkerOptions& options) {
+  IceCacheOptions icecache;
+  icecache.budget = BudgetOf(options);
+  icecache.resident_multiple = options.resident_multiple;
+  icecache.read_cap = options.read_cap;
+  icecache.min_mass = static_cast<float>(options.min_mass);
+  icecache.residual = options.residual;
+  icecache.select_deadline = std::chrono::milliseconds(options.select_deadline_ms);
+  return icecache;
+}
+
+Result<std::string> ReadTextFile(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  if (!file) return NotFound("cannot read '" + path + "': " + std::strerror(errno));
+  std::string text((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
+  if (file.bad()) return DataLoss("cannot read '" + path + "' to its end");
+  return text;
+}
+
+}  // namespace icecache

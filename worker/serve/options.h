@@ -1,0 +1,65 @@
+// Settings that the commands of icecache-worker share, and what is made from them: the model with
+// its tokenizer, the link to the server, the attention method.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "common/config.h"
+#include "kernels/attention.h"
+#include "worker/attention_icecache.h"
+#include "worker/model/model.h"
+#include "worker/model/model_config.h"
+#include "worker/model/tokenizer.h"
+#include "worker/server_link.h"
+
+namespace icecache {
+
+struct WorkerOptions {
+  std::string model;
+  std::string kv_dtype = "f16";
+  uint32_t threads = 0;  // 0: one per core
+
+  std::string server = "127.0.0.1:7400";
+  std::string tenant;
+  std::string secret;
+  std::string transports;
+
+  uint32_t budget = 256;
+  uint32_t sink_tokens = 16;
+  uint32_t window_tokens = 16;
+  uint32_t read_cap = 0;
+  double min_mass = 0;
+  bool residual = true;
+  uint32_t resident_multiple = 3;
+  uint32_t select_deadline_ms = 2000;
+  std::string policy = "cluster_tree";
+  uint64_t index_seed = 1;
+
+  bool progress = false;
+  std::string log_level = "warn";
+  std::string log_format = "text";
+};
+
+// Adds the settings to a command. `options` holds the defaults and outlives the parser.
+void AddWorkerOptions(ConfigParser& parser, WorkerOptions* options);
+// What can only be judged after parsing, and logging as asked for.
+Status ApplyWorkerOptions(const WorkerOptions& options, const char* program);
+
+struct LoadedModel {
+  ModelConfig config;
+  std::unique_ptr<Model> model;
+  std::unique_ptr<Tokenizer> tokenizer;
+};
+Result<LoadedModel> LoadModelAndTokenizer(const WorkerOptions& options);
+
+Result<std::unique_ptr<ServerLink>> ConnectToServer(const WorkerOptions& options);
+
+SparseBudget BudgetOf(const WorkerOptions& options);
+IceCacheOptions IceCacheOptionsOf(const WorkerOptions& options);
+
+// Whole content; NOT_FOUND naming the file.
+Result<std::string> ReadTextFile(const std::string& path);
+
+}  // namespace icecache

@@ -1,0 +1,45 @@
+#include "worker/server_link.h"
+
+#include <thread>
+
+#include "common/limits.h"
+#include "common/ucx_environment.h"
+
+namespace icecache {
+
+Result<std::unique_ptr<ServerLink>> ServerLink::Connect(const ServerLinkOptions& options) {
+  if (UsesSharedMemory(options.ucx.transports)) {
+    KV_RETURN_IF_ERROR(CheckSharedMemory(kUcxSharedBytesPerTransport));
+  }
+  std::unique_ptr<ServerLink> link(new ServerLink());
+  link->interrupted_ = options.control.interrupted;
+  link->clock_ = MakeSteadyClock();
+  // On one core a busy wait would only keep the server from answering.
+  const bool one_core = std::thread::hardware_concurrency() <= 1;
+  link->reactor_ = std::make_unique<Reactor>(
+      *link->clock_, one_core ? Duration(0) : Duration(limits::kSpinBeforeArm));
+  KV_ASSIGN_OR_RETURN(link->control_, ControlClient::Connect(*link->reactor_, options.control));
+  KV_ASSIGN_OR_RETURN(link->transport_, MakeUcxTransport(*link->reactor_, options.ucx));
+  KV_ASSIGN_OR_RETURN(link->cache_,
+                      CacheClient::Connect(*link->reactor_, *link->transport_,
+                                           link->control_->hello().shards, options.cache));
+  return link;
+}
+
+ServerLink::~ServerLink() {
+  cache_.reset();
+  control_.reset();
+  transport_.reset();
+  // Handlers of sockets that were just closed run (as aborted) before the loop is gone.
+  for (int i = 0; reactor_ && i < 100 && reactor_->Poll(); ++i) {
+  }
+}
+
+Status ServerLink::Pump() {
+  reactor_->Poll();
+  if (interrupted_ && interrupted_()) return Cancelled("interrupted");
+  KV_RETURN_IF_ERROR(control_->Health());
+  return cache_->Health();
+}
+
+}  // namespace icecache
