@@ -27,6 +27,7 @@ namespace icecache {
 struct PolicyCase {
   PolicyKind kind;
   bool has_residual;  // false: the policy documents an empty residual
+  bool keeps_cap;     // false: it reads keys to search, beyond read_cap by design
 };
 inline std::ostream& operator<<(std::ostream& out, const PolicyCase& c) {
   return out << PolicyKindName(c.kind);
@@ -141,7 +142,7 @@ class SliceModel {
 // What holds for every answer: no repeats, known pages, the budgets, shares within [0, 1], finite
 // sums.
 inline void CheckSelection(const SliceModel& slice, const SelectRequest& request,
-                           const Selection& got, uint32_t group, PolicyKind kind) {
+                           const Selection& got, uint32_t group, const PolicyCase& policy) {
   ASSERT_LE(got.pages.size(), request.max_pages);
   if (request.min_mass <= 0) {
     ASSERT_EQ(got.pages.size(), std::min(request.max_pages, slice.store().page_count()));
@@ -157,7 +158,7 @@ inline void CheckSelection(const SliceModel& slice, const SelectRequest& request
   ASSERT_GE(got.covered_mass, 0.0f);
   ASSERT_LE(got.covered_mass, 1.0f);
   ASSERT_LE(got.tokens_read, slice.store().token_count());
-  if (kind != PolicyKind::kExact) {  // the oracle reads everything by design
+  if (policy.keeps_cap) {
     const uint32_t shipped =
         request.min_mass > 0 ? request.max_pages * limits::kPageTokens : returned_tokens;
     ASSERT_LE(got.tokens_read, shipped + request.read_cap);

@@ -65,7 +65,7 @@ TEST_P(SelectionPolicySuite, EveryShapeBuildsSelectsAndGrows) {
         ASSERT_TRUE(status.ok()) << status.ToString();
         const SelectRequest request{.max_pages = 6, .read_cap = 64};
         const Selection got = slice.Select(source.Queries(group, 4.0f), request);
-        CheckSelection(slice, request, got, group, kind());
+        CheckSelection(slice, request, got, group, GetParam());
         if (HasFatalFailure()) return;
       }
     }
@@ -90,7 +90,7 @@ TEST_P(SelectionPolicySuite, NeverOverBudgetWhateverIsAsked) {
                                         .rank = rank,
                                         .residual = residual};
             const Selection got = slice.Select(source.Queries(4, 4.0f), request);
-            CheckSelection(slice, request, got, 4, kind());
+            CheckSelection(slice, request, got, 4, GetParam());
             if (HasFatalFailure()) return;
             if (residual && GetParam().has_residual) continue;
             for (uint32_t h = 0; h < 4; ++h) EXPECT_EQ(got.residual.flat()[4 + h], 0.0f);
@@ -117,7 +117,8 @@ TEST_P(SelectionPolicySuite, ModelStaysValidUnderRandomOperations) {
           status = InsertOne(&slice, &source);
       } else {
         const SelectRequest request{.max_pages = 5, .read_cap = 32};
-        CheckSelection(slice, request, slice.Select(source.Queries(2, 4.0f), request), 2, kind());
+        CheckSelection(slice, request, slice.Select(source.Queries(2, 4.0f), request), 2,
+                       GetParam());
       }
       ASSERT_TRUE(status.ok()) << "operation " << op << ": " << status.ToString();
       status = slice.Check();
@@ -234,7 +235,7 @@ TEST_P(SelectionPolicySuite, TinySlicesWork) {
     Build(&slice, &source, count);
     const SelectRequest request{.max_pages = 12, .read_cap = 1024};
     Selection got = slice.Select(source.Queries(4, 4.0f), request);
-    CheckSelection(slice, request, got, 4, kind());
+    CheckSelection(slice, request, got, 4, GetParam());
     if (count == 0) {
       EXPECT_TRUE(got.pages.empty());
     } else if (count <= 16) {
@@ -256,7 +257,7 @@ TEST_P(SelectionPolicySuite, IdenticalKeysDoNotBreakIt) {
     ASSERT_TRUE(slice.Check().ok()) << slice.Check().ToString();
     const SelectRequest request{.max_pages = 5, .read_cap = 16};
     CheckSelection(slice, request, slice.Select(std::vector<float>(2 * 64, 0.5f), request), 2,
-                   kind());
+                   GetParam());
   }
 }
 
@@ -283,7 +284,7 @@ TEST_P(SelectionPolicySuite, HugeValuesStayFinite) {
       ASSERT_TRUE(slice.Insert(slice.Rows(one, ones)).ok());
     }
     const SelectRequest request{.max_pages = 5, .read_cap = 64};
-    CheckSelection(slice, request, slice.Select(q, request), 2, kind());
+    CheckSelection(slice, request, slice.Select(q, request), 2, GetParam());
     if (HasFatalFailure()) return;
   }
 }
@@ -408,10 +409,10 @@ TEST(SelectionPolicyNames, ParseAndPrintAgree) {
 }
 
 INSTANTIATE_TEST_SUITE_P(All, SelectionPolicySuite,
-                         testing::Values(PolicyCase{PolicyKind::kClusterTree, true},
-                                         PolicyCase{PolicyKind::kDciTree, false},
-                                         PolicyCase{PolicyKind::kExact, true},
-                                         PolicyCase{PolicyKind::kSequential, true}),
+                         testing::Values(PolicyCase{PolicyKind::kClusterTree, true, true},
+                                         PolicyCase{PolicyKind::kDciTree, false, false},
+                                         PolicyCase{PolicyKind::kExact, true, false},
+                                         PolicyCase{PolicyKind::kSequential, true, true}),
                          [](const auto& param) {
                            return std::string(PolicyKindName(param.param.kind));
                          });
