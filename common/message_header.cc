@@ -10,7 +10,7 @@ Status CheckMessageHeader(const MessageHeader& header, uint64_t data_bytes) {
   const auto bad = [](const std::string& what) {
     return DataLoss("malformed message from the peer: " + what);
   };
-  if (header.magic != kMessageMagic || header.reserved != 0) {
+  if (header.magic != kMessageMagic || header.control > kControlHello) {
     return bad("magic " + std::to_string(header.magic) + ", expected " +
                std::to_string(kMessageMagic) +
                " (another version of icecache, or another program)");
@@ -22,6 +22,9 @@ Status CheckMessageHeader(const MessageHeader& header, uint64_t data_bytes) {
   if (header.body_bytes > limits::kDataBodyBytesMax) {
     return bad("body of " + std::to_string(header.body_bytes) + " bytes, at most " +
                std::to_string(limits::kDataBodyBytesMax));
+  }
+  if (header.control == kControlHello && (header.meta_bytes > 0 || header.body_bytes > 0)) {
+    return bad("a hello that carries data");
   }
   const uint64_t expected = PaddedMetaBytes(header.meta_bytes) + header.body_bytes;
   if (data_bytes == expected) return OkStatus();

@@ -144,7 +144,7 @@ UcxConnection::UcxConnection(UcxCore& core, std::string peer)
 
 UcxConnection::~UcxConnection() = default;
 
-Status UcxConnection::Open(ucp_ep_params_t params) {
+Status UcxConnection::Open(Role role, ucp_ep_params_t params) {
   params.field_mask |= UCP_EP_PARAM_FIELD_ERR_HANDLER | UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE;
   params.err_mode = UCP_ERR_HANDLING_MODE_PEER;
   params.err_handler.arg = this;
@@ -161,6 +161,7 @@ Status UcxConnection::Open(ucp_ep_params_t params) {
   }
   core_->by_endpoint.emplace(endpoint_, this);
   core_->connections.emplace(this, shared_from_this());
+  if (role == Role::kClient) SayHello();
   return OkStatus();
 }
 
@@ -222,7 +223,10 @@ void UcxConnection::CloseEndpoint() {
 void UcxConnection::Tend() {
   wants_attention_ = false;
   if (ended_) return;
-  if (failure_.ok()) return PumpQueue();
+  if (failure_.ok()) {
+    if (established_ && !said_hello_) SayHello();
+    return PumpQueue();
+  }
   const std::shared_ptr<Handlers> handlers = handlers_;
   End();
   if (handlers != nullptr && handlers->on_closed) handlers->on_closed(failure_);
@@ -249,6 +253,14 @@ void UcxConnection::Orphan() {
 
 void UcxConnection::Send(OutMessage message) {
   if (ended_ || !failure_.ok()) return;
+  auto send = TakeSend();
+  send->Prepare(std::move(message));
+  bytes_queued_ += send->bytes;
+  queue_.push_back(std::move(send));
+  PumpQueue();
+}
+
+std::unique_ptr<UcxSend> UcxConnection::TakeSend() {
   std::unique_ptr<UcxSend> send;
   if (core_->spare_sends.empty()) {
     send = std::make_unique<UcxSend>();
@@ -257,10 +269,21 @@ void UcxConnection::Send(OutMessage message) {
     core_->spare_sends.pop_back();
   }
   send->connection = this;
-  send->Prepare(std::move(message));
-  bytes_queued_ += send->bytes;
-  queue_.push_back(std::move(send));
-  PumpQueue();
+  return send;
+}
+
+void UcxConnection::SayHello() {
+  said_hello_ = true;
+  auto send = TakeSend();
+  send->Prepare({});
+  send->header.control = kControlHello;
+  Submit(std::move(send));
+}
+
+void UcxConnection::HearHello() {
+  if (established_) return Fail(DataLoss("malformed message from " + peer_ + ": a second hello"));
+  established_ = true;
+  NeedAttention();  // answers, and sends what waits
 }
 
 // Bounds what the peer may have to hold for order's sake, in messages and bytes.
@@ -271,7 +294,8 @@ bool UcxConnection::WindowOpen(const UcxSend& send) const {
 }
 
 void UcxConnection::PumpQueue() {
-  while (!ended_ && failure_.ok() && !queue_.empty() && WindowOpen(*queue_.front())) {
+  while (established_ && said_hello_ && !ended_ && failure_.ok() && !queue_.empty() &&
+         WindowOpen(*queue_.front())) {
     auto send = std::move(queue_.front());
     queue_.pop_front();
     Submit(std::move(send));
@@ -280,7 +304,7 @@ void UcxConnection::PumpQueue() {
 
 void UcxConnection::Submit(std::unique_ptr<UcxSend> owned) {
   UcxSend* send = owned.get();
-  send->header.sequence = send_sequence_++;
+  if (send->header.control == kControlNone) send->header.sequence = send_sequence_++;
   bytes_sent_ += send->bytes;
   in_flight_bytes_ += send->bytes;
   ++incomplete_sends_;
@@ -349,6 +373,10 @@ ucs_status_t UcxConnection::Receive(const void* header_data, size_t header_bytes
   std::memcpy(&header, header_data, sizeof header);  // it comes unaligned
   if (Status status = CheckMessageHeader(header, data_bytes); !status.ok()) {
     Fail(std::move(status));
+    return refuse;
+  }
+  if (header.control == kControlHello) {
+    HearHello();
     return refuse;
   }
   const uint32_t ahead = header.sequence - static_cast<uint32_t>(receive_sequence_);

@@ -6,9 +6,9 @@
 // acts on it afterwards, when no UCX frame is on the stack. So handlers may send, close and destroy
 // anything.
 //
-// Lifecycle: 1. open -> 2. ended (by Close, destruction of the Endpoint, or failure; the UCX
-// endpoint is force-closed once, handlers never run again) -> 3. finished (UCX has let go of every
-// buffer: removed).
+// Lifecycle: 1. open, established by the peer's hello -> 2. ended (by Close, destruction of the
+// Endpoint, or failure; the UCX endpoint is force-closed once, handlers never run again) -> 3.
+// finished (UCX has let go of every buffer: removed).
 #pragma once
 
 #include <ucp/api/ucp.h>
@@ -73,8 +73,10 @@ class UcxConnection : public std::enable_shared_from_this<UcxConnection> {
   UcxConnection(const UcxConnection&) = delete;
   UcxConnection& operator=(const UcxConnection&) = delete;
 
-  // Parameters of ucp_ep_create are completed with the error handler. Call once.
-  Status Open(ucp_ep_params_t params);
+  // Parameters of ucp_ep_create are completed with the error handler. Call once. The client says
+  // hello at once, the server when it has heard the client's.
+  enum class Role { kClient, kServer };
+  Status Open(Role role, ucp_ep_params_t params);
 
   // The Endpoint's side.
   void Send(OutMessage message);
@@ -107,6 +109,9 @@ class UcxConnection : public std::enable_shared_from_this<UcxConnection> {
 
   bool WindowOpen(const UcxSend& send) const;
   void PumpQueue();
+  void SayHello();
+  void HearHello();
+  std::unique_ptr<UcxSend> TakeSend();
   void Submit(std::unique_ptr<UcxSend> send);
   void SendCompleted(UcxSend* send, ucs_status_t status);
   ucs_status_t ReceiveEager(const MessageHeader& header, void* data, size_t bytes, bool keep);
@@ -119,6 +124,8 @@ class UcxConnection : public std::enable_shared_from_this<UcxConnection> {
 
   UcxCore* core_;  // null when orphaned
   const std::string peer_;
+  bool said_hello_ = false;
+  bool established_ = false;  // the peer's hello has come: messages may go
   ucp_ep_h endpoint_ = nullptr;
   std::shared_ptr<Handlers> handlers_;
   Status failure_;

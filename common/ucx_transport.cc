@@ -248,7 +248,7 @@ Result<std::unique_ptr<Endpoint>> UcxTransport::Connect(const std::string& addre
   params.sockaddr.addr = reinterpret_cast<const sockaddr*>(&storage);
   params.sockaddr.addrlen = length;
   const auto connection = std::make_shared<UcxConnection>(core_, FormatHostPort(parsed));
-  KV_RETURN_IF_ERROR(connection->Open(params));
+  KV_RETURN_IF_ERROR(connection->Open(UcxConnection::Role::kClient, params));
   return std::unique_ptr<Endpoint>(std::make_unique<UcxEndpoint>(connection));
 }
 
@@ -270,7 +270,7 @@ void UcxTransport::Accept(ucp_conn_request_h request) {
   params.field_mask = UCP_EP_PARAM_FIELD_CONN_REQUEST;
   params.conn_request = request;
   const auto connection = std::make_shared<UcxConnection>(core_, peer);
-  if (const Status status = connection->Open(params); !status.ok()) {
+  if (const Status status = connection->Open(UcxConnection::Role::kServer, params); !status.ok()) {
     return LogWarn("connection not accepted", {{"peer", peer}, {"reason", status.ToString()}});
   }
   on_accept_(std::make_unique<UcxEndpoint>(connection));
