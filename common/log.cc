@@ -29,7 +29,27 @@ std::string JsonEscape(std::string_view text) {
   return out;
 }
 
-// A value with spaces is quoted, so that a line splits back into its fields.
+// A value with spaces or quotes is quoted, so that a line splits back into its fields; control
+// characters are escaped, so that no name that came over the wire can forge a line or drive a
+// terminal.
+std::string TextEscape(std::string_view text, bool quote) {
+  std::string out;
+  for (const char c : text) {
+    const auto u = static_cast<unsigned char>(c);
+    if (c == '\n') {
+      out += "\\n";
+    } else if (u < 0x20 || u == 0x7f) {
+      char buffer[8];
+      std::snprintf(buffer, sizeof buffer, "\\x%02x", static_cast<unsigned>(u));
+      out += buffer;
+    } else {
+      if (quote && (c == '"' || c == '\\')) out += '\\';
+      out += c;
+    }
+  }
+  return quote ? '"' + out + '"' : out;
+}
+
 std::string Render(std::string_view event, LogFields fields) {
   std::string line;
   if (g_format.load(std::memory_order_relaxed) == LogFormat::kJson) {
@@ -39,10 +59,10 @@ std::string Render(std::string_view event, LogFields fields) {
     }
     return line;
   }
-  line = event;
+  line = TextEscape(event, false);
   for (const auto& [key, value] : fields) {
-    const bool quote = value.find(' ') != std::string::npos || value.empty();
-    line += " " + std::string(key) + "=" + (quote ? '"' + value + '"' : value);
+    const bool quote = value.empty() || value.find_first_of(" \"\n\t\r") != std::string::npos;
+    line += " " + std::string(key) + "=" + TextEscape(value, quote);
   }
   return line;
 }
