@@ -6,7 +6,7 @@
 //   Drain    not ready, no new contexts or connections; ends when no lease is left or the time is
 //   up ~Server  closes in the reverse order: connections, running builds, shards
 //
-// Start, Run and destruction on one thread; Drain, Reload and Stop on any.
+// Start on any thread; Run and destruction on one; Drain, Reload and Stop on any.
 #pragma once
 
 #include <atomic>
