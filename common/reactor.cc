@@ -97,13 +97,19 @@ struct Reactor::Impl {
     return ran;
   }
 
-  bool Turn(bool full) {
-    bool ran = false;
+  struct Turned {
+    bool ran = false;         // anything ran
+    bool progressed = false;  // a pollable did: worth polling busily for more
+  };
+  Turned Turn(bool full) {
+    Turned turned;
     if (full) {
-      ran |= RunHandlers();
-      ran |= RunTimers();
+      turned.ran |= RunHandlers();
+      turned.ran |= RunTimers();
     }
-    return RunPollables() || ran;
+    turned.progressed = RunPollables();
+    turned.ran |= turned.progressed;
+    return turned;
   }
 
   // False: a pollable has work, do not sleep.
@@ -150,11 +156,10 @@ struct Reactor::Impl {
       if (done != nullptr && (*done)()) return true;
       const bool full = turn % kQuickTurns == 0 || watches.empty() || posted.load() > 0;
       if (full && clock.Now() >= deadline) return false;
-      if (Turn(full)) {
-        idle_since = Duration(-1);
-        continue;
-      }
-      if (!full) continue;  // sockets and timers were not looked at: not known to be idle
+      const Turned turned = Turn(full);
+      if (turned.progressed) idle_since = Duration(-1);
+      if (turned.ran || !full)
+        continue;  // sockets and timers were not looked at: not known to be idle
       const Duration now = RealNow();
       if (idle_since < Duration(0)) idle_since = now;
       if (now - idle_since < spin && !watches.empty()) continue;
@@ -241,6 +246,6 @@ bool Reactor::RunUntil(const std::function<bool()>& done, TimePoint deadline) {
   return impl_->Loop(&done, deadline);
 }
 
-bool Reactor::Poll() { return impl_->Turn(true); }
+bool Reactor::Poll() { return impl_->Turn(true).ran; }
 
 }  // namespace icecache
