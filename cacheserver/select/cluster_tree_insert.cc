@@ -15,7 +15,7 @@ namespace {
 constexpr uint32_t kProbedSupers = 4;
 constexpr uint32_t kRebaseTokensMax = 512;  // beyond, the next build learns the basis anew
 constexpr float kImpure = 1.5f;             // mean page variances above which a full page is split
-// Pages are kept this full by accepting more distant ones; see SlackFactor.
+// Pages are kept this full by accepting more distant ones; see Slack.
 constexpr float kFillWanted = 0.90f;
 constexpr float kFillFloor = 0.86f;
 
@@ -106,13 +106,14 @@ class Descender {
   std::vector<std::pair<float, uint32_t>> order_;
 };
 
-// More distant pages are accepted as pages empty out, so that fill holds at the price of purity.
-float SlackFactor(const Tree& tree) {
+// How much further than the nearest page a token may go. More distant pages are accepted as pages
+// empty out, so that fill holds at the price of purity.
+float Slack(const Tree& tree, float slack) {
   const float fill =
       static_cast<float>(tree.tokens) / static_cast<float>(tree.pages.size() * kPageRows);
-  if (fill >= kFillWanted) return 1.0f;
+  if (fill >= kFillWanted) return slack;
   if (fill <= kFillFloor) return std::numeric_limits<float>::infinity();
-  return (kFillWanted - kFillFloor) / (fill - kFillFloor);
+  return slack * (kFillWanted - kFillFloor) / (fill - kFillFloor);
 }
 
 // Divides points[count, dim] in two by two-means in the metric; side[i] is 0 or 1, both occur.
@@ -329,9 +330,8 @@ Result<InsertPlan> Insert(const TokenRows& row, const PagedKv& pages,
   rows.Add(tree->basis, row.dtype, row.k, row.v);
   const Descent descent = descender.Run(*tree, rows.z.data(), pages);
   const float unit = tree->basis.page_spread;
-  const bool join =
-      descent.room.page != kNone &&
-      descent.room.cost <= descent.near.cost + options.insert_slack * unit * SlackFactor(*tree);
+  const float slack = Slack(*tree, options.insert_slack * unit);
+  const bool join = descent.room.page != kNone && descent.room.cost <= descent.near.cost + slack;
   InsertPlan plan;
   if (join) {
     plan.page = PageId(descent.room.page);

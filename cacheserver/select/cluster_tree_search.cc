@@ -54,6 +54,7 @@ void Search::Run(const Tree& tree, const ClusterTreeOptions& options, const Sele
   Prepare();
   ScanSupers();
   ScanPages();
+  sketch_slot_.clear();
   if (tree.basis.sketched() && !read_all_) Sketch();
   Shares();
   Candidates();
@@ -233,6 +234,9 @@ void Search::Sketch() {
     for (uint32_t m = 0; m < count; ++m) {
       mass_[size_t{g} * slots_ + sketch_slot_[m]] = sketch_sum_[size_t{g} * count + m];
     }
+    // Rows of absurd size can leave a sketch far above its page's estimate: keep masses near one.
+    const float top = MaxOf(mass_.data() + size_t{g} * slots_, slots_);
+    if (top > 1e6f) Rescale(g, ref_[g] + std::log(top), 1.0f / top);
   }
 }
 
@@ -339,6 +343,16 @@ void Search::Candidates() {
   }
 }
 
+// Makes masses of head g relative to exp(ref), which lowers them by `shrink`.
+void Search::Rescale(uint32_t g, float ref, float shrink) {
+  const size_t supers = tree_->super_count();
+  const size_t weights = sketch_slot_.size() * kBlockRows;
+  for (uint32_t i = 0; i < slots_; ++i) mass_[size_t{g} * slots_ + i] *= shrink;
+  for (size_t i = 0; i < weights; ++i) sketch_weight_[g * weights + i] *= shrink;
+  for (size_t s = 0; s < supers; ++s) super_mass_[g * supers + s] *= shrink;
+  ref_[g] = ref;
+}
+
 void Search::ReadCandidates() {
   const auto count = static_cast<uint32_t>(candidates_.size());
   const size_t stride = size_t{count} * kPageRows;
@@ -371,17 +385,7 @@ void Search::ReadCandidates() {
     float* row = logits_.data() + g * stride;
     float* mass = mass_.data() + size_t{g} * slots_;
     const float ref = std::max(ref_[g], MaxOf(row, stride));
-    if (ref > ref_[g]) {
-      const float shrink = std::exp(ref_[g] - ref);
-      for (uint32_t i = 0; i < slots_; ++i) mass[i] *= shrink;
-      for (float *w = sketch_weight_.data() + g * sketch_slot_.size() * kBlockRows,
-                 *e = w + sketch_slot_.size() * kBlockRows;
-           w < e; ++w)
-        *w *= shrink;
-      for (uint32_t s = 0; s < tree_->super_count(); ++s)
-        super_mass_[size_t{g} * tree_->super_count() + s] *= shrink;
-      ref_[g] = ref;
-    }
+    if (ref > ref_[g]) Rescale(g, ref, std::exp(ref_[g] - ref));
     ExpShifted(row, stride, ref, row);
     for (uint32_t c = 0; c < count; ++c) {
       float sum = 0, top = 0;

@@ -39,6 +39,7 @@ class Search {
   void Shares();
   void Candidates();
   void ReadCandidates();
+  void Rescale(uint32_t g, float ref, float shrink);
   void Choose();
   uint32_t PagesByEstimate() const;
   void TopSlots(const std::vector<float>& rank, uint32_t count);
