@@ -181,6 +181,7 @@ TEST(ServerReport, JsonHasTheNumbersThatScriptsRead) {
   report.ready = true;
   report.memory_size = 1 << 30;
   ShardStatus shard;
+  shard.pool.extents = 1;
   shard.pool.frame_bytes = 1000;
   shard.pool.row_bytes = 24;
   shard.tenants[TenantId(0)] = {.extents = 1, .frames = 1, .frame_bytes = 1000, .row_bytes = 24};

@@ -22,6 +22,7 @@ constexpr ModelShape kShape{
 class ControlServiceTest : public ::testing::Test {
  protected:
   ControlServiceTest() {
+    QuietLog();
     std::vector<ShardGroup::Member> members;
     for (uint16_t i = 0; i < 2; ++i) {
       shards_.push_back(std::make_unique<Shard>(

@@ -11,17 +11,30 @@ std::string EndpointText(const tcp::endpoint& endpoint) {
   return FormatHostPort({endpoint.address().to_string(), endpoint.port()});
 }
 
-Result<tcp::acceptor> ListenTcp(asio::io_context& io, const std::string& host, uint16_t port,
-                                const std::string& flag) {
+namespace {
+
+Result<tcp::endpoint> Resolve(asio::io_context& io, const std::string& host, uint16_t port) {
   boost::system::error_code error;
   tcp::resolver resolver(io);
   const auto found = resolver.resolve(
       host, std::to_string(port), tcp::resolver::passive | tcp::resolver::numeric_service, error);
-  if (error || found.empty()) {
-    return InvalidArgument("host " + host + ": " + error.message() +
-                           "; give an address of this machine, such as 127.0.0.1");
-  }
-  const tcp::endpoint endpoint = found.begin()->endpoint();
+  if (!error && !found.empty()) return found.begin()->endpoint();
+  return InvalidArgument("host " + host + ": " + error.message() +
+                         "; give an address of this machine, such as 127.0.0.1");
+}
+
+}  // namespace
+
+Result<std::string> ResolveHost(const std::string& host) {
+  asio::io_context io;
+  KV_ASSIGN_OR_RETURN(const tcp::endpoint endpoint, Resolve(io, host, 0));
+  return endpoint.address().to_string();
+}
+
+Result<tcp::acceptor> ListenTcp(asio::io_context& io, const std::string& host, uint16_t port,
+                                const std::string& flag) {
+  KV_ASSIGN_OR_RETURN(const tcp::endpoint endpoint, Resolve(io, host, port));
+  boost::system::error_code error;
   tcp::acceptor acceptor(io);
   acceptor.open(endpoint.protocol(), error);
   if (!error) acceptor.set_option(tcp::acceptor::reuse_address(true), error);

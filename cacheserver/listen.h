@@ -15,6 +15,10 @@ Result<boost::asio::ip::tcp::acceptor> ListenTcp(boost::asio::io_context& io,
                                                  const std::string& host, uint16_t port,
                                                  const std::string& flag);
 
+// The first address that a name stands for; an address stands for itself. INVALID_ARGUMENT: there
+// is none.
+Result<std::string> ResolveHost(const std::string& host);
+
 // "127.0.0.1:7400", "[::1]:7400".
 std::string EndpointText(const boost::asio::ip::tcp::endpoint& endpoint);
 

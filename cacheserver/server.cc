@@ -10,6 +10,7 @@
 #include "cacheserver/context_service.h"
 #include "cacheserver/control_service.h"
 #include "cacheserver/data_service.h"
+#include "cacheserver/listen.h"
 #include "cacheserver/server_report.h"
 #include "cacheserver/shard_group.h"
 #include "common/address.h"
@@ -120,6 +121,8 @@ Result<std::unique_ptr<Server>> Server::Start(ServerParts parts) {
 }
 
 Status Server::StartShards() {
+  // Shards and control plane on the same address, whatever the name resolves to later.
+  KV_ASSIGN_OR_RETURN(parts_.config.host, ResolveHost(parts_.config.host));
   std::vector<std::future<Status>> opened;
   for (uint32_t i = 0; i < parts_.config.threads; ++i) {
     shards_.push_back(std::make_unique<ShardThread>(*clock_, parts_.spin));

@@ -139,7 +139,9 @@ Status CheckMemory(const ServerConfig& c, const Machine& machine) {
 // Each shard maps some of /dev/shm by itself, and each connection on this host as much again.
 Status CheckSharedMemoryRoom(const ServerConfig& c, const Machine& machine) {
   const uint64_t needed = kUcxSharedBytesPerTransport * 2 * c.threads;
-  if (!UsesSharedMemory(c.transports) || machine.shm_available >= needed) return OkStatus();
+  const bool shared =
+      c.transports.empty() || UsesSharedMemory(c.transports);  // it is in the default
+  if (!shared || machine.shm_available >= needed) return OkStatus();
   return ResourceExhausted(
       "/dev/shm has " + FormatSize(machine.shm_available) + " free and " + FormatSize(needed) +
       " are needed for connections on this host by " + std::to_string(c.threads) +

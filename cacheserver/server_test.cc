@@ -7,229 +7,12 @@
 
 #include <thread>
 
-#include "cacheserver/context/test_rows.h"
-#include "cacheserver/test_client.h"
-#include "common/checksum.h"
-#include "common/ucx_environment.h"
+#include "cacheserver/test_worker.h"
 
 namespace icecache {
 namespace {
 
 using ::testing::HasSubstr;
-
-constexpr ModelShape kShape{
-    .layers = 2, .kv_heads = 2, .query_heads = 4, .head_dim = 32, .dtype = DType::kF32};
-constexpr uint32_t kSinks = 4, kWindow = 32, kShards = 2;
-
-class RunningServer {
- public:
-  explicit RunningServer(uint32_t lease_ms = 10000) {
-    ApplyUcxEnvironment();
-    ServerParts parts;
-    parts.config = DefaultServerConfig(ReadMachine());
-    parts.config.port = parts.config.http_port = 0;
-    parts.config.memory_size = 256u << 20;
-    parts.config.threads = kShards;
-    parts.config.build_threads = 2;
-    parts.config.lease_ms = lease_ms;
-    parts.config.drain_timeout_ms = 3000;
-    parts.make_transport = [](Reactor& reactor) { return MakeUcxTransport(reactor, {}); };
-    Result<std::unique_ptr<Server>> started = Server::Start(std::move(parts));
-    KV_CHECK(started.ok());
-    server_ = std::move(started).value();
-    address_ = server_->control_address();
-    thread_ = std::thread([this] {
-      EXPECT_TRUE(server_->Run().ok());
-      server_.reset();
-    });
-  }
-  ~RunningServer() {
-    if (thread_.joinable()) {
-      server_->Stop();
-      thread_.join();
-    }
-  }
-  void DrainAndJoin() {
-    server_->Drain();
-    thread_.join();
-  }
-  Server& server() { return *server_; }
-  const std::string& address() const { return address_; }
-
- private:
-  std::unique_ptr<Server> server_;  // destroyed on its thread
-  std::string address_;
-  std::thread thread_;
-};
-
-// A worker: control connection, one data connection per shard, and its rows.
-class Worker {
- public:
-  Worker(const std::string& address, uint64_t seed) : control_(address) {
-    const Result<wire::HelloReply> hello = control_.Hello();
-    KV_CHECK(hello.ok());
-    transport_ = std::move(MakeUcxTransport(reactor_, {})).value();
-    for (const std::string& shard : hello->shards) {
-      data_.push_back(std::make_unique<DataClient>(reactor_, *transport_, shard));
-    }
-    for (uint32_t i = 0; i < kShape.layers * kShape.kv_heads; ++i)
-      rows_.emplace_back(seed + i * 1000003, kShape.dtype, kShape.head_dim);
-  }
-  ControlClient& control() { return control_; }
-  TestRows& rows(uint16_t layer, uint16_t head) { return rows_[layer * kShape.kv_heads + head]; }
-  DataClient& shard_of(uint16_t layer, uint16_t head) {
-    return *data_[ShardOf(LayerId(layer), KvHeadId(head), kShape, kShards).value];
-  }
-  DataClient& shard(size_t i) { return *data_[i]; }
-
-  Status Attach(const wire::Grant& grant) {
-    grant_ = grant;
-    for (const auto& data : data_) KV_RETURN_IF_ERROR(data->Attach(grant.ticket));
-    return OkStatus();
-  }
-  Status Create(const std::string& name, const std::string& policy) {
-    KV_ASSIGN_OR_RETURN(const wire::Grant grant,
-                        control_.Call<wire::Grant>(wire::Create{.name = name,
-                                                                .shape = kShape,
-                                                                .model = "tiny",
-                                                                .sink_tokens = kSinks,
-                                                                .window_tokens = kWindow,
-                                                                .policy = policy}));
-    return Attach(grant);
-  }
-  Status Fork(const std::string& parent, const std::string& name) {
-    KV_ASSIGN_OR_RETURN(const wire::Grant grant,
-                        control_.Call<wire::Grant>(wire::Fork{parent, name}));
-    return Attach(grant);
-  }
-  wire::SliceSet Slices(uint16_t layer, uint16_t head) const {
-    return {.context = grant_.context.id,
-            .epoch = grant_.epoch,
-            .layer = LayerId(layer),
-            .heads = {KvHeadId(head)}};
-  }
-  Status PutRows(uint16_t layer, uint16_t head, uint32_t first, uint32_t count) {
-    OutMessage out;
-    wire::Encode(
-        wire::PutRowsRequest{
-            .slices = Slices(layer, head), .first_position = first, .token_count = count},
-        &out);
-    TestRows& rows = this->rows(layer, head);
-    out.body = {rows.K(first, count), rows.V(first, count)};
-    KV_ASSIGN_OR_RETURN(const OwnedMessage reply, shard_of(layer, head).Call(std::move(out)));
-    KV_ASSIGN_OR_RETURN(const wire::PutRowsReply done, wire::DecodePutRowsReply(reply.view()));
-    EXPECT_EQ(done.next_position, first + count);
-    return OkStatus();
-  }
-  Result<uint32_t> Build(uint16_t layer, uint16_t head, uint32_t tokens) {
-    OutMessage out;
-    wire::Encode(wire::BuildRequest{.slices = Slices(layer, head), .token_count = tokens}, &out);
-    KV_ASSIGN_OR_RETURN(const OwnedMessage reply, shard_of(layer, head).Call(std::move(out)));
-    KV_ASSIGN_OR_RETURN(const wire::BuildReply built, wire::DecodeBuildReply(reply.view()));
-    return built.pages;
-  }
-  Status Prefill(uint32_t tokens) {
-    for (uint16_t layer = 0; layer < kShape.layers; ++layer) {
-      for (uint16_t head = 0; head < kShape.kv_heads; ++head) {
-        for (uint32_t first = 0; first < tokens; first += 256) {
-          KV_RETURN_IF_ERROR(PutRows(layer, head, first, std::min(256u, tokens - first)));
-        }
-        KV_ASSIGN_OR_RETURN(const uint32_t pages, Build(layer, head, tokens));
-        EXPECT_GE(pages, (tokens - kSinks - kWindow + 15) / 16);
-      }
-    }
-    return OkStatus();
-  }
-  struct Selected {
-    OwnedMessage message;
-    wire::SelectReply reply;  // spans into message
-  };
-  Result<Selected> Select(uint16_t layer, uint16_t head, const std::vector<float>& queries,
-                          uint32_t max_pages, uint32_t append_first, uint32_t append_count,
-                          const std::vector<wire::ResidentPage>& resident = {}) {
-    wire::SelectRequest request;
-    request.context = grant_.context.id;
-    request.epoch = grant_.epoch;
-    request.layer = LayerId(layer);
-    request.heads = {{.head = KvHeadId(head), .resident = resident}};
-    request.max_pages = max_pages;
-    request.read_cap = 1u << 16;
-    request.append_first = append_first;
-    request.append_count = append_count;
-    OutMessage out;
-    wire::Encode(request, &out);
-    out.body.push_back(std::as_bytes(std::span(queries)));
-    TestRows& rows = this->rows(layer, head);
-    if (append_count > 0) {
-      out.body.push_back(rows.K(append_first, append_count));
-      out.body.push_back(rows.V(append_first, append_count));
-    }
-    Selected selected;
-    KV_ASSIGN_OR_RETURN(selected.message, shard_of(layer, head).Call(std::move(out)));
-    KV_ASSIGN_OR_RETURN(selected.reply, wire::DecodeSelectReply(selected.message.view(), kShape));
-    return selected;
-  }
-  Result<OwnedMessage> FetchRows(uint16_t layer, uint16_t head, wire::RowsPart part) {
-    OutMessage out;
-    wire::Encode(wire::FetchRowsRequest{.slices = Slices(layer, head), .part = part}, &out);
-    return shard_of(layer, head).Call(std::move(out));
-  }
-  // One decode step as a worker does it: sinks, window, the server's pages and residual, against
-  // the truth over [0, tokens); `indexed` rows are at the server, the last `appended` of them come
-  // with this request.
-  void CheckStep(uint16_t layer, uint16_t head, uint32_t tokens, uint32_t indexed,
-                 uint32_t appended, uint32_t max_pages, uint64_t seed) {
-    SCOPED_TRACE("layer " + std::to_string(layer) + " head " + std::to_string(head) + " tokens " +
-                 std::to_string(tokens) + " pages " + std::to_string(max_pages));
-    TestRows& rows = this->rows(layer, head);
-    const std::vector<float> queries = rows.Queries(seed, kShape.group(), tokens);
-    Result<Selected> selected =
-        Select(layer, head, queries, max_pages, indexed - appended, appended);
-    ASSERT_TRUE(selected.ok()) << selected.status().ToString();
-    EXPECT_EQ(selected->reply.next_position, indexed);
-    ASSERT_EQ(selected->reply.heads.size(), 1u);
-    const wire::HeadSelection& chosen = selected->reply.heads[0];
-    EXPECT_LE(chosen.pages.size(), max_pages);
-
-    AttentionStates states(kShape.group(), kShape.head_dim);
-    auto reference = MakeReferenceAttention();
-    reference->AttendRows(queries.data(), rows.Rows(0, kSinks), states.ref());
-    const TokenRows window = rows.Rows(indexed, tokens - indexed);
-    reference->AttendRows(queries.data(), window, states.ref());
-    for (const wire::PagePayload& page : chosen.pages) {
-      ASSERT_EQ(page.from, 0);
-      EXPECT_EQ(page.checksum, PageChecksum({page.segment.value, page.page.value, page.version},
-                                            page.k_rows, page.v_rows, page.positions));
-      reference->AttendRows(
-          queries.data(),
-          {kShape.dtype, kShape.head_dim, page.fill, page.k_rows.data(), page.v_rows.data()},
-          states.ref());
-    }
-    AttentionStates residual(kShape.group(), kShape.head_dim);
-    ASSERT_EQ(chosen.residual.size(), residual.flat().size());
-    std::copy(chosen.residual.begin(), chosen.residual.end(), residual.flat().begin());
-    MergeStates(residual.ref(), states.ref());
-    ExpectAttention(states, rows.FullAttention(queries, kShape.group(), tokens));
-  }
-  const wire::Grant& grant() const { return grant_; }
-  void set_grant(const wire::Grant& grant) { grant_ = grant; }
-
- private:
-  std::unique_ptr<Clock> clock_ = MakeSteadyClock();
-  Reactor reactor_{*clock_, Duration::zero()};
-  ControlClient control_;
-  std::unique_ptr<Transport> transport_;
-  std::vector<std::unique_ptr<DataClient>> data_;
-  std::vector<TestRows> rows_;
-  wire::Grant grant_;
-};
-
-template <typename Check>
-void ForEachSlice(const Check& check) {
-  for (uint16_t layer = 0; layer < kShape.layers; ++layer) {
-    for (uint16_t head = 0; head < kShape.kv_heads; ++head) check(layer, head);
-  }
-}
 
 class ServerPolicyTest : public ::testing::TestWithParam<const char*> {};
 
@@ -374,6 +157,49 @@ TEST(Server, SealNeedsTheRowsOfAllLayers) {
       [&](uint16_t layer, uint16_t head) { ASSERT_TRUE(worker.PutRows(layer, head, 0, 20).ok()); });
   EXPECT_TRUE(worker.control().Do(wire::Seal{doc}).ok());
   EXPECT_EQ(worker.PutRows(0, 0, 20, 1).code(), StatusCode::kFailedPrecondition);
+}
+
+TEST(Server, WhatAWorkerHeldIsFreeWhenItIsGone) {
+  RunningServer server;
+  auto worker = std::make_unique<Worker>(server.address(), 29);
+  ASSERT_TRUE(worker->Create("doc", "cluster_tree").ok());
+  ASSERT_TRUE(worker->Prefill(300).ok());
+  EXPECT_GE(server.StatusNumber("/memory/used_bytes"),
+            300.0 * static_cast<double>(kShape.token_bytes()));
+  EXPECT_EQ(server.StatusNumber("/leases"), 1);
+  EXPECT_THAT(HttpGet(server.server().http_address(), "/metrics"),
+              HasSubstr("icecache_requests_total{kind=\"put_rows\",result=\"OK\"}"));
+  worker.reset();
+  // Its connection's end is noticed on the server's thread: asked for until it is, within bounds.
+  for (int i = 0; i < 1000 && server.StatusNumber("/leases") > 0; ++i) {
+  }
+  EXPECT_EQ(server.StatusNumber("/leases"), 0);
+  EXPECT_EQ(server.StatusNumber("/memory/used_bytes"), 0);
+  EXPECT_EQ(server.StatusNumber("/memory/held_bytes"), 0);
+}
+
+TEST(Server, QuotaHoldsForItsTenantAlone) {
+  std::string file;
+  for (const char* name : {"small", "large"}) {
+    file += std::string("[[tenant]]\nname = \"") + name +
+            "\"\nsecret_sha256 = \"saltsalt:" + HashSecret("saltsalt", name) + "\"\n";
+    if (name[0] == 's') file += "quota = \"256KiB\"\n";
+  }
+  RunningServer server(*TenantTable::Parse(file, "test"));
+  Worker small(server.address(), 31, "small", "small"),
+      large(server.address(), 31, "large", "large");
+  ASSERT_TRUE(small.Create("doc", "exact").ok());
+  ASSERT_TRUE(large.Create("doc", "exact").ok());
+  Status status;
+  for (uint32_t first = 0; first < 4096 && status.ok(); first += 256)
+    status = small.PutRows(0, 0, first, 256);
+  EXPECT_EQ(status.code(), StatusCode::kResourceExhausted) << status.ToString();
+  EXPECT_TRUE(small.PutRows(0, 1, 0, 16).ok());  // the other shard has its own part of the quota
+  EXPECT_TRUE(large.Prefill(1024).ok());
+  // Neither knows the other's context, by name or by ticket on its own connection.
+  EXPECT_EQ(small.control().Call<wire::Grant>(wire::Open{"nothing"}).status().code(),
+            StatusCode::kNotFound);
+  EXPECT_EQ(small.shard(0).Attach(large.grant().ticket).code(), StatusCode::kPermissionDenied);
 }
 
 TEST(Server, DropWhileABuildRunsIsClean) {

@@ -19,10 +19,20 @@
 
 #include "common/address.h"
 #include "common/channel.h"
+#include "common/log.h"
 #include "common/wire/control_codec.h"
 #include "common/wire/data_codec.h"
 
 namespace icecache {
+
+// Once per program; what goes wrong still shows.
+inline void QuietLog() {
+  static const bool once = [] {
+    InitLogging(LogLevel::kError, LogFormat::kText, "test");
+    return true;
+  }();
+  (void)once;
+}
 
 class ControlClient {
  public:
@@ -87,7 +97,7 @@ class ControlClient {
     return !Read(&byte, 1);
   }
 
- private:
+  // False: closed before that many bytes came.
   bool Read(std::byte* to, size_t count) {
     const auto limit = std::chrono::steady_clock::now() + std::chrono::seconds(20);
     while (count > 0) {
@@ -107,11 +117,24 @@ class ControlClient {
     return true;
   }
 
+ private:
   Turn turn_;
   int fd_ = -1;
   bool connected_ = false;
   uint64_t id_ = 0;
 };
+
+// Body of GET `path`; empty when there is no answer.
+inline std::string HttpGet(const std::string& address, const std::string& path) {
+  ControlClient client(address);
+  const std::string request =
+      "GET " + path + " HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n";
+  client.SendBytes(std::as_bytes(std::span(request)));
+  std::string text;
+  for (std::byte b; client.Read(&b, 1);) text += static_cast<char>(b);
+  const size_t body = text.find("\r\n\r\n");
+  return body == std::string::npos ? "" : text.substr(body + 4);
+}
 
 // A reply that outlives its callback.
 struct OwnedMessage {
