@@ -29,7 +29,7 @@ void Search::FixTokens() {
       continue;
     float best[kBlockRows] = {};
     for (uint32_t g = 0; g < group_; ++g) {
-      const float inverse = 1.0f / total_[g];
+      const float inverse = 1.0f / indexed_[g];
       const float* weights = sketch_weight_.data() + (size_t{g} * count + m) * kBlockRows;
       for (uint32_t lane = 0; lane < kBlockRows; ++lane)
         best[lane] = std::max(best[lane], weights[lane] * inverse);

@@ -71,6 +71,7 @@ void Search::Prepare() {
   rest_rho_.resize(group_);
   ref_.resize(group_);
   total_.resize(group_);
+  indexed_.resize(group_);
   local_.resize(group_);
   for (uint32_t g = 0; g < group_; ++g) {
     const float* q = request_->queries + size_t{g} * dim_;
@@ -240,7 +241,7 @@ void Search::Sketch() {
   }
 }
 
-// total_, share_ and rank_ from the masses as they stand.
+// indexed_, total_, share_ and rank_ from the masses as they stand.
 void Search::Shares() {
   const uint32_t supers = tree_->super_count();
   share_.assign(slots_, 0.0f);
@@ -257,15 +258,17 @@ void Search::Shares() {
     local_[g] = request_->local_lse == nullptr
                     ? 0.0f
                     : std::exp(std::min(Sane(request_->local_lse[g]) - ref_[g], 80.0f));
-    total_[g] = std::max(static_cast<float>(sum), 1e-30f) + local_[g];
-    const float inverse = 1.0f / total_[g];
+    indexed_[g] = std::max(static_cast<float>(sum), 1e-30f);
+    total_[g] = indexed_[g] + local_[g];
+    const float of_total = 1.0f / total_[g];
+    const float of_indexed = 1.0f / indexed_[g];
+    const bool sum_heads = request_->rank == GroupRank::kMassSum;
     for (uint32_t i = 0; i < slots_; ++i) {
-      const float x = mass[i] * inverse;
-      share_[i] = std::max(share_[i], x);
-      rank_[i] += x;
+      const float x = mass[i] * of_total;
+      share_[i] = std::max(share_[i], mass[i] * of_indexed);
+      rank_[i] = sum_heads ? rank_[i] + x : std::max(rank_[i], x);
     }
   }
-  if (request_->rank == GroupRank::kMassMax) rank_ = share_;
 }
 
 // Leaves the `count` slots of largest rank in candidates_, best first; empty slots never.
@@ -302,7 +305,7 @@ void Search::TopSlots(const std::vector<float>& rank, uint32_t count) {
 // With min_mass: how many of candidates_ are needed by estimate.
 uint32_t Search::PagesByEstimate() const {
   float missing = 0;
-  for (uint32_t g = 0; g < group_; ++g) missing += Indexed(g) / total_[g];
+  for (uint32_t g = 0; g < group_; ++g) missing += indexed_[g] / total_[g];
   const float allowed = (1.0f - request_->min_mass) * static_cast<float>(group_);
   uint32_t n = 0;
   while (n < candidates_.size() && missing > allowed) {
@@ -359,6 +362,7 @@ void Search::ReadCandidates() {
   logits_.assign(size_t{group_} * stride, kMinusInfinity);
   candidate_mass_.resize(size_t{group_} * count);
   candidate_top_.resize(size_t{group_} * count);
+  candidate_peak_.resize(size_t{group_} * count);
   candidate_read_.assign(count, 0);
   const auto prefetch = [&](uint32_t c) {
     if (c >= count) return;
@@ -386,6 +390,9 @@ void Search::ReadCandidates() {
     float* mass = mass_.data() + size_t{g} * slots_;
     const float ref = std::max(ref_[g], MaxOf(row, stride));
     if (ref > ref_[g]) Rescale(g, ref, std::exp(ref_[g] - ref));
+    for (uint32_t c = 0; c < count; ++c) {
+      candidate_peak_[size_t{g} * count + c] = MaxOf(row + size_t{c} * kPageRows, kPageRows);
+    }
     ExpShifted(row, stride, ref, row);
     for (uint32_t c = 0; c < count; ++c) {
       float sum = 0, top = 0;
@@ -423,7 +430,7 @@ void Search::Choose() {
   });
   candidate_chosen_.assign(count, 0);
   float missing = 0, covered = 0;
-  for (uint32_t g = 0; g < group_; ++g) missing += Indexed(g) / total_[g];
+  for (uint32_t g = 0; g < group_; ++g) missing += indexed_[g] / total_[g];
   const float allowed = (1.0f - request_->min_mass) * static_cast<float>(group_);
   for (uint32_t n = 0; n < std::min(count, max_pages_); ++n) {
     // A page that was read may stay behind only within the cap on exact reads.
@@ -433,9 +440,11 @@ void Search::Choose() {
     float log_mass = kMinusInfinity;
     for (uint32_t g = 0; g < group_; ++g) {
       const float mass = candidate_mass_[size_t{g} * count + c];
-      log_mass = std::max(log_mass, std::log(mass) + ref_[g]);
+      // Below the smallest float, the best token alone says how little it is.
+      const float least = std::max(candidate_peak_[size_t{g} * count + c], ref_[g] - 100.0f);
+      log_mass = std::max(log_mass, mass > 0 ? std::log(mass) + ref_[g] : least);
       missing -= mass / total_[g];
-      covered += mass / std::max(Indexed(g), 1e-30f);
+      covered += mass / std::max(indexed_[g], 1e-30f);
     }
     out_->pages.push_back({PageId(page), log_mass});
     candidate_chosen_[c] = 1;

@@ -25,7 +25,7 @@ class Search {
 
  private:
   struct Token {
-    float weight;     // estimated share, largest over the group
+    float weight;     // estimated share of a head's indexed mass, largest over the group
     uint32_t sketch;  // position among sketched pages
     uint32_t lane;
   };
@@ -43,7 +43,6 @@ class Search {
   void Choose();
   uint32_t PagesByEstimate() const;
   void TopSlots(const std::vector<float>& rank, uint32_t count);
-  float Indexed(uint32_t g) const { return total_[g] - local_[g]; }
   uint32_t PageOf(uint32_t i) const {
     return tree_->page_of_slot[size_t{blocks_[i / kBlockRows]} * kBlockRows + i % kBlockRows];
   }
@@ -72,12 +71,14 @@ class Search {
   QuantizedQueries coarse_, fine_;
   std::vector<float> scaled_, picked_;        // queries in coordinates; of the sketched dimensions
   std::vector<float> base_, rho_, rest_rho_;  // [group]
-  std::vector<float> ref_, total_, local_;    // [group]; total_ includes local_
+  std::vector<float> ref_, local_;            // [group]
+  std::vector<float> indexed_, total_;        // [group]: mass; total_ = indexed_ + local_
   std::vector<uint32_t> blocks_;
   std::vector<const uint8_t*> block_keys_;
   std::vector<const float*> block_scales_;
   std::vector<float> centre_, mass_;  // [group][slots_]
-  std::vector<float> share_, rank_;   // [slots_]
+  std::vector<float> share_;          // [slots_] of a head's indexed mass, largest over the group
+  std::vector<float> rank_;           // [slots_] by the request's rule, of total_
   std::vector<float> super_mass_;     // [group][supers]: mass to be valued at the super's mean
   std::vector<uint8_t> super_scanned_;
   std::vector<std::pair<float, uint32_t>> order_;
@@ -89,8 +90,8 @@ class Search {
 
   std::vector<uint32_t> candidates_;  // scanned slots
   std::vector<uint8_t> candidate_read_, candidate_chosen_;
-  std::vector<float> logits_;                          // [group][candidates * 16], then weights
-  std::vector<float> candidate_mass_, candidate_top_;  // [group][candidates]
+  std::vector<float> logits_;  // [group][candidates * 16], then weights
+  std::vector<float> candidate_mass_, candidate_top_, candidate_peak_;  // [group][candidates]
 
   std::vector<Token> tokens_;  // by (sketch, lane)
   std::vector<std::byte> rows_;
