@@ -29,7 +29,7 @@ struct WorkerOptions {
   uint32_t budget = 256;
   uint32_t sink_tokens = 16;
   uint32_t window_tokens = 16;
-  uint32_t read_cap = 0;
+  uint32_t read_cap = 1024;
   double min_mass = 0;
   bool residual = true;
   uint32_t resident_multiple = 3;
