@@ -102,7 +102,8 @@ class DataService {
   Histogram& gather_seconds_;
 
   std::unordered_map<uint64_t, std::unique_ptr<Connection>> connections_;
-  std::vector<std::unique_ptr<Connection>> closed_;  // until the next turn: not inside their own callbacks
+  std::vector<std::unique_ptr<Connection>>
+      closed_;  // until the next turn: not inside their own callbacks
   uint64_t next_connection_ = 1;
   uint64_t requests_open_ = 0;
   bool accepting_ = true;

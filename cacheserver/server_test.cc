@@ -5,6 +5,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <nlohmann/json.hpp>
 #include <thread>
 
 #include "cacheserver/test_worker.h"
@@ -13,6 +14,11 @@ namespace icecache {
 namespace {
 
 using ::testing::HasSubstr;
+
+double StatusNumber(const RunningServer& server, const char* pointer) {
+  const auto status = nlohmann::json::parse(server.Page("/status"));
+  return status.at(nlohmann::json::json_pointer(pointer)).get<double>();
+}
 
 class ServerPolicyTest : public ::testing::TestWithParam<const char*> {};
 
@@ -164,18 +170,18 @@ TEST(Server, WhatAWorkerHeldIsFreeWhenItIsGone) {
   auto worker = std::make_unique<Worker>(server.address(), 29);
   ASSERT_TRUE(worker->Create("doc", "cluster_tree").ok());
   ASSERT_TRUE(worker->Prefill(300).ok());
-  EXPECT_GE(server.StatusNumber("/memory/used_bytes"),
+  EXPECT_GE(StatusNumber(server, "/memory/used_bytes"),
             300.0 * static_cast<double>(kShape.token_bytes()));
-  EXPECT_EQ(server.StatusNumber("/leases"), 1);
-  EXPECT_THAT(HttpGet(server.server().http_address(), "/metrics"),
+  EXPECT_EQ(StatusNumber(server, "/leases"), 1);
+  EXPECT_THAT(server.Page("/metrics"),
               HasSubstr("icecache_requests_total{kind=\"put_rows\",result=\"OK\"}"));
   worker.reset();
   // Its connection's end is noticed on the server's thread: asked for until it is, within bounds.
-  for (int i = 0; i < 1000 && server.StatusNumber("/leases") > 0; ++i) {
+  for (int i = 0; i < 1000 && StatusNumber(server, "/leases") > 0; ++i) {
   }
-  EXPECT_EQ(server.StatusNumber("/leases"), 0);
-  EXPECT_EQ(server.StatusNumber("/memory/used_bytes"), 0);
-  EXPECT_EQ(server.StatusNumber("/memory/held_bytes"), 0);
+  EXPECT_EQ(StatusNumber(server, "/leases"), 0);
+  EXPECT_EQ(StatusNumber(server, "/memory/used_bytes"), 0);
+  EXPECT_EQ(StatusNumber(server, "/memory/held_bytes"), 0);
 }
 
 TEST(Server, QuotaHoldsForItsTenantAlone) {

@@ -145,9 +145,10 @@ struct OwnedMessage {
   InMessage view() const { return {kind, flags, id, meta, body}; }
 };
 
+// One data-plane connection, used synchronously.
 class DataClient {
  public:
-  // One connection. The reactor is turned while a call waits.
+  // The reactor is turned while a call waits.
   DataClient(Reactor& reactor, Transport& transport, const std::string& address)
       : reactor_(reactor) {
     Result<std::unique_ptr<Endpoint>> endpoint = transport.Connect(address);

@@ -4,7 +4,6 @@
 #include <gtest/gtest.h>
 
 #include <memory>
-#include <nlohmann/json.hpp>
 #include <string>
 #include <thread>
 #include <utility>
@@ -52,10 +51,7 @@ class RunningServer {
   }
   Server& server() { return *server_; }
   const std::string& address() const { return address_; }
-  double StatusNumber(const char* pointer) const {
-    const auto status = nlohmann::json::parse(HttpGet(server_->http_address(), "/status"));
-    return status.at(nlohmann::json::json_pointer(pointer)).get<double>();
-  }
+  std::string Page(const std::string& path) const { return HttpGet(server_->http_address(), path); }
 
  private:
   std::unique_ptr<Server> server_;  // destroyed on its thread
