@@ -139,10 +139,14 @@ void FillPayload(SegmentId segment, PageId page, const PageContent& content, uin
   out->positions = content.positions.subspan(from * sizeof(uint32_t));
 }
 
-// The tokens that may be read exactly are one budget too: shared out by what each segment has
-// indexed.
-uint32_t ReadShare(uint32_t read_cap, uint64_t indexed, uint64_t indexed_total) {
-  return indexed_total == 0 ? read_cap : static_cast<uint32_t>(read_cap * indexed / indexed_total);
+// The tokens that may be read exactly are one budget too. Every segment but one may read its best
+// pages for nothing but the residual; the rest is shared out by what each segment has indexed.
+uint32_t ReadShare(const SelectRequest& request, size_t links, uint64_t indexed,
+                   uint64_t indexed_total) {
+  if (links <= 1 || indexed_total == 0) return request.read_cap;
+  const uint64_t dropped = (links - 1) * uint64_t{request.max_pages} * limits::kPageTokens;
+  const uint64_t rest = request.read_cap > dropped ? request.read_cap - dropped : 0;
+  return static_cast<uint32_t>(rest * indexed / indexed_total);
 }
 
 // Selects in every link, ranks the pages, and folds those that did not make it into the residual of
@@ -156,7 +160,8 @@ size_t RankChain(const SelectRequest& request, AttentionBackend& attention, Scra
   scratch.candidates.clear();
   for (uint32_t i = 0; i < scratch.links.size(); ++i) {
     SelectRequest part = request;
-    part.read_cap = ReadShare(request.read_cap, scratch.links[i].slice->indexed_count(), indexed);
+    part.read_cap =
+        ReadShare(request, scratch.links.size(), scratch.links[i].slice->indexed_count(), indexed);
     Selection& selection = scratch.selections[i];
     scratch.links[i].slice->Select(part, attention, &selection);
     *tokens_read += selection.tokens_read;
