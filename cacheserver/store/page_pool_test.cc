@@ -174,92 +174,114 @@ TEST(PagePoolDeathTest, AFrameReleasedTwiceEndsTheProcess) {
       "in_use");
 }
 
-// Against a model: who holds which frame. Frames never overlap, keep what was written, and the
-// ledger adds up.
-TEST(PagePool, RandomOperationsAgreeWithAModel) {
-  const uint64_t seed = std::random_device{}();
-  SCOPED_TRACE("seed " + std::to_string(seed));
-  std::mt19937_64 rng(seed);
+// Who holds which frame, with a mark at both ends of each.
+class PoolModel {
+ public:
+  PoolModel(PagePool& pool, uint64_t seed) : pool_(pool), rng_(seed) {}
+
+  void Step() {
+    const TenantId tenant(static_cast<uint32_t>(rng_() % 3));
+    switch (rng_() % 6) {
+      case 0:
+      case 1:
+        return Reserve(tenant);
+      case 2:
+        return ReleaseSome();
+      case 3:
+      case 4:
+        return MoveRowBytes(tenant);
+      case 5:
+        if (pins_.size() < 3) {
+          pins_.emplace_back(pool_.Pin(), held_);
+        } else {
+          pins_.erase(pins_.begin() + static_cast<long>(rng_() % pins_.size()));
+        }
+        return;
+    }
+  }
+  void CheckMarks() {
+    for (const Held& h : held_) Check(h);
+    for (const auto& [pin, seen] : pins_) {
+      for (const Held& h : seen) Check(h);
+    }
+    EXPECT_EQ(pool_.usage().frames, held_.size() + pool_.usage().waiting_frames);
+  }
+  void GiveEverythingBack() {
+    for (const Held& h : held_) pool_.Release(h.tenant, h.bytes, {&h.frame, 1});
+    for (const auto& [tenant, amount] : rows_) pool_.ReleaseBytes(tenant, amount);
+    pins_.clear();
+  }
+
+ private:
   struct Held {
     TenantId tenant;
     uint32_t bytes;
     Frame frame;
     uint64_t mark;
   };
-  PagePool pool(6 * kExtent);
-  pool.SetQuota(TenantId(2), 3 * kExtent);
-  std::vector<Held> held;
-  std::vector<std::pair<std::shared_ptr<const void>, std::vector<Held>>> pins;
-  std::map<TenantId, uint64_t> rows;
-  uint64_t next_mark = 1;
-  for (int step = 0; step < 2000; ++step) {
-    const TenantId tenant(static_cast<uint32_t>(rng() % 3));
-    const uint32_t bytes = rng() % 2 == 0 ? 64 * 1024 : 40 * 1024 + 64;
-    switch (rng() % 6) {
-      case 0:
-      case 1: {
-        std::vector<Frame> frames;
-        const auto count = static_cast<uint32_t>(1 + rng() % 90);
-        if (!pool.Reserve(tenant, bytes, count, &frames).ok()) {
-          ASSERT_TRUE(frames.empty());
-          break;
-        }
-        ASSERT_EQ(frames.size(), count);
-        for (const Frame& frame : frames) {
-          held.push_back({tenant, bytes, frame, next_mark++});
-          std::memcpy(frame.data, &held.back().mark, 8);
-          std::memcpy(frame.data + bytes - 8, &held.back().mark, 8);
-        }
-        break;
-      }
-      case 2: {
-        for (size_t n = rng() % 80; n > 0 && !held.empty(); --n) {
-          std::swap(held[rng() % held.size()], held.back());
-          pool.Release(held.back().tenant, held.back().bytes, {&held.back().frame, 1});
-          held.pop_back();
-        }
-        break;
-      }
-      case 3: {
-        const uint64_t amount = rng() % (kExtent / 2);
-        if (pool.ReserveBytes(tenant, amount).ok()) rows[tenant] += amount;
-        break;
-      }
-      case 4: {
-        const uint64_t amount = rows[tenant] == 0 ? 0 : rng() % (rows[tenant] + 1);
-        pool.ReleaseBytes(tenant, amount);
-        rows[tenant] -= amount;
-        break;
-      }
-      case 5:
-        if (pins.size() < 3) {
-          pins.emplace_back(pool.Pin(), held);
-        } else {
-          pins.erase(pins.begin() + static_cast<long>(rng() % pins.size()));
-        }
-        break;
-    }
-    const Status valid = pool.Validate();
-    ASSERT_TRUE(valid.ok()) << valid.ToString() << " at step " << step;
-    const auto check = [&](const Held& h) {
-      uint64_t head = 0, tail = 0;
-      std::memcpy(&head, h.frame.data, 8);
-      std::memcpy(&tail, h.frame.data + h.bytes - 8, 8);
-      ASSERT_EQ(head, h.mark);
-      ASSERT_EQ(tail, h.mark);
-    };
-    if (step % 50 == 0) {
-      for (const Held& h : held) check(h);
-      for (const auto& [pin, seen] : pins) {
-        for (const Held& h : seen) check(h);
-      }
-      EXPECT_EQ(pool.usage().frames, held.size() + pool.usage().waiting_frames);
-      EXPECT_LE(pool.usage(TenantId(2)).held_bytes(), 3 * kExtent);
+
+  void Reserve(TenantId tenant) {
+    const uint32_t bytes = rng_() % 2 == 0 ? 64 * 1024 : 40 * 1024 + 64;
+    const auto count = static_cast<uint32_t>(1 + rng_() % 90);
+    std::vector<Frame> frames;
+    const bool ok = pool_.Reserve(tenant, bytes, count, &frames).ok();
+    ASSERT_EQ(frames.size(), ok ? count : 0);
+    for (const Frame& frame : frames) {
+      held_.push_back({tenant, bytes, frame, next_mark_++});
+      std::memcpy(frame.data, &held_.back().mark, 8);
+      std::memcpy(frame.data + bytes - 8, &held_.back().mark, 8);
     }
   }
-  for (const Held& h : held) pool.Release(h.tenant, h.bytes, {&h.frame, 1});
-  for (const auto& [tenant, amount] : rows) pool.ReleaseBytes(tenant, amount);
-  pins.clear();
+  void ReleaseSome() {
+    for (size_t n = rng_() % 80; n > 0 && !held_.empty(); --n) {
+      std::swap(held_[rng_() % held_.size()], held_.back());
+      pool_.Release(held_.back().tenant, held_.back().bytes, {&held_.back().frame, 1});
+      held_.pop_back();
+    }
+  }
+  void MoveRowBytes(TenantId tenant) {
+    uint64_t& rows = rows_[tenant];
+    if (rng_() % 2 == 0) {
+      const uint64_t amount = rng_() % (kExtent / 2);
+      if (pool_.ReserveBytes(tenant, amount).ok()) rows += amount;
+    } else if (rows > 0) {
+      const uint64_t amount = rng_() % (rows + 1);
+      pool_.ReleaseBytes(tenant, amount);
+      rows -= amount;
+    }
+  }
+  static void Check(const Held& h) {
+    uint64_t head = 0, tail = 0;
+    std::memcpy(&head, h.frame.data, 8);
+    std::memcpy(&tail, h.frame.data + h.bytes - 8, 8);
+    ASSERT_EQ(head, h.mark);
+    ASSERT_EQ(tail, h.mark);
+  }
+
+  PagePool& pool_;
+  std::mt19937_64 rng_;
+  std::vector<Held> held_;
+  std::vector<std::pair<std::shared_ptr<const void>, std::vector<Held>>> pins_;
+  std::map<TenantId, uint64_t> rows_;
+  uint64_t next_mark_ = 1;
+};
+
+// Frames never overlap, keep what was written while held or pinned, and the ledger adds up after
+// every step.
+TEST(PagePool, RandomOperationsAgreeWithAModel) {
+  const uint64_t seed = std::random_device{}();
+  SCOPED_TRACE("seed " + std::to_string(seed));
+  PagePool pool(6 * kExtent);
+  pool.SetQuota(TenantId(2), 3 * kExtent);
+  PoolModel model(pool, seed);
+  for (int step = 0; step < 2000 && !testing::Test::HasFailure(); ++step) {
+    model.Step();
+    const Status valid = pool.Validate();
+    ASSERT_TRUE(valid.ok()) << valid.ToString() << " at step " << step;
+    EXPECT_LE(pool.usage(TenantId(2)).held_bytes(), 3 * kExtent);
+    if (step % 50 == 0) model.CheckMarks();
+  }
+  model.GiveEverythingBack();
   EXPECT_EQ(pool.usage().held_bytes(), 0u);
   EXPECT_TRUE(pool.Validate().ok());
 }
