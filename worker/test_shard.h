@@ -16,6 +16,7 @@
 #include "common/checksum.h"
 #include "common/transport.h"
 #include "common/wire/data_codec.h"
+#include "kernels/attention_state.h"
 #include "kernels/distance.h"
 
 namespace icecache::test {
@@ -53,8 +54,8 @@ class TestShard {
 
  private:
   struct Page {
-    std::vector<uint32_t> rows;  // positions
-  };
+    std::vector<uint32_t> rows;
+  };  // positions
   struct Slice {
     uint32_t tokens = 0;
     uint32_t sinks = 0, tail = 0;
@@ -63,7 +64,6 @@ class TestShard {
     uint32_t indexed_end = 0;
   };
   using Body = std::vector<std::vector<std::byte>>;
-
   Slice& slice(LayerId layer, KvHeadId head) { return slices_[{layer.value, head.value}]; }
 
   void Answer(uint64_t id, OutMessage reply, std::shared_ptr<Body> body = nullptr) {
