@@ -57,6 +57,7 @@ class Histogram {
   std::atomic<uint64_t> sum_ns_{0};
 };
 
+// All metrics of the process, by name and labels. Any thread.
 class MetricsRegistry {
  public:
   MetricsRegistry();

@@ -54,12 +54,12 @@ auto ReadFlat(std::string_view name, std::span<const std::byte> bytes, Read&& re
                            " bytes of meta, expected a positive multiple of 8 up to " +
                            std::to_string(limits::kDataMetaBytesMax));
   }
-  std::vector<capnp::word> aligned;
+  std::vector<uint64_t> aligned;
   const auto* begin = reinterpret_cast<const capnp::word*>(bytes.data());
   if (reinterpret_cast<uintptr_t>(bytes.data()) % kWord != 0) {
     aligned.resize(bytes.size() / kWord);
-    std::memcpy(static_cast<void*>(aligned.data()), bytes.data(), bytes.size());
-    begin = aligned.data();
+    std::memcpy(aligned.data(), bytes.data(), bytes.size());
+    begin = reinterpret_cast<const capnp::word*>(aligned.data());
   }
   const kj::ArrayPtr<const capnp::word> words(begin, bytes.size() / kWord);
   capnp::ReaderOptions options;

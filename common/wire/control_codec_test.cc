@@ -268,7 +268,7 @@ TEST_F(ControlCodec, RefusesEveryTruncation) {
 TEST_F(ControlCodec, SurvivesFlippedBytes) {
   int refused = 0;
   for (const auto& frame : Frames(random)) {
-    for (int round = 0; round < 3000; ++round) {
+    for (int round = 0; round < 2000; ++round) {
       Misaligned damaged(frame);
       for (uint32_t flips = 1 + random.Below(3); flips > 0; --flips) {
         damaged.bytes[random.Below(static_cast<uint32_t>(frame.size()))] ^=
@@ -290,7 +290,7 @@ TEST_F(ControlCodec, SurvivesFlippedBytes) {
 }
 
 TEST_F(ControlCodec, SurvivesNoise) {
-  for (int round = 0; round < 20000; ++round) {
+  for (int round = 0; round < 10000; ++round) {
     auto noise = random.Bytes(kFrameHeaderBytes + 8 * (1 + random.Below(12)));
     const auto words = static_cast<uint32_t>((noise.size() - kFrameHeaderBytes) / 8);
     std::memcpy(noise.data(), &words, sizeof words);
