@@ -22,6 +22,8 @@ std::string Lowercase(std::string_view text) {
     if (c.code < 0x80) {
       const auto byte = static_cast<char>(c.code);
       lower += byte >= 'A' && byte <= 'Z' ? static_cast<char>(byte + ('a' - 'A')) : byte;
+    } else if (c.code == 0x130) {
+      lower += "i\u0307";  // the one letter whose lower case is two characters
     } else {
       const auto wide = static_cast<wint_t>(c.code);
       AppendUtf8(unicode == nullptr ? c.code : static_cast<char32_t>(towlower_l(wide, unicode)),

@@ -1,8 +1,7 @@
 // Normalizer: the rewriting of text before it is cut into pieces ("normalizer" of tokenizer.json).
 //
-// Known: Lowercase, NFC, Prepend, Replace, Strip, Sequence. Lowercase maps one character to one
-// (the C library's table), so the few letters whose lower case is several characters stay as that
-// table has them. Immutable after Parse; any thread.
+// Known: Lowercase (letter by letter, without regard to the place in a word), NFC, Prepend,
+// Replace, Strip, Sequence. Immutable after Parse; any thread.
 #pragma once
 
 #include <string>

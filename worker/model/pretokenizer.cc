@@ -19,6 +19,11 @@ using Json = nlohmann::json;
 constexpr char kGpt2Pattern[] =
     R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)";
 
+// \w+|[^\w\s]+ with the \w of the library's regular expressions, which counts marks and joiners and
+// leaves out numbers that are no digits; PCRE2's own differs.
+constexpr char kWordsOrMarks[] = R"([\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\p{Join_Control}]+)"
+                                 R"(|[^\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\p{Join_Control}\s]+)";
+
 struct Segment {
   size_t begin;
   size_t end;
@@ -290,8 +295,7 @@ Status PreTokenizerParser::Parse(const Json& json, int depth) {
   if (type == "Split") return AddPatternSplit(json);
   if (type == "Metaspace") return AddMetaspace(json);
   if (type == "WhitespaceSplit") return AddSplit(R"(\s+)", false, SplitBehavior::kRemoved, false);
-  if (type == "Whitespace")
-    return AddSplit(R"(\w+|[^\w\s]+)", false, SplitBehavior::kRemoved, true);
+  if (type == "Whitespace") return AddSplit(kWordsOrMarks, false, SplitBehavior::kRemoved, true);
   if (type == "Digits") {
     return AddSplit(R"(\p{N})", false,
                     Flag(json, "individual_digits", false) ? SplitBehavior::kIsolated
@@ -327,7 +331,7 @@ Status PreTokenizer::RunStep(const Step& step, bool at_start, std::string&& piec
       to.push_back(MapBytes(piece));
       return OkStatus();
     case Step::Kind::kPrefixSpace:
-      if (!IsWhitespace(DecodeUtf8(piece, 0).code)) piece.insert(0, 1, ' ');
+      if (piece[0] != ' ') piece.insert(0, 1, ' ');
       to.push_back(std::move(piece));
       return OkStatus();
     case Step::Kind::kMetaspace:

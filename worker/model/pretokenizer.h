@@ -3,8 +3,9 @@
 //
 // All kinds of the tokenizers library that cut by character class become one step: a pattern, what
 // to do with its matches, and whether to swap matches and the rest. ByteLevel and Metaspace also
-// rewrite. Patterns run with UTF and Unicode properties and are compiled to machine code. PCRE2's
-// \s includes U+180E, which the library's does not; otherwise the classes agree.
+// rewrite. Patterns run with UTF and Unicode properties and are compiled to machine code. Where a
+// file's own pattern uses \w or \s, PCRE2's classes apply; they differ from the library's in marks
+// (\w) and in U+180E (\s).
 //
 // Immutable after Parse; any thread.
 #pragma once
