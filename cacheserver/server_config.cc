@@ -157,6 +157,13 @@ Status CheckLockedMemory(const ServerConfig& c, const Machine& machine) {
       "memlock=-1)");
 }
 
+// A setting that is taken and does nothing would be believed.
+Status CheckDataDir(const ServerConfig& c) {
+  if (c.data_dir.empty()) return OkStatus();
+  return Unimplemented("data-dir " + c.data_dir +
+                       ": this version keeps contexts in memory only; leave --data-dir out");
+}
+
 // Three times, so that two lost renewals are survived.
 Status CheckLease(const ServerConfig& c) {
   if (c.heartbeat_ms != 0 && uint64_t{c.heartbeat_ms} * 3 <= c.lease_ms) return OkStatus();
@@ -186,7 +193,7 @@ void AddKeys(ConfigParser& parser, ServerConfig& c) {
   parser.AddSize("memory_size", &c.memory_size,
                  "memory for pages and rows, as 4GiB or 512MiB, over all shards");
   parser.Add("data_dir", &c.data_dir,
-             "folder for what must outlive the process; empty: memory only");
+             "folder for what must outlive the process; not in this version: leave it empty");
   parser.Add("threads", &c.threads, "shards: threads that own and serve the pages", 1,
              limits::kShardsMax);
   parser.Add("build_threads", &c.build_threads, "threads that cluster pages in the background", 1,
@@ -209,6 +216,7 @@ void AddChecks(ConfigParser& parser, ServerConfig& c, const Machine& machine) {
   parser.AddCheck("host", [&c] { return CheckHost(c); });
   parser.AddCheck("http_host", [&c] { return CheckHttpHost(c); });
   parser.AddCheck("memory_size", [&c, &machine] { return CheckMemory(c, machine); });
+  parser.AddCheck("data_dir", [&c] { return CheckDataDir(c); });
   parser.AddCheck("lease_ms", [&c] { return CheckLease(c); });
   parser.AddCheck("heartbeat_ms", [&c] { return CheckLease(c); });
   parser.AddCheck("log_level", [&c]() -> Status {
@@ -291,6 +299,7 @@ Status CheckServerConfig(const ServerConfig& c, const Machine& machine) {
   KV_RETURN_IF_ERROR(CheckMemory(c, machine));
   KV_RETURN_IF_ERROR(CheckSharedMemoryRoom(c, machine));
   KV_RETURN_IF_ERROR(CheckLockedMemory(c, machine));
+  KV_RETURN_IF_ERROR(CheckDataDir(c));
   return CheckLease(c);
 }
 
