@@ -1,5 +1,6 @@
 #include "common/channel.h"
 
+#include <algorithm>
 #include <deque>
 #include <set>
 #include <string>
@@ -32,6 +33,7 @@ struct Channel::Impl : std::enable_shared_from_this<Channel::Impl> {
   void OnMessage(const InMessage& message);
   void OnReply(const InMessage& message);
   void Tick();
+  void SendHeartbeat(Duration announce);
   void ArmTimer();
   void ExpireCalls(TimePoint now);
   void EndRefused();
@@ -41,7 +43,7 @@ struct Channel::Impl : std::enable_shared_from_this<Channel::Impl> {
   bool EndCall(uint64_t id, Result<InMessage> result);
   TimePoint Now() const { return reactor.clock().Now(); }
   TimePoint SilenceLimit() const {
-    return last_heard + options.heartbeat_interval * options.heartbeat_misses;
+    return last_heard + std::max(announced, options.heartbeat_interval * options.heartbeat_misses);
   }
 
   Reactor& reactor;
@@ -56,6 +58,7 @@ struct Channel::Impl : std::enable_shared_from_this<Channel::Impl> {
   uint64_t next_id = 1;
   Reactor::TimerId timer = 0, refused_timer = 0;
   TimePoint timer_at, last_heard, last_sent;
+  Duration announced{0};  // silence the peer has asked for, until its next message
   bool closed = false;
 };
 
@@ -103,12 +106,18 @@ void Channel::Impl::Tick() {
                             std::to_string(silent.count()) + " ms"));
   }
   if (now - last_sent >= options.heartbeat_interval) {
-    OutMessage heartbeat;
-    heartbeat.kind = kKindHeartbeat;
-    heartbeat.flags = kFlagOneWay;
-    Send(std::move(heartbeat));
+    SendHeartbeat(Duration(0));
   }
   ArmTimer();
+}
+
+void Channel::Impl::SendHeartbeat(Duration announce) {
+  OutMessage heartbeat;
+  heartbeat.kind = kKindHeartbeat;
+  heartbeat.flags = kFlagOneWay;
+  heartbeat.id = static_cast<uint64_t>(
+      std::chrono::duration_cast<std::chrono::milliseconds>(announce).count());
+  Send(std::move(heartbeat));
 }
 
 void Channel::Impl::ExpireCalls(TimePoint now) {
@@ -177,8 +186,14 @@ void Channel::Impl::EndRefused() {
 
 void Channel::Impl::OnMessage(const InMessage& message) {
   last_heard = Now();
+  announced = Duration(0);
   if ((message.flags & kFlagReply) != 0) return OnReply(message);
-  if (message.kind == kKindHeartbeat) return;
+  if (message.kind == kKindHeartbeat) {
+    // The id of a heartbeat is the silence announced, in milliseconds; usually none.
+    const uint64_t ms_max = limits::kSilenceAnnouncedMax.count();
+    announced = std::chrono::milliseconds(std::min(message.id, ms_max));
+    return;
+  }
   if (on_request != nullptr) {
     const auto handler = on_request;  // it may be replaced, or the channel destroyed, inside
     return (*handler)(message);
@@ -280,6 +295,10 @@ void Channel::ReplyError(uint64_t id, const Status& status) {
   reply.id = id;
   reply.flags = kFlagReply | kFlagError;
   impl_->Send(std::move(reply));
+}
+
+void Channel::AnnounceSilence(Duration at_most) {
+  if (!impl_->closed) impl_->SendHeartbeat(at_most);
 }
 
 void Channel::SetOnClosed(std::function<void(Status)> on_closed) {

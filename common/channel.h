@@ -52,6 +52,11 @@ class Channel {
   void Reply(uint64_t id, OutMessage reply);
   void ReplyError(uint64_t id, const Status& status);
 
+  // Before this thread computes for longer than the peer's patience (a clustering, a prefill
+  // without turns of the loop): the peer extends it once, up to kSilenceAnnouncedMax, until the
+  // next message. Deadlines of its calls hold.
+  void AnnounceSilence(Duration at_most);
+
   // Runs once when the peer is lost (also by silence) or Close was called by the peer.
   void SetOnClosed(std::function<void(Status)> on_closed);
   bool closed() const;

@@ -260,6 +260,42 @@ TEST_F(ChannelTest, OwnAbsenceIsNotThePeersSilence) {
   EXPECT_FALSE(server_->closed());
 }
 
+TEST_F(ChannelTest, AnnouncedSilenceIsWaitedForAndNoLonger) {
+  // The server is another thread's: its reactor is not driven while it computes.
+  Reactor server_reactor(clock_, Duration(0));
+  network_ = MakeLoopbackNetwork({});
+  server_transport_ = MakeLoopbackTransport(server_reactor, network_);
+  client_transport_ = MakeLoopbackTransport(reactor_, network_);
+  const auto address = server_transport_->Listen("here:0", [&](std::unique_ptr<Endpoint> e) {
+    server_ = std::make_unique<Channel>(server_reactor, std::move(e));
+  });
+  client_ = std::make_unique<Channel>(reactor_, client_transport_->Connect(*address).value());
+  const auto run_server = [&] {
+    while (server_reactor.Poll()) {
+    }
+  };
+  run_server();
+  ASSERT_NE(server_, nullptr);
+  server_->AnnounceSilence(seconds(3));
+  Advance(milliseconds(2900));
+  EXPECT_FALSE(client_->closed());
+  run_server();  // back again: from now on the usual patience
+  Advance(milliseconds(900));
+  EXPECT_FALSE(client_->closed());
+  Advance(milliseconds(200));
+  EXPECT_TRUE(client_->closed());
+
+  client_ = std::make_unique<Channel>(reactor_, client_transport_->Connect(*address).value());
+  run_server();
+  server_->AnnounceSilence(std::chrono::hours(100));
+  Advance(limits::kSilenceAnnouncedMax - milliseconds(100));
+  EXPECT_FALSE(client_->closed());
+  Advance(milliseconds(200));
+  EXPECT_TRUE(client_->closed());
+  server_.reset();
+  server_transport_.reset();
+}
+
 TEST_F(ChannelTest, PeersDeathEndsEveryCallOnce) {
   Connect();
   server_->SetHandler([](const InMessage&) {});

@@ -63,6 +63,7 @@ inline constexpr size_t kReceiveCacheBytesMax = 64u << 20;   // idle receive buf
 // Time.
 inline constexpr milliseconds kHeartbeatInterval{200};
 inline constexpr int kHeartbeatMisses = 5;  // silent intervals after which a peer is dead
+inline constexpr milliseconds kSilenceAnnouncedMax{60000};  // Channel::AnnounceSilence
 inline constexpr milliseconds kRequestDeadline{5000};  // default of a data request
 inline constexpr milliseconds kControlDeadline{10000};
 inline constexpr milliseconds kLeaseTime{10000};
