@@ -189,7 +189,7 @@ void DciTree::FindParentsExhaustively(const TokenRows& rows, uint32_t l,
       ToF32(rows.k + tokens[begin + i] * rows.row_bytes(), rows.dtype, dim,
             keys.data() + size_t{i} * dim);
     LiftRows(keys.data(), n, dim, lift_, batch.data());
-    Nearest(panels, batch.data(), dim + 1, n, best.data(), nullptr);
+    Nearest(panels, {batch.data(), dim + 1}, n, best.data(), nullptr);
     for (uint32_t i = 0; i < n; ++i) tokens_[tokens[begin + i]].parent = best[i];
   }
 }
