@@ -1,0 +1,1 @@
+"""Parts of train_recall.py: text, vocabularies, tasks, network, files."""
