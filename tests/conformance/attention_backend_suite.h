@@ -1,7 +1,5 @@
 // Conformance suite of AttentionBackend: what every implementation must do, checked against the
-// float64 reference. Instantiate with
-//   INSTANTIATE_TEST_SUITE_P(Cpu, AttentionBackendSuite, testing::Values(BackendCase{"cpu",
-//   MakeCpuAttention}));
+// float64 reference. attention_backend_test.cc instantiates it.
 #pragma once
 
 #include <gtest/gtest.h>
