@@ -104,7 +104,13 @@ TinyModel MakeTinyModel(const TinySpec& spec) {
 
 std::string TinyConfigJson(const TinySpec& spec) {
   const auto flag = [](bool b) { return std::string(b ? "true" : "false"); };
-  return "{\"architectures\": [\"" + spec.architecture + "\"], \"hidden_act\": \"silu\"" +
+  const std::map<std::string, std::string> types = {{"LlamaForCausalLM", "llama"},
+                                                    {"MistralForCausalLM", "mistral"},
+                                                    {"Qwen2ForCausalLM", "qwen2"},
+                                                    {"Qwen3ForCausalLM", "qwen3"}};
+  const auto type = types.find(spec.architecture);
+  return "{\"architectures\": [\"" + spec.architecture + "\"], \"model_type\": \"" +
+         (type == types.end() ? "other" : type->second) + "\", \"hidden_act\": \"silu\"" +
          ", \"num_hidden_layers\": " + std::to_string(spec.layers) +
          ", \"hidden_size\": " + std::to_string(spec.hidden) +
          ", \"intermediate_size\": " + std::to_string(spec.inner) +

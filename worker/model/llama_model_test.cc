@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <cstdlib>
 #include <filesystem>
 
 #include "tests/models/dense_attention.h"
@@ -88,6 +89,22 @@ std::vector<int32_t> Tokens(const TinySpec& spec, size_t count) {
   return tokens;
 }
 
+// For tests/models/hf_reference.py: the model, what it was asked and what the reference answered.
+void KeepForHuggingFace(const Case& c, const TinyModel& tiny, const std::vector<int32_t>& tokens,
+                        const std::vector<double>& last) {
+  const char* root = std::getenv("ICECACHE_KEEP_TINY_MODELS");
+  if (root == nullptr) return;
+  const std::string directory = std::string(root) + "/" + c.name;
+  std::filesystem::create_directories(directory);
+  WriteTinyModel(tiny, directory);
+  std::string ids, logits;
+  for (const int32_t id : tokens) ids += (ids.empty() ? "" : ",") + std::to_string(id);
+  for (const double logit : last) logits += (logits.empty() ? "" : ",") + std::to_string(logit);
+  WriteText(directory + "/tokens.json",
+            "{\"first\": " + std::to_string(c.first) + ", \"tokens\": [" + ids + "]}\n");
+  WriteText(directory + "/logits.json", "[" + logits + "]\n");
+}
+
 class LlamaModelLogits : public ::testing::TestWithParam<Case> {};
 
 // The worker promises 1e-3; f32 against float64 stays well below.
@@ -101,6 +118,7 @@ TEST_P(LlamaModelLogits, EqualTheReference) {
   const std::vector<int32_t> tokens = Tokens(c.spec, 90);
   const auto expected = ReferenceLogits(tiny, c.scaling, tokens, c.first);
 
+  KeepForHuggingFace(c, tiny, tokens, expected.back());
   auto model = LoadModel(directory.path(), {DType::kF32, 2});
   ASSERT_TRUE(model.ok()) << model.status().ToString();
   DenseAttention attention((*model)->shape(), 2);

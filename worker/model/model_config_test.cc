@@ -100,6 +100,7 @@ TEST(ModelConfig, UnknownArchitectureNamesWhatIsKnown) {
   }
   Json json = Base("LlamaForCausalLM");
   json.erase("architectures");
+  json.erase("model_type");
   EXPECT_THAT(ErrorOf(json).message(), HasSubstr("'model_type' is missing"));
   json["model_type"] = "llama";
   EXPECT_TRUE(Parse(json).ok());
