@@ -5,6 +5,7 @@
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/nearest.cc"
+#include "hwy/cache_control.h"
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
 #include "hwy/highway.h"
 
@@ -25,37 +26,59 @@ namespace hn = hwy::HWY_NAMESPACE;
 using Floats = hn::CappedTag<float, kPanel>;
 using Ints = hn::Rebind<int32_t, Floats>;
 
+HWY_INLINE const float* RowAt(const RowTable& rows, size_t r) {
+  return rows.base + rows.stride * (rows.ids == nullptr ? r : size_t{rows.ids[r]});
+}
+
+// The next tile's rows, which lie anywhere when ids choose them.
+HWY_INLINE void PrefetchRows(const RowTable& rows, size_t begin, size_t end, uint32_t dim) {
+  for (size_t r = begin; r < end; ++r) {
+    const float* x = RowAt(rows, r);
+    for (uint32_t j = 0; j < dim; j += 16) hwy::Prefetch(x + j);
+  }
+}
+
+constexpr size_t kLanes = HWY_MIN(static_cast<size_t>(kPanel), HWY_MAX_BYTES / sizeof(float));
+constexpr int kVecs = static_cast<int>(kPanel / kLanes);
+
+// Scores of kRows rows with one panel of centroids.
+template <int kRows>
+HWY_INLINE void ScorePanel(const float* panel, uint32_t dim, const float* const* rows,
+                           hn::Vec<Floats> (*acc)[kVecs]) {
+  const Floats d;
+  for (int v = 0; v < kVecs; ++v) {
+    const auto bias = hn::LoadU(d, panel + v * kLanes);
+    for (int r = 0; r < kRows; ++r) acc[r][v] = bias;
+  }
+  panel += kPanel;
+  for (uint32_t j = 0; j < dim; ++j, panel += kPanel) {
+    // Rows outermost: one broadcast lives at a time, so that accumulators keep their registers.
+    hn::Vec<Floats> c[kVecs];
+    for (int v = 0; v < kVecs; ++v) c[v] = hn::LoadU(d, panel + v * kLanes);
+    for (int r = 0; r < kRows; ++r) {
+      const auto x = hn::Set(d, rows[r][j]);
+      for (int v = 0; v < kVecs; ++v) acc[r][v] = hn::MulAdd(x, c[v], acc[r][v]);
+    }
+  }
+}
+
 // kRows rows against all panels.
 template <int kRows>
-HWY_INLINE void NearestTile(const CentroidPanels& panels, const float* rows, size_t row_stride,
-                            uint32_t* best, float* score) {
+HWY_INLINE void NearestTile(const CentroidPanels& panels, const float* const* rows, uint32_t* best,
+                            float* score) {
   const Floats d;
   const Ints di;
-  constexpr size_t kLanes = HWY_MIN(static_cast<size_t>(kPanel), HWY_MAX_BYTES / sizeof(float));
-  constexpr int kVecs = static_cast<int>(kPanel / kLanes);
   hn::Vec<Floats> top[kRows];
   hn::Vec<Ints> where[kRows];
   for (int r = 0; r < kRows; ++r) {
     top[r] = hn::Set(d, std::numeric_limits<float>::lowest());
     where[r] = hn::Zero(di);
   }
-  const uint32_t dim = panels.dim();
-  const float* at = panels.data();
-  for (uint32_t column = 0; column < panels.count(); column += kPanel) {
+  const size_t panel_floats = size_t{panels.dim() + 1} * kPanel;
+  const float* panel = panels.data();
+  for (uint32_t column = 0; column < panels.count(); column += kPanel, panel += panel_floats) {
     hn::Vec<Floats> acc[kRows][kVecs];
-    for (int v = 0; v < kVecs; ++v) {
-      const auto bias = hn::LoadU(d, at + v * kLanes);
-      for (int r = 0; r < kRows; ++r) acc[r][v] = bias;
-    }
-    at += kPanel;
-    for (uint32_t j = 0; j < dim; ++j, at += kPanel) {
-      for (int v = 0; v < kVecs; ++v) {
-        const auto c = hn::LoadU(d, at + v * kLanes);
-        for (int r = 0; r < kRows; ++r) {
-          acc[r][v] = hn::MulAdd(hn::Set(d, rows[r * row_stride + j]), c, acc[r][v]);
-        }
-      }
-    }
+    ScorePanel<kRows>(panel, panels.dim(), rows, acc);
     for (int v = 0; v < kVecs; ++v) {
       const auto index = hn::Iota(di, static_cast<int32_t>(column + v * kLanes));
       for (int r = 0; r < kRows; ++r) {
@@ -76,16 +99,104 @@ HWY_INLINE void NearestTile(const CentroidPanels& panels, const float* rows, siz
   }
 }
 
-void NearestImpl(const CentroidPanels& panels, const float* rows, size_t row_stride,
-                 size_t row_count, uint32_t* best, float* score) {
+void NearestImpl(const CentroidPanels& panels, const RowTable& rows, size_t row_count,
+                 uint32_t* best, float* score) {
+  const float* at[kRowTile];
   size_t r = 0;
   for (; r + kRowTile <= row_count; r += kRowTile) {
-    NearestTile<kRowTile>(panels, rows + r * row_stride, row_stride, best + r,
-                          score ? score + r : nullptr);
+    for (uint32_t i = 0; i < kRowTile; ++i) at[i] = RowAt(rows, r + i);
+    PrefetchRows(rows, r + kRowTile, std::min(r + 2 * kRowTile, row_count), panels.dim());
+    NearestTile<kRowTile>(panels, at, best + r, score ? score + r : nullptr);
   }
   for (; r < row_count; ++r) {
-    NearestTile<1>(panels, rows + r * row_stride, row_stride, best + r,
-                   score ? score + r : nullptr);
+    at[0] = RowAt(rows, r);
+    NearestTile<1>(panels, at, best + r, score ? score + r : nullptr);
+  }
+}
+
+// Scores of kRows rows with all panels, padded_count floats per row.
+template <int kRows>
+HWY_INLINE void ScoresTile(const CentroidPanels& panels, const float* const* rows,
+                           size_t padded_count, float* scores) {
+  const size_t panel_floats = size_t{panels.dim() + 1} * kPanel;
+  for (uint32_t column = 0; column < panels.count(); column += kPanel) {
+    hn::Vec<Floats> acc[kRows][kVecs];
+    ScorePanel<kRows>(panels.data() + column / kPanel * panel_floats, panels.dim(), rows, acc);
+    for (int r = 0; r < kRows; ++r) {
+      float* to = scores + padded_count * r + column;
+      for (int v = 0; v < kVecs; ++v) hn::StoreU(acc[r][v], Floats(), to + v * kLanes);
+    }
+  }
+}
+
+// Index of the largest of scores[count], count a multiple of 16; it is then struck out.
+HWY_INLINE uint32_t TakeLargest(float* scores, size_t count) {
+  const Floats d;
+  auto top = hn::LoadU(d, scores);
+  for (size_t i = kLanes; i < count; i += kLanes) top = hn::Max(top, hn::LoadU(d, scores + i));
+  const auto value = hn::MaxOfLanes(d, top);
+  for (size_t i = 0; i < count; i += kLanes) {
+    const intptr_t lane = hn::FindFirstTrue(d, hn::Eq(hn::LoadU(d, scores + i), value));
+    if (lane < 0) continue;
+    scores[i + static_cast<size_t>(lane)] = std::numeric_limits<float>::lowest();
+    return static_cast<uint32_t>(i + static_cast<size_t>(lane));
+  }
+  return 0;  // not a number anywhere
+}
+
+void NearestFewImpl(const CentroidPanels& panels, const RowTable& rows, size_t row_count,
+                    uint32_t few, uint32_t* best) {
+  const size_t padded = (panels.count() + kPanel - 1) / kPanel * kPanel;
+  std::vector<float> scores(padded * kRowTile);
+  const float* at[kRowTile];
+  for (size_t r = 0; r < row_count; r += kRowTile) {
+    const size_t n = std::min<size_t>(kRowTile, row_count - r);
+    for (size_t i = 0; i < n; ++i) at[i] = RowAt(rows, r + i);
+    if (n == kRowTile) {
+      ScoresTile<kRowTile>(panels, at, padded, scores.data());
+    } else {
+      for (size_t i = 0; i < n; ++i)
+        ScoresTile<1>(panels, at + i, padded, scores.data() + i * padded);
+    }
+    for (size_t i = 0; i < n; ++i) {
+      for (uint32_t f = 0; f < few; ++f) {
+        best[(r + i) * few + f] = TakeLargest(scores.data() + i * padded, padded);
+      }
+    }
+  }
+}
+
+void ProjectRowsImpl(const float* line, const RowTable& rows, size_t row_count, uint32_t dim,
+                     float* out) {
+  const Floats d;
+  for (size_t r = 0; r < row_count; ++r) {
+    const float* x = RowAt(rows, r);
+    PrefetchRows(rows, r + 4, std::min(r + 5, row_count), dim);
+    auto sum = hn::Zero(d);
+    auto other = hn::Zero(d);
+    for (uint32_t j = 0; j < dim; j += kPanel) {
+      for (size_t v = 0; v < kPanel; v += 2 * kLanes) {
+        sum = hn::MulAdd(hn::LoadU(d, x + j + v), hn::LoadU(d, line + j + v), sum);
+        if (v + kLanes < kPanel) {
+          other = hn::MulAdd(hn::LoadU(d, x + j + v + kLanes), hn::LoadU(d, line + j + v + kLanes),
+                             other);
+        }
+      }
+    }
+    out[r] = hn::GetLane(hn::SumOfLanes(d, hn::Add(sum, other)));
+  }
+}
+
+void AddRowsByIndexImpl(const RowTable& rows, size_t row_count, uint32_t dim, const uint32_t* into,
+                        float* sums) {
+  const Floats d;
+  for (size_t r = 0; r < row_count; ++r) {
+    const float* x = RowAt(rows, r);
+    PrefetchRows(rows, r + 4, std::min(r + 5, row_count), dim);
+    float* to = sums + size_t{into[r]} * dim;
+    for (uint32_t j = 0; j < dim; j += static_cast<uint32_t>(kLanes)) {
+      hn::StoreU(hn::Add(hn::LoadU(d, to + j), hn::LoadU(d, x + j)), d, to + j);
+    }
   }
 }
 
@@ -97,6 +208,9 @@ HWY_AFTER_NAMESPACE();
 namespace icecache {
 
 HWY_EXPORT(NearestImpl);
+HWY_EXPORT(NearestFewImpl);
+HWY_EXPORT(ProjectRowsImpl);
+HWY_EXPORT(AddRowsByIndexImpl);
 
 void CentroidPanels::Assign(const float* centroids, uint32_t count, uint32_t dim) {
   count_ = count;
@@ -120,9 +234,24 @@ void CentroidPanels::Assign(const float* centroids, uint32_t count, uint32_t dim
   }
 }
 
-void Nearest(const CentroidPanels& panels, const float* rows, size_t row_stride, size_t row_count,
-             uint32_t* best, float* score) {
-  HWY_DYNAMIC_DISPATCH(NearestImpl)(panels, rows, row_stride, row_count, best, score);
+void Nearest(const CentroidPanels& panels, const RowTable& rows, size_t row_count, uint32_t* best,
+             float* score) {
+  HWY_DYNAMIC_DISPATCH(NearestImpl)(panels, rows, row_count, best, score);
+}
+
+void NearestFew(const CentroidPanels& panels, const RowTable& rows, size_t row_count, uint32_t few,
+                uint32_t* best) {
+  HWY_DYNAMIC_DISPATCH(NearestFewImpl)(panels, rows, row_count, few, best);
+}
+
+void ProjectRows(const float* line, const RowTable& rows, size_t row_count, uint32_t dim,
+                 float* out) {
+  HWY_DYNAMIC_DISPATCH(ProjectRowsImpl)(line, rows, row_count, dim, out);
+}
+
+void AddRowsByIndex(const RowTable& rows, size_t row_count, uint32_t dim, const uint32_t* into,
+                    float* sums) {
+  HWY_DYNAMIC_DISPATCH(AddRowsByIndexImpl)(rows, row_count, dim, into, sums);
 }
 
 }  // namespace icecache

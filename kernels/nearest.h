@@ -1,7 +1,7 @@
 // Nearest-centroid assignment as a matrix product, for building the index.
 //
 // argmin |x - c|^2 = argmax x.c - |c|^2 / 2: centroids are packed in panels of 16 columns, six rows
-// meet a panel in registers, and the best column is kept on the way, so that no score is ever
+// meet a panel in registers, and the best column is kept on the way, so that no score need be
 // stored. Runs near the peak of one core's fused multiply-adds for dim >= 32.
 #pragma once
 
@@ -11,7 +11,7 @@
 
 namespace icecache {
 
-// Centroids ready for Nearest. Assign keeps the memory.
+// Centroids ready for the functions below. Assign keeps the memory.
 class CentroidPanels {
  public:
   // centroids[count, dim]; count >= 1.
@@ -26,9 +26,29 @@ class CentroidPanels {
   std::vector<float> data_;  // [panels][dim + 1][16]: -|c|^2 / 2 first, then the dimensions
 };
 
-// best[r] = index of the centroid nearest to rows[r, dim] (the lowest of equals), for r in [0,
-// row_count). score[r] = x.c - |c|^2 / 2 of it, when score is not null.
-void Nearest(const CentroidPanels& panels, const float* rows, size_t row_stride, size_t row_count,
-             uint32_t* best, float* score);
+// Rows of a table: row r is at base + stride * (ids == nullptr ? r : ids[r]).
+struct RowTable {
+  const float* base = nullptr;
+  size_t stride = 0;
+  const uint32_t* ids = nullptr;
+};
+
+// best[r] = index of the centroid nearest to row r (the lowest of equals), for r in [0, row_count).
+// score[r] = x.c - |c|^2 / 2 of it, when score is not null.
+void Nearest(const CentroidPanels& panels, const RowTable& rows, size_t row_count, uint32_t* best,
+             float* score);
+
+// The `few` nearest centroids of each row, nearest first: best[r * few + i].
+// REQUIRES: few <= panels.count().
+void NearestFew(const CentroidPanels& panels, const RowTable& rows, size_t row_count, uint32_t few,
+                uint32_t* best);
+
+// out[r] = line[dim] . row r. dim is a multiple of 16.
+void ProjectRows(const float* line, const RowTable& rows, size_t row_count, uint32_t dim,
+                 float* out);
+
+// sums[into[r], dim] += row r. dim is a multiple of 16.
+void AddRowsByIndex(const RowTable& rows, size_t row_count, uint32_t dim, const uint32_t* into,
+                    float* sums);
 
 }  // namespace icecache

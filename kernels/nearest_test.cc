@@ -2,7 +2,9 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <random>
+#include <utility>
 #include <vector>
 
 namespace icecache {
@@ -32,7 +34,7 @@ TEST(Nearest, FindsTheNearestCentroid) {
       panels.Assign(centroids.data(), count, dim);
       std::vector<uint32_t> best(25);
       std::vector<float> score(25);
-      Nearest(panels, rows.data(), dim, 25, best.data(), score.data());
+      Nearest(panels, {rows.data(), dim}, 25, best.data(), score.data());
       for (uint32_t r = 0; r < 25; ++r) {
         const float* x = rows.data() + size_t{r} * dim;
         ASSERT_LT(best[r], count);
@@ -55,7 +57,7 @@ TEST(Nearest, TiesGoToTheLowestIndex) {
   panels.Assign(centroids.data(), 40, 16);
   const std::vector<float> rows = RandomRows(9, 16, 5);
   std::vector<uint32_t> best(9, 99);
-  Nearest(panels, rows.data(), 16, 9, best.data(), nullptr);
+  Nearest(panels, {rows.data(), 16}, 9, best.data(), nullptr);
   EXPECT_EQ(best, std::vector<uint32_t>(9, 0));
 }
 
@@ -65,8 +67,56 @@ TEST(Nearest, PanelsAreReusableForFewerCentroids) {
   panels.Assign(many.data(), 50, 32);
   panels.Assign(many.data(), 2, 32);
   std::vector<uint32_t> best(2);
-  Nearest(panels, many.data(), 32, 2, best.data(), nullptr);
+  Nearest(panels, {many.data(), 32}, 2, best.data(), nullptr);
   EXPECT_EQ(best, (std::vector<uint32_t>{0, 1}));
+}
+
+TEST(Nearest, RowsCanBeChosenByIndex) {
+  const std::vector<float> centroids = RandomRows(20, 32, 7), rows = RandomRows(30, 32, 8);
+  const std::vector<uint32_t> ids = {29, 0, 7, 7, 13, 2, 21, 5};
+  CentroidPanels panels;
+  panels.Assign(centroids.data(), 20, 32);
+  std::vector<uint32_t> all(30), some(ids.size());
+  Nearest(panels, {rows.data(), 32}, 30, all.data(), nullptr);
+  Nearest(panels, {rows.data(), 32, ids.data()}, ids.size(), some.data(), nullptr);
+  for (size_t i = 0; i < ids.size(); ++i) EXPECT_EQ(some[i], all[ids[i]]);
+}
+
+TEST(Nearest, FewNearestComeInOrder) {
+  for (uint32_t count : {3u, 16u, 37u}) {
+    const std::vector<float> centroids = RandomRows(count, 48, count), rows = RandomRows(14, 48, 9);
+    CentroidPanels panels;
+    panels.Assign(centroids.data(), count, 48);
+    std::vector<uint32_t> few(14 * 3);
+    NearestFew(panels, {rows.data(), 48}, 14, 3, few.data());
+    for (uint32_t r = 0; r < 14; ++r) {
+      std::vector<std::pair<double, uint32_t>> order;
+      for (uint32_t c = 0; c < count; ++c) {
+        order.emplace_back(Distance(rows.data() + r * 48, centroids.data() + size_t{c} * 48, 48),
+                           c);
+      }
+      std::sort(order.begin(), order.end());
+      for (uint32_t i = 0; i < 3; ++i) EXPECT_EQ(few[r * 3 + i], order[i].second) << count;
+    }
+  }
+}
+
+TEST(Nearest, ProjectionsAndSumsFollowTheTable) {
+  const std::vector<float> rows = RandomRows(11, 80, 10), line = RandomRows(1, 80, 11);
+  const std::vector<uint32_t> ids = {10, 3, 3, 0}, into = {1, 0, 1, 2};
+  std::vector<float> out(4), sums(3 * 80, 1.0f);
+  ProjectRows(line.data(), {rows.data(), 80, ids.data()}, 4, 80, out.data());
+  AddRowsByIndex({rows.data(), 80, ids.data()}, 4, 80, into.data(), sums.data());
+  for (size_t i = 0; i < 4; ++i) {
+    double want = 0;
+    for (uint32_t j = 0; j < 80; ++j) want += double{line[j]} * rows[ids[i] * 80 + j];
+    EXPECT_NEAR(out[i], want, 1e-4);
+  }
+  for (uint32_t j = 0; j < 80; ++j) {
+    EXPECT_NEAR(sums[j], 1 + rows[3 * 80 + j], 1e-5);
+    EXPECT_NEAR(sums[80 + j], 1 + rows[10 * 80 + j] + rows[3 * 80 + j], 1e-5);
+    EXPECT_NEAR(sums[160 + j], 1 + rows[j], 1e-5);
+  }
 }
 
 }  // namespace

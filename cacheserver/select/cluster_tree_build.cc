@@ -11,8 +11,8 @@ namespace icecache::cluster_tree {
 
 namespace {
 
-constexpr uint32_t kBasisSample = 4096;  // rows that mean, scale and metric are learnt from
-constexpr uint32_t kPageSample = 384;    // pages that purity is measured on
+constexpr uint32_t kBasisSample = 2048;  // rows that mean, scale and metric are learnt from
+constexpr uint32_t kPageSample = 192;    // pages that purity is measured on
 constexpr float kSketchShare = 0.45f;  // of the variance inside pages that a sketch must see to pay
 constexpr float kSequentialTolerance =
     1.05f;                           // sequential pages win when at most this much less pure
@@ -35,7 +35,17 @@ void SampleRows(const TokenRows& rows, uint32_t sample, std::vector<float>* k,
 void LoadPage(const TokenRows& rows, const PageLayout& layout, uint32_t page, const Basis& basis,
               PageRows* out) {
   out->count = 0;
-  for (uint32_t i = layout.page_begin[page]; i < layout.page_begin[page + 1]; ++i) {
+  // A page's rows come from anywhere in the slice: fetch the next page's while these are worked on.
+  const uint32_t end = layout.page_begin[page + 1];
+  const auto ahead = std::min<size_t>(layout.tokens.size(), end + kPageRows);
+  for (size_t i = end; i < ahead; ++i) {
+    const size_t at = layout.tokens[i] * rows.row_bytes();
+    for (size_t line = 0; line < rows.row_bytes(); line += 64) {
+      __builtin_prefetch(rows.k + at + line);
+      __builtin_prefetch(rows.v + at + line);
+    }
+  }
+  for (uint32_t i = layout.page_begin[page]; i < end; ++i) {
     const size_t at = layout.tokens[i] * rows.row_bytes();
     out->Add(basis, rows.dtype, rows.k + at, rows.v + at);
   }
@@ -100,6 +110,7 @@ void LearnBasis(const float* k, const float* v, uint32_t count, uint32_t dim, Ba
   basis->mean.assign(mean.begin(), mean.end());
   basis->value_mean.assign(value.begin(), value.end());
   basis->scale.resize(dim);
+  basis->inverse.resize(dim);
   basis->weight.resize(dim);
   std::vector<double> weight(dim);
   for (uint32_t j = 0; j < dim; ++j) {
@@ -109,6 +120,7 @@ void LearnBasis(const float* k, const float* v, uint32_t count, uint32_t dim, Ba
     const double energy =
         energy_mean > 0 ? std::max<double>(basis->energy[j], 1e-3 * energy_mean) : 1.0;
     basis->scale[j] = static_cast<float>(scale);
+    basis->inverse[j] = 1.0f / basis->scale[j];
     weight[j] = energy * scale * scale;
   }
   const double total = std::accumulate(weight.begin(), weight.end(), 0.0);
@@ -124,22 +136,20 @@ void LearnPages(const TokenRows& rows, const Packing& packing, ClusterTreeOption
   const uint32_t page_count = packing.layout.page_count();
   const uint32_t sample = std::min(page_count, kPageSample);
   std::vector<double> variance(dim, 0.0);
-  PageRows page(dim);
+  std::vector<float> z(size_t{kPageRows} * dim), mean(dim), deviation(dim);
   uint64_t tokens = 0;
   for (uint32_t i = 0; i < sample; ++i) {
-    LoadPage(rows, packing.layout, static_cast<uint32_t>(uint64_t{i} * page_count / sample), *basis,
-             &page);
-    for (uint32_t j = 0; j < dim; ++j) {
-      float mean = 0, square = 0;
-      for (uint32_t r = 0; r < page.count; ++r) mean += page.z[size_t{r} * dim + j];
-      mean /= static_cast<float>(page.count);
-      for (uint32_t r = 0; r < page.count; ++r) {
-        const float x = page.z[size_t{r} * dim + j] - mean;
-        square += x * x;
-      }
-      variance[j] += square;
+    const auto page = static_cast<uint32_t>(uint64_t{i} * page_count / sample);
+    const uint32_t begin = packing.layout.page_begin[page];
+    const uint32_t count = packing.layout.page_begin[page + 1] - begin;
+    for (uint32_t r = 0; r < count; ++r) {
+      float* row = z.data() + size_t{r} * dim;
+      ToF32(rows.k + packing.layout.tokens[begin + r] * rows.row_bytes(), rows.dtype, dim, row);
+      ToCoordinates(*basis, row, row);
     }
-    tokens += page.count;
+    Moments(z.data(), count, dim, mean.data(), deviation.data());
+    for (uint32_t j = 0; j < dim; ++j) variance[j] += deviation[j];
+    tokens += count;
   }
   double spread = 0;
   std::vector<std::pair<double, uint32_t>> order(dim);  // most variance first

@@ -66,6 +66,7 @@ void GetBasis(ImageReader& in, uint32_t head_dim, Basis* basis) {
     *v = in.GetAll<float>();
     if (!v->empty() && v->size() != head_dim) in.Fail("a vector of the basis has the wrong length");
   }
+  for (float scale : basis->scale) basis->inverse.push_back(1.0f / scale);
   basis->sketch_dims = in.GetAll<uint32_t>();
   basis->page_spread = in.Get<float>();
   const bool dims_ok = basis->sketch_dims.empty() || basis->sketch_dims.size() == kSketchDims;

@@ -53,6 +53,7 @@ struct Basis {
   uint64_t tokens = 0;                // rows it was derived from
   std::vector<float> energy;          // [dim] of the queries, from BuildHints; empty when unknown
   std::vector<float> mean, scale;     // [dim]
+  std::vector<float> inverse;         // [dim] of scale
   std::vector<float> weight;          // [dim], of the metric
   std::vector<float> value_mean;      // [dim]
   std::vector<float> page_variance;   // [dim], of z within a page, mean over pages
@@ -134,6 +135,8 @@ struct PageRows {
 
 // nodes.cc: summaries.
 void ToCoordinates(const Basis& basis, const float* k, float* z);
+// mean[j] over rows[count, dim] and, unless null, deviation[j] = sum of (x - mean)^2.
+void Moments(const float* rows, uint32_t count, uint32_t dim, float* mean, float* deviation);
 void WritePage(Tree& tree, uint32_t page, const PageRows& rows);  // pages[page].slot must be set
 void WriteSuper(Tree& tree, uint32_t super);
 uint32_t TakeBlock(Tree& tree, uint32_t super);                // adds an empty block to a super

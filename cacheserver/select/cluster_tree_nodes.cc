@@ -71,9 +71,9 @@ size_t Tree::index_bytes() const {
 void ToCoordinates(const Basis& basis, const float* k, float* z) {
   const size_t dim = basis.mean.size();
   const float* mean = basis.mean.data();
-  const float* scale = basis.scale.data();
+  const float* inverse = basis.inverse.data();
   for (size_t j = 0; j < dim; ++j) {
-    const float x = (k[j] - mean[j]) / scale[j];
+    const float x = (k[j] - mean[j]) * inverse[j];
     z[j] = std::min(std::max(x, -kCoordinateMax), kCoordinateMax);
   }
 }
@@ -100,6 +100,27 @@ void DecodeMean(const NodeTable& nodes, uint32_t dim, uint32_t slot, float* z) {
   for (uint32_t j = 0; j < dim; ++j) z[j] = nodes.scale[slot] * row[j];
 }
 
+void Moments(const float* rows, uint32_t count, uint32_t dim, float* mean, float* deviation) {
+  constexpr uint32_t kBlock = 16;  // sums of as many dimensions stay in registers
+  const float share = 1.0f / static_cast<float>(count);
+  for (uint32_t j = 0; j < dim; j += kBlock) {
+    float sum[kBlock] = {}, square[kBlock] = {};
+    for (uint32_t r = 0; r < count; ++r) {
+      for (uint32_t i = 0; i < kBlock; ++i) sum[i] += rows[size_t{r} * dim + j + i];
+    }
+    for (float& x : sum) x *= share;
+    for (uint32_t i = 0; i < kBlock; ++i) mean[j + i] = sum[i];
+    if (deviation == nullptr) continue;
+    for (uint32_t r = 0; r < count; ++r) {
+      for (uint32_t i = 0; i < kBlock; ++i) {
+        const float x = rows[size_t{r} * dim + j + i] - sum[i];
+        square[i] += x * x;
+      }
+    }
+    for (uint32_t i = 0; i < kBlock; ++i) deviation[j + i] = square[i];
+  }
+}
+
 namespace {
 
 // Stores mean (in place: becomes the mean as quantised) and the numbers of a slot.
@@ -121,23 +142,6 @@ void WriteNode(const Basis& basis, uint32_t dim, uint32_t slot, uint32_t count, 
   nodes.scale[slot] = scale;
   nodes.square[slot] = total;
   nodes.log_count[slot] = std::log(static_cast<float>(count));
-}
-
-// mean[j] and sum over rows of (z - mean)^2 [j].
-void Moments(const PageRows& rows, float* mean, float* deviation) {
-  const uint32_t dim = rows.dim;
-  const float share = 1.0f / static_cast<float>(rows.count);
-  std::fill_n(mean, dim, 0.0f);
-  std::fill_n(deviation, dim, 0.0f);
-  for (uint32_t r = 0; r < rows.count; ++r) {
-    const float* z = rows.z.data() + size_t{r} * dim;
-    for (uint32_t j = 0; j < dim; ++j) mean[j] += z[j];
-  }
-  for (uint32_t j = 0; j < dim; ++j) mean[j] *= share;
-  for (uint32_t r = 0; r < rows.count; ++r) {
-    const float* z = rows.z.data() + size_t{r} * dim;
-    for (uint32_t j = 0; j < dim; ++j) deviation[j] += (z[j] - mean[j]) * (z[j] - mean[j]);
-  }
 }
 
 void WriteSketch(Tree& tree, uint32_t page, const PageRows& rows, const float* mean,
@@ -177,7 +181,7 @@ void WritePage(Tree& tree, uint32_t page_index, const PageRows& rows) {
   Page& page = tree.pages[page_index];
   KV_CHECK(rows.count >= 1 && rows.count <= kPageRows && page.slot != kNone);
   float mean[limits::kHeadDimMax], deviation[limits::kHeadDimMax];
-  Moments(rows, mean, deviation);
+  Moments(rows.z.data(), rows.count, dim, mean, deviation);
   page.count = rows.count;
   float spread = 0;
   for (uint32_t j = 0; j < dim; ++j) spread += tree.basis.weight[j] * deviation[j];
@@ -186,12 +190,7 @@ void WritePage(Tree& tree, uint32_t page_index, const PageRows& rows) {
   if (tree.basis.sketched()) WriteSketch(tree, page_index, rows, mean, deviation);
 
   float value[limits::kHeadDimMax];
-  const float share = 1.0f / static_cast<float>(rows.count);
-  std::fill_n(value, dim, 0.0f);
-  for (uint32_t r = 0; r < rows.count; ++r) {
-    const float* v = rows.v.data() + size_t{r} * dim;
-    for (uint32_t j = 0; j < dim; ++j) value[j] += share * v[j];
-  }
+  Moments(rows.v.data(), rows.count, dim, value, nullptr);
   for (uint32_t j = 0; j < dim; ++j) value[j] -= tree.basis.value_mean[j];
   page.value_scale = QuantizeRow(value, dim, tree.values.signed_row(page_index));
 }

@@ -1,361 +1,351 @@
-// Content packing: which tokens share a page.
+// Content packing: which tokens share a page, which pages a super.
 //
-//   parts    slices over 32k tokens are first divided among coarse centroids, which bounds memory
-//   and keeps the
-//            cost per token level
-//   supers   k-means trained on a sample, about 448 tokens each; small ones are dissolved
-//   pages    each super is bisected by two-means down to 16 tokens, cut at multiples of a page, so
-//   that only
-//            one page of a super is not full
+//   parts    a slice over 32k tokens is first divided among coarse centroids, which bounds memory
+//            and keeps the cost per token level
+//   seeds    one small cluster per 24 tokens, grouped in supers bottom-up, so that no super border
+//            cuts a seed's cluster; every token tries the seeds of its three nearest supers, twice
+//   pages    clusters over a page are bisected with cuts at multiples of a page; what is left of
+//            each is merged nearest first within its super
 #include <algorithm>
 #include <cmath>
-#include <cstring>
+#include <limits>
 #include <numeric>
-#include <random>
 
-#include "cacheserver/select/cluster_tree_internal.h"
-#include "kernels/distance.h"
-#include "kernels/nearest.h"
+#include "cacheserver/select/cluster_tree_points.h"
 
 namespace icecache::cluster_tree {
 
 namespace {
 
 constexpr uint32_t kPartTokens = 32768;
-constexpr uint32_t kSuperTokens = 448;
-constexpr uint32_t kSuperTokensMin = 192;
-constexpr uint32_t kSamplePerCentroid = 24;
-constexpr int kTrainPasses = 4;
-constexpr int kBisectPasses = 3;
-constexpr uint32_t kSuperPagesMax = 48;
-constexpr float kEnergyKept =
-    0.97f;  // of the metric's variance, by the dimensions that packing looks at
-constexpr uint32_t kValueDims = 32;  // random projections of the value
+constexpr uint32_t kPartSample = 128;  // tokens per coarse centroid to train it on
+constexpr uint32_t kSeedTokens = 24;
+constexpr uint32_t kSuperSeeds = 24;
+constexpr uint32_t kSuperSeedsMax = 32;
+constexpr uint32_t kProbedSupers = 3;
+constexpr uint32_t kSuperTokensMin = 256;  // smaller supers join others
+constexpr uint32_t kSuperTokensMax = 48 * kPageRows;
+constexpr uint32_t kFullEnough = 14;  // a page's worth: not mixed with strangers to fill up
 
-using Rng = std::mt19937_64;
-
-// Points to be packed: x[count, dim], point i being token ids[i].
-struct Points {
-  uint32_t dim = 0;
-  std::vector<uint32_t> ids;
-  std::vector<float> x;
-  uint32_t count() const { return static_cast<uint32_t>(ids.size()); }
-  const float* row(size_t i) const { return x.data() + i * dim; }
-  float* row(size_t i) { return x.data() + i * dim; }
+// Seeds of one part and the supers that group them.
+struct Seeds {
+  Points means;
+  std::vector<uint32_t> super_of;
+  Points supers;
+  uint32_t count() const { return means.count(); }
 };
 
-// Turns stored rows into points of the metric's leading dimensions, plus projected values.
-class Projection {
- public:
-  Projection(const TokenRows& rows, const Basis& basis, float value_share, Rng& rng)
-      : rows_(rows), basis_(basis), buffer_(rows.head_dim) {
-    ChooseDims();
-    if (value_share > 0) ChooseValues(value_share, rng);
-    dim_ = (static_cast<uint32_t>(dims_.size()) + value_dims_ + 15) / 16 * 16;
-  }
-
-  void Load(Points* points) {
-    points->dim = dim_;
-    points->x.assign(size_t{points->count()} * dim_, 0.0f);
-    for (uint32_t i = 0; i < points->count(); ++i) LoadRow(points->ids[i], points->row(i));
-  }
-
- private:
-  void ChooseDims() {
-    const uint32_t dim = rows_.head_dim;
-    std::vector<uint32_t> order(dim);
-    std::iota(order.begin(), order.end(), 0u);
-    std::stable_sort(order.begin(), order.end(),
-                     [&](uint32_t a, uint32_t b) { return basis_.weight[a] > basis_.weight[b]; });
-    const float total = std::accumulate(basis_.weight.begin(), basis_.weight.end(), 0.0f);
-    float kept = 0;
-    for (uint32_t j : order) {
-      if (kept >= kEnergyKept * total) break;
-      kept += basis_.weight[j];
-      dims_.push_back(j);
-    }
-    while (dims_.size() % 16 != 0)
-      dims_.push_back(order[dims_.size()]);  // free: rows are padded to that anyway
-    std::sort(dims_.begin(), dims_.end());
-    factor_.resize(dims_.size());
-    for (size_t i = 0; i < dims_.size(); ++i) factor_[i] = std::sqrt(basis_.weight[dims_[i]]);
-  }
-
-  void ChooseValues(float share, Rng& rng) {
-    value_dims_ = kValueDims;
-    directions_.resize(size_t{kValueDims} * rows_.head_dim);
-    for (float& d : directions_) d = (rng() & 1) != 0 ? 1.0f : -1.0f;
-    double square = 0, key = 0;
-    float projected[kValueDims];
-    const uint32_t sample = std::min(rows_.count, 512u);
-    for (uint32_t i = 0; i < sample; ++i) {
-      Project(size_t{i} * rows_.count / sample, projected);
-      for (float p : projected) square += double{p} * p / sample;
-    }
-    for (float f : factor_) key += double{f} * f;
-    value_factor_ = square > 0 ? static_cast<float>(std::sqrt(share * key / square)) : 0.0f;
-  }
-
-  void Project(size_t token, float* out) {
-    ToF32(rows_.v + token * rows_.row_bytes(), rows_.dtype, rows_.head_dim, buffer_.data());
-    for (uint32_t j = 0; j < rows_.head_dim; ++j) buffer_[j] -= basis_.value_mean[j];
-    DotRows(buffer_.data(), 1, reinterpret_cast<const std::byte*>(directions_.data()), DType::kF32,
-            kValueDims, rows_.head_dim, out, kValueDims);
-  }
-
-  void LoadRow(uint32_t token, float* x) {
-    ToF32(rows_.k + token * rows_.row_bytes(), rows_.dtype, rows_.head_dim, buffer_.data());
-    ToCoordinates(basis_, buffer_.data(), buffer_.data());
-    for (size_t i = 0; i < dims_.size(); ++i) x[i] = buffer_[dims_[i]] * factor_[i];
-    if (value_dims_ == 0) return;
-    float* values = x + dims_.size();
-    Project(token, values);
-    for (uint32_t i = 0; i < value_dims_; ++i) values[i] *= value_factor_;
-  }
-
-  const TokenRows& rows_;
-  const Basis& basis_;
-  std::vector<float> buffer_;
-  std::vector<uint32_t> dims_;
-  std::vector<float> factor_, directions_;
-  float value_factor_ = 0;
-  uint32_t value_dims_ = 0, dim_ = 0;
-};
-
-// Lloyd's iterations over points; centroids[count, dim] start at random distinct points.
-std::vector<float> TrainCentroids(const Points& points, uint32_t count, Rng& rng) {
-  const uint32_t dim = points.dim;
-  std::vector<float> centroids(size_t{count} * dim);
-  for (uint32_t c = 0; c < count; ++c) {
-    // One point from each stretch of the sample: distinct, and spread over the positions.
-    const size_t low = size_t{c} * points.count() / count;
-    const size_t high = std::max(low + 1, size_t{c + 1} * points.count() / count);
-    std::copy_n(points.row(low + rng() % (high - low)), dim, centroids.data() + size_t{c} * dim);
-  }
+// Divides seeds among supers anew. K-means leaves some groups large, and large ones attract most
+// probes, so they are cut: the cost of a probe is bounded by kSuperSeedsMax.
+void Regroup(Seeds* seeds, Rng& rng) {
+  const uint32_t dim = seeds->means.dim;
+  const uint32_t supers = std::max(1u, seeds->count() / kSuperSeeds);
   CentroidPanels panels;
-  std::vector<uint32_t> best(points.count()), sizes(count);
-  for (int pass = 0; pass < kTrainPasses; ++pass) {
-    panels.Assign(centroids.data(), count, dim);
-    Nearest(panels, points.x.data(), dim, points.count(), best.data(), nullptr);
-    std::fill(centroids.begin(), centroids.end(), 0.0f);
-    std::fill(sizes.begin(), sizes.end(), 0u);
-    for (uint32_t i = 0; i < points.count(); ++i) {
-      float* c = centroids.data() + size_t{best[i]} * dim;
-      const float* x = points.row(i);
-      for (uint32_t j = 0; j < dim; ++j) c[j] += x[j];
-      ++sizes[best[i]];
-    }
-    for (uint32_t c = 0; c < count; ++c) {
-      float* to = centroids.data() + size_t{c} * dim;
-      if (sizes[c] == 0)
-        std::copy_n(points.row(rng() % points.count()), dim, to);
-      else
-        for (uint32_t j = 0; j < dim; ++j) to[j] /= static_cast<float>(sizes[c]);
-    }
-  }
-  return centroids;
-}
-
-// An evenly spaced sample of the points' tokens, loaded.
-Points SamplePoints(const std::vector<uint32_t>& ids, uint32_t sample, Projection& projection) {
-  Points points;
-  for (uint32_t i = 0; i < sample; ++i) points.ids.push_back(ids[size_t{i} * ids.size() / sample]);
-  projection.Load(&points);
-  return points;
-}
-
-// Bisects one super's points into pages.
-class Bisector {
- public:
-  Bisector(uint32_t dim, Packing* out) : dim_(dim), out_(out) {}
-
-  void Run(Points points) {
-    points_ = std::move(points);
-    const uint32_t n = points_.count();
-    spare_.resize(size_t{n} * dim_);
-    projection_.resize(n);
-    Cut(0, n, false);
-  }
-
- private:
-  // Orders [begin, end) in pages. in_super: an enclosing range has already opened the super.
-  void Cut(uint32_t begin, uint32_t end, bool in_super) {
-    const uint32_t n = end - begin;
-    const uint32_t pages = (n + kPageRows - 1) / kPageRows;
-    if (!in_super && pages <= kSuperPagesMax) {
-      out_->super_begin.push_back(static_cast<uint32_t>(out_->layout.page_begin.size()));
-      in_super = true;
-    }
-    if (n <= kPageRows) {
-      out_->layout.page_begin.push_back(static_cast<uint32_t>(out_->layout.tokens.size()));
-      for (uint32_t i = begin; i < end; ++i) out_->layout.tokens.push_back(points_.ids[i]);
+  panels.Assign(TrainCentroids(seeds->means, supers, rng).data(), supers, dim);
+  seeds->super_of.resize(seeds->count());
+  Nearest(panels, seeds->means.table(), seeds->count(), seeds->super_of.data(), nullptr);
+  Bisector bisector(seeds->means);
+  seeds->supers.dim = dim;
+  seeds->supers.x.clear();
+  const auto add = [&](std::span<uint32_t> group, const auto& self) -> void {
+    if (group.size() > kSuperSeedsMax) {
+      const uint32_t left = bisector.Divide(group, kBlockRows);
+      self(group.first(left), self);
+      self(group.subspan(left), self);
       return;
     }
-    const uint32_t left = TwoMeans(begin, end);
-    Cut(begin, begin + left, in_super);
-    Cut(begin + left, end, in_super);
-  }
-
-  // Sorts the range along the line between two means; returns the size of the left side,
-  // page-aligned.
-  uint32_t TwoMeans(uint32_t begin, uint32_t end) {
-    const uint32_t n = end - begin;
-    std::vector<float> line(dim_), low(dim_), high(dim_);
-    FarPoints(begin, end, low.data(), high.data());
-    uint32_t natural = n / 2;
-    for (int pass = 0; pass < kBisectPasses; ++pass) {
-      float middle = 0;
-      for (uint32_t j = 0; j < dim_; ++j) {
-        line[j] = high[j] - low[j];
-        middle += 0.5f * (high[j] * high[j] - low[j] * low[j]);
+    std::vector<float>& x = seeds->supers.x;
+    const size_t at = x.size();
+    x.resize(at + dim, 0.0f);
+    for (uint32_t seed : group) {
+      seeds->super_of[seed] = static_cast<uint32_t>(at / dim);
+      for (uint32_t j = 0; j < dim; ++j) {
+        x[at + j] += seeds->means.row(seed)[j] / static_cast<float>(group.size());
       }
-      Project(begin, n, line.data());
-      natural = Means(begin, n, middle, low.data(), high.data());
-      if (natural == 0 || natural == n) break;
     }
-    return SortAndCut(begin, n, natural);
+  };
+  for (std::vector<uint32_t>& group : Group(seeds->super_of, supers)) {
+    if (!group.empty()) add(group, add);
+  }
+}
+
+// For each super the rows that have it among their nearest.
+std::vector<std::vector<uint32_t>> ProbedBy(const Points& points, std::span<const uint32_t> rows,
+                                            const Points& supers) {
+  CentroidPanels panels;
+  panels.Assign(supers.x.data(), supers.count(), supers.dim);
+  const uint32_t probes = std::min(kProbedSupers, supers.count());
+  std::vector<uint32_t> nearest(rows.size() * probes);
+  NearestFew(panels, points.table(rows.data()), rows.size(), probes, nearest.data());
+  std::vector<std::vector<uint32_t>> probed(supers.count());
+  for (size_t i = 0; i < nearest.size(); ++i) probed[nearest[i]].push_back(rows[i / probes]);
+  return probed;
+}
+
+// seed_of[row] = the nearest seed of the row's probed supers, for the rows given.
+void AssignSeeds(const Points& points, std::span<const uint32_t> rows, const Seeds& seeds,
+                 std::vector<uint32_t>* seed_of) {
+  const uint32_t dim = points.dim;
+  std::vector<float> best(points.count(), std::numeric_limits<float>::lowest()), score, centroids;
+  std::vector<uint32_t> nearest;
+  const auto probed = ProbedBy(points, rows, seeds.supers);
+  const auto members = Group(seeds.super_of, seeds.supers.count());
+  CentroidPanels panels;
+  for (size_t s = 0; s < members.size(); ++s) {
+    if (members[s].empty() || probed[s].empty()) continue;
+    centroids.clear();
+    for (uint32_t seed : members[s]) {
+      centroids.insert(centroids.end(), seeds.means.row(seed), seeds.means.row(seed) + dim);
+    }
+    panels.Assign(centroids.data(), static_cast<uint32_t>(members[s].size()), dim);
+    nearest.resize(probed[s].size());
+    score.resize(probed[s].size());
+    Nearest(panels, points.table(probed[s].data()), probed[s].size(), nearest.data(), score.data());
+    for (size_t i = 0; i < probed[s].size(); ++i) {
+      const uint32_t row = probed[s][i];
+      if (score[i] <= best[row]) continue;
+      best[row] = score[i];
+      (*seed_of)[row] = members[s][nearest[i]];
+    }
+  }
+}
+
+// Moves every seed to the mean of its rows; one without rows stays.
+void MoveSeeds(const Points& points, std::span<const uint32_t> rows,
+               const std::vector<uint32_t>& seed_of, Seeds* seeds) {
+  const uint32_t dim = points.dim;
+  std::vector<uint32_t> sizes(seeds->count(), 0), into;
+  std::vector<float> sums(seeds->means.x.size(), 0.0f);
+  for (uint32_t row : rows) into.push_back(seed_of[row]);
+  for (uint32_t seed : into) ++sizes[seed];
+  AddRowsByIndex(points.table(rows.data()), rows.size(), dim, into.data(), sums.data());
+  for (uint32_t s = 0; s < seeds->count(); ++s) {
+    if (sizes[s] == 0) continue;
+    const float share = 1.0f / static_cast<float>(sizes[s]);
+    for (uint32_t j = 0; j < dim; ++j) {
+      seeds->means.x[size_t{s} * dim + j] = sums[size_t{s} * dim + j] * share;
+    }
+  }
+}
+
+// Clusters of a part: the rows of each seed.
+std::vector<std::vector<uint32_t>> Cluster(const Points& points, Rng& rng, Seeds* seeds) {
+  const uint32_t n = points.count();
+  const uint32_t count = std::max(1u, n / kSeedTokens);
+  seeds->means.dim = points.dim;
+  std::vector<uint32_t> all(n), half;
+  std::iota(all.begin(), all.end(), 0u);
+  for (uint32_t i = 0; i < count; ++i) {
+    const size_t low = size_t{i} * n / count;
+    const size_t high = std::max(low + 1, size_t{i + 1} * n / count);
+    const float* x = points.row(low + rng() % (high - low));
+    seeds->means.x.insert(seeds->means.x.end(), x, x + points.dim);
+  }
+  for (uint32_t i = 0; i < n; i += 2) half.push_back(i);
+  std::vector<uint32_t> seed_of(n, 0);
+  for (const auto* rows : {&half, &all}) {
+    Regroup(seeds, rng);
+    AssignSeeds(points, *rows, *seeds, &seed_of);
+    MoveSeeds(points, *rows, seed_of, seeds);
+  }
+  return Group(seed_of, count);
+}
+
+// Groups of seeds, each of at most kSuperTokensMax tokens, that will be supers.
+class SuperPlanner {
+ public:
+  SuperPlanner(const Seeds& seeds, const std::vector<std::vector<uint32_t>>& clusters)
+      : seeds_(seeds), clusters_(clusters), bisector_(seeds.means) {}
+
+  std::vector<std::vector<uint32_t>> Run() {
+    for (std::vector<uint32_t>& group : Group(seeds_.super_of, seeds_.supers.count())) {
+      std::erase_if(group, [&](uint32_t seed) { return clusters_[seed].empty(); });
+      if (!group.empty()) Split(group);
+    }
+    JoinSmall();
+    return std::move(groups_);
   }
 
-  void Project(uint32_t begin, uint32_t n, const float* line) {
-    DotRows(line, 1, reinterpret_cast<const std::byte*>(points_.row(begin)), DType::kF32, n, dim_,
-            projection_.data(), n);
+ private:
+  uint32_t Tokens(std::span<const uint32_t> group) const {
+    uint32_t tokens = 0;
+    for (uint32_t seed : group) tokens += static_cast<uint32_t>(clusters_[seed].size());
+    return tokens;
   }
 
-  // low = the point farthest from the range's first, high = the one farthest from low.
-  void FarPoints(uint32_t begin, uint32_t end, float* low, float* high) {
-    const auto farthest = [&](const float* from) {
-      uint32_t best = begin;
-      Project(begin, end - begin, from);
-      float least = 0;
-      for (uint32_t i = begin; i < end; ++i) {
-        const float score = projection_[i - begin];
-        if (i == begin || score < least) {
-          least = score;
-          best = i;
+  void Split(std::span<uint32_t> group) {
+    if (Tokens(group) <= kSuperTokensMax || group.size() == 1) {
+      groups_.emplace_back(group.begin(), group.end());
+      return;
+    }
+    const uint32_t left = bisector_.Divide(group, 0);
+    Split(group.first(left));
+    Split(group.subspan(left));
+  }
+
+  // Each small group joins the nearest that has room for it.
+  void JoinSmall() {
+    const uint32_t dim = seeds_.means.dim;
+    std::vector<std::vector<float>> centre(groups_.size(), std::vector<float>(dim, 0.0f));
+    for (size_t g = 0; g < groups_.size(); ++g) {
+      for (uint32_t seed : groups_[g]) {
+        for (uint32_t j = 0; j < dim; ++j) {
+          centre[g][j] += seeds_.means.row(seed)[j] / static_cast<float>(groups_[g].size());
         }
       }
-      return points_.row(best);
-    };
-    std::copy_n(farthest(points_.row(begin)), dim_, low);
-    std::copy_n(farthest(low), dim_, high);
-  }
-
-  // Means of the points on either side of `middle`; returns how many lie below.
-  uint32_t Means(uint32_t begin, uint32_t n, float middle, float* low, float* high) {
-    std::vector<float> sum(size_t{2} * dim_, 0.0f);
-    uint32_t below = 0;
-    for (uint32_t i = 0; i < n; ++i) {
-      const bool is_high = projection_[i] > middle;
-      below += is_high ? 0 : 1;
-      float* to = sum.data() + (is_high ? dim_ : 0);
-      const float* x = points_.row(begin + i);
-      for (uint32_t j = 0; j < dim_; ++j) to[j] += x[j];
     }
-    if (below == 0 || below == n) return below;
-    for (uint32_t j = 0; j < dim_; ++j) low[j] = sum[j] / static_cast<float>(below);
-    for (uint32_t j = 0; j < dim_; ++j) high[j] = sum[dim_ + j] / static_cast<float>(n - below);
-    return below;
-  }
-
-  // The cut nearest to `natural` that leaves at most one page that is not full.
-  static uint32_t AlignedCut(uint32_t n, uint32_t natural) {
-    const uint32_t rest = n % kPageRows;
-    uint32_t best = kPageRows;
-    for (uint32_t full = 0; full < n; full += kPageRows) {
-      for (uint32_t cut : {full, full + rest}) {
-        if (cut == 0 || cut >= n) continue;
-        const auto miss = [&](uint32_t c) { return c > natural ? c - natural : natural - c; };
-        if (miss(cut) < miss(best)) best = cut;
+    for (size_t g = 0; g < groups_.size(); ++g) {
+      const uint32_t tokens = Tokens(groups_[g]);
+      if (tokens >= kSuperTokensMin) continue;
+      size_t best = g;
+      float least = std::numeric_limits<float>::max();
+      for (size_t other = 0; other < groups_.size(); ++other) {
+        if (other == g || groups_[other].empty() ||
+            Tokens(groups_[other]) + tokens > kSuperTokensMax)
+          continue;
+        float distance = 0;
+        for (uint32_t j = 0; j < dim; ++j) {
+          distance += (centre[g][j] - centre[other][j]) * (centre[g][j] - centre[other][j]);
+        }
+        if (distance < least) {
+          least = distance;
+          best = other;
+        }
       }
+      if (best == g) continue;
+      groups_[best].insert(groups_[best].end(), groups_[g].begin(), groups_[g].end());
+      groups_[g].clear();
     }
-    return best;
+    std::erase_if(groups_, [](const auto& group) { return group.empty(); });
   }
 
-  uint32_t SortAndCut(uint32_t begin, uint32_t n, uint32_t natural) {
-    const uint32_t cut = AlignedCut(n, natural);
-    order_.resize(n);
-    std::iota(order_.begin(), order_.end(), 0u);
-    std::nth_element(
-        order_.begin(), order_.begin() + cut, order_.end(), [&](uint32_t a, uint32_t b) {
-          return projection_[a] != projection_[b] ? projection_[a] < projection_[b] : a < b;
-        });
-    std::vector<uint32_t> ids(n);
-    for (uint32_t i = 0; i < n; ++i) {
-      ids[i] = points_.ids[begin + order_[i]];
-      std::memcpy(spare_.data() + size_t{i} * dim_, points_.row(begin + order_[i]),
-                  dim_ * sizeof(float));
-    }
-    std::copy(ids.begin(), ids.end(), points_.ids.begin() + begin);
-    std::memcpy(points_.row(begin), spare_.data(), size_t{n} * dim_ * sizeof(float));
-    return cut;
-  }
-
-  const uint32_t dim_;
-  Packing* out_;
-  Points points_;
-  std::vector<float> spare_, projection_;
-  std::vector<uint32_t> order_;
+  const Seeds& seeds_;
+  const std::vector<std::vector<uint32_t>>& clusters_;
+  Bisector bisector_;
+  std::vector<std::vector<uint32_t>> groups_;
 };
 
-// Nearest centroid of every point, then centroids with few points dissolved and theirs dealt out
-// again.
-std::vector<uint32_t> AssignSupers(const Points& points, std::vector<float> centroids,
-                                   uint32_t* count) {
-  const uint32_t dim = points.dim;
-  std::vector<uint32_t> best(points.count()), sizes(*count, 0), renamed(*count, kNone);
-  CentroidPanels panels;
-  panels.Assign(centroids.data(), *count, dim);
-  Nearest(panels, points.x.data(), dim, points.count(), best.data(), nullptr);
-  for (uint32_t b : best) ++sizes[b];
-  uint32_t kept = 0;
-  for (uint32_t c = 0; c < *count; ++c) {
-    if (sizes[c] < kSuperTokensMin) continue;
-    renamed[c] = kept;
-    std::copy_n(centroids.begin() + size_t{c} * dim, dim, centroids.begin() + size_t{kept} * dim);
-    ++kept;
-  }
-  if (kept == 0) {
-    *count = 1;
-    return std::vector<uint32_t>(points.count(), 0);
-  }
-  panels.Assign(centroids.data(), kept, dim);
-  for (uint32_t i = 0; i < points.count(); ++i) {
-    if (renamed[best[i]] != kNone)
-      best[i] = renamed[best[i]];
-    else
-      Nearest(panels, points.row(i), dim, 1, &best[i], nullptr);
-  }
-  *count = kept;
-  return best;
-}
+// Cuts the clusters of one super into pages.
+class Pager {
+ public:
+  Pager(const Points& points, Packing* out) : points_(points), bisector_(points), out_(out) {}
 
-// Members of each of `count` groups, in order.
-std::vector<std::vector<uint32_t>> Group(const std::vector<uint32_t>& group_of, uint32_t count) {
-  std::vector<std::vector<uint32_t>> members(count);
-  for (uint32_t i = 0; i < group_of.size(); ++i) members[group_of[i]].push_back(i);
-  return members;
-}
+  // rows_of: the clusters, consumed.
+  void Run(std::vector<std::vector<uint32_t>*> rows_of) {
+    out_->super_begin.push_back(static_cast<uint32_t>(out_->layout.page_begin.size()));
+    rest_.clear();
+    for (std::vector<uint32_t>* rows : rows_of) Cut(*rows);
+    while (!rest_.empty()) MergeOne();
+  }
+
+ private:
+  struct Rest {
+    std::vector<uint32_t> rows;
+    std::vector<float> sum;  // of the rows
+  };
+
+  void Emit(std::span<const uint32_t> rows) {
+    out_->layout.page_begin.push_back(static_cast<uint32_t>(out_->layout.tokens.size()));
+    for (uint32_t row : rows) out_->layout.tokens.push_back(points_.ids[row]);
+  }
+
+  void Cut(std::span<uint32_t> rows) {
+    if (rows.size() > kPageRows) {
+      const uint32_t left = bisector_.Divide(rows, kPageRows);
+      Cut(rows.first(left));
+      Cut(rows.subspan(left));
+    } else if (rows.size() >= kFullEnough) {
+      Emit(rows);
+    } else {
+      rest_.push_back(MakeRest({rows.begin(), rows.end()}));
+    }
+  }
+
+  Rest MakeRest(std::vector<uint32_t> rows) const {
+    Rest rest{std::move(rows), std::vector<float>(points_.dim, 0.0f)};
+    for (uint32_t row : rest.rows) {
+      for (uint32_t j = 0; j < points_.dim; ++j) rest.sum[j] += points_.row(row)[j];
+    }
+    return rest;
+  }
+
+  float Distance(const Rest& a, const Rest& b) const {
+    const float x = 1.0f / static_cast<float>(a.rows.size()),
+                y = 1.0f / static_cast<float>(b.rows.size());
+    float lanes[16] = {};
+    for (uint32_t j = 0; j < points_.dim; j += 16) {
+      for (uint32_t i = 0; i < 16; ++i) {
+        const float d = a.sum[j + i] * x - b.sum[j + i] * y;
+        lanes[i] += d * d;
+      }
+    }
+    return std::accumulate(lanes, lanes + 16, 0.0f);
+  }
+
+  // The largest rest takes in the nearest until it makes a page; the last one taken may be cut.
+  void MergeOne() {
+    const auto largest = std::max_element(
+        rest_.begin(), rest_.end(),
+        [](const Rest& a, const Rest& b) { return a.rows.size() < b.rows.size(); });
+    Rest page = std::move(*largest);
+    rest_.erase(largest);
+    while (page.rows.size() < kFullEnough && !rest_.empty()) {
+      size_t best = 0;
+      float least = std::numeric_limits<float>::max();
+      for (size_t i = 0; i < rest_.size(); ++i) {
+        const float distance = Distance(page, rest_[i]);
+        if (distance >= least) continue;
+        least = distance;
+        best = i;
+      }
+      Take(best, &page);
+    }
+    Emit(page.rows);
+  }
+
+  void Take(size_t index, Rest* page) {
+    Rest& from = rest_[index];
+    const size_t room = kPageRows - page->rows.size();
+    if (from.rows.size() > room) {  // the rows most along the line to the page
+      std::vector<float> line(points_.dim), along(from.rows.size());
+      for (uint32_t j = 0; j < points_.dim; ++j) {
+        line[j] = page->sum[j] / static_cast<float>(page->rows.size()) -
+                  from.sum[j] / static_cast<float>(from.rows.size());
+      }
+      ProjectRows(line.data(), points_.table(from.rows.data()), from.rows.size(), points_.dim,
+                  along.data());
+      std::vector<std::pair<float, uint32_t>> order;
+      for (size_t i = 0; i < along.size(); ++i) order.emplace_back(-along[i], from.rows[i]);
+      std::sort(order.begin(), order.end());
+      std::vector<uint32_t> taken, kept;
+      for (size_t i = 0; i < order.size(); ++i)
+        (i < room ? taken : kept).push_back(order[i].second);
+      from = MakeRest(std::move(kept));
+      page->rows.insert(page->rows.end(), taken.begin(), taken.end());
+      return;  // full
+    }
+    page->rows.insert(page->rows.end(), from.rows.begin(), from.rows.end());
+    for (uint32_t j = 0; j < points_.dim; ++j) page->sum[j] += from.sum[j];
+    rest_.erase(rest_.begin() + static_cast<ptrdiff_t>(index));
+  }
+
+  const Points& points_;
+  Bisector bisector_;
+  Packing* out_;
+  std::vector<Rest> rest_;
+};
 
 void PackPart(std::vector<uint32_t> ids, Projection& projection, Rng& rng, Packing* out) {
   Points points;
   points.ids = std::move(ids);
   projection.Load(&points);
-  uint32_t supers = std::max(1u, points.count() / kSuperTokens);
-  const uint32_t sample = std::min(points.count(), supers * kSamplePerCentroid);
-  const Points train = SamplePoints(points.ids, sample, projection);
-  const std::vector<uint32_t> super_of =
-      AssignSupers(points, TrainCentroids(train, supers, rng), &supers);
-  Bisector bisector(points.dim, out);
-  for (const std::vector<uint32_t>& members : Group(super_of, supers)) {
-    if (members.empty()) continue;
-    Points local;
-    local.dim = points.dim;
-    local.x.reserve(members.size() * points.dim);
-    for (uint32_t m : members) {
-      local.ids.push_back(points.ids[m]);
-      local.x.insert(local.x.end(), points.row(m), points.row(m) + points.dim);
-    }
-    bisector.Run(std::move(local));
+  Seeds seeds;
+  std::vector<std::vector<uint32_t>> clusters = Cluster(points, rng, &seeds);
+  Pager pager(points, out);
+  for (const std::vector<uint32_t>& group : SuperPlanner(seeds, clusters).Run()) {
+    std::vector<std::vector<uint32_t>*> rows_of;
+    for (uint32_t seed : group) rows_of.push_back(&clusters[seed]);
+    pager.Run(std::move(rows_of));
   }
 }
 
@@ -365,17 +355,21 @@ std::vector<std::vector<uint32_t>> Parts(uint32_t count, Projection& projection,
   std::iota(all.begin(), all.end(), 0u);
   const uint32_t parts = (count + kPartTokens - 1) / kPartTokens;
   if (parts <= 1) return {std::move(all)};
-  const Points train = SamplePoints(all, parts * 128, projection);
+  Points train;
+  for (uint32_t i = 0; i < parts * kPartSample; ++i) {
+    train.ids.push_back(static_cast<uint32_t>(uint64_t{i} * count / (parts * kPartSample)));
+  }
+  projection.Load(&train);
   CentroidPanels panels;
   panels.Assign(TrainCentroids(train, parts, rng).data(), parts, train.dim);
   std::vector<uint32_t> part_of(count);
-  constexpr uint32_t kBlock = 512;
+  constexpr uint32_t kBlock = 480;
   for (uint32_t first = 0; first < count; first += kBlock) {
     Points block;
     const uint32_t n = std::min(kBlock, count - first);
     block.ids.assign(all.begin() + first, all.begin() + first + n);
     projection.Load(&block);
-    Nearest(panels, block.x.data(), block.dim, n, part_of.data() + first, nullptr);
+    Nearest(panels, block.table(), n, part_of.data() + first, nullptr);
   }
   return Group(part_of, parts);
 }

@@ -1,0 +1,73 @@
+// Points and bisection: tools of content packing (cluster_tree_pack.cc), of no use outside it.
+#pragma once
+
+#include <random>
+#include <span>
+#include <vector>
+
+#include "cacheserver/select/cluster_tree_internal.h"
+#include "kernels/nearest.h"
+
+namespace icecache::cluster_tree {
+
+using Rng = std::mt19937_64;
+
+// x[count, dim]; point i stands for token ids[i] where that means anything.
+struct Points {
+  uint32_t dim = 0;
+  std::vector<uint32_t> ids;
+  std::vector<float> x;
+
+  uint32_t count() const { return static_cast<uint32_t>(x.size() / (dim > 0 ? dim : 1)); }
+  const float* row(size_t i) const { return x.data() + i * dim; }
+  RowTable table(const uint32_t* rows = nullptr) const { return {x.data(), dim, rows}; }
+};
+
+// Turns stored rows into points: the metric's leading dimensions, then projected values.
+class Projection {
+ public:
+  // value_share > 0: values take part, scaled to that share of the keys' variance.
+  Projection(const TokenRows& rows, const Basis& basis, float value_share, Rng& rng);
+  // Fills dim and x for points->ids.
+  void Load(Points* points);
+
+ private:
+  void ChooseDims();
+  void ChooseValues(float share, Rng& rng);
+  void ProjectValue(size_t token, float* out);
+  void LoadRow(uint32_t token, float* x);
+
+  const TokenRows& rows_;
+  const Basis& basis_;
+  std::vector<float> buffer_;
+  std::vector<uint32_t> dims_;  // ascending; all of them when nothing is gained by leaving some out
+  std::vector<float> factor_, directions_;
+  float value_factor_ = 0;
+  uint32_t value_dims_ = 0, dim_ = 0;
+};
+
+// Lloyd's iterations over points; returns centroids[count, dim], which start at points spread over
+// the order. REQUIRES: 1 <= count <= points.count().
+std::vector<float> TrainCentroids(const Points& points, uint32_t count, Rng& rng);
+
+// Members of each of `count` groups, in order.
+std::vector<std::vector<uint32_t>> Group(std::span<const uint32_t> group_of, uint32_t count);
+
+// Two-means over some rows of a set of points.
+class Bisector {
+ public:
+  explicit Bisector(const Points& points) : points_(points) {}
+  // Reorders rows: one side first, then the other; returns the size of the first, in [1, size).
+  // align > 0: both sides but at most one are multiples of it. REQUIRES: rows.size() >= 2, > align.
+  uint32_t Divide(std::span<uint32_t> rows, uint32_t align);
+
+ private:
+  void FarPoints(std::span<const uint32_t> rows, float* low, float* high);
+  uint32_t Means(std::span<const uint32_t> rows, float middle, float* low, float* high);
+
+  const Points& points_;
+  std::vector<float> projection_, line_, means_;
+  std::vector<uint32_t> side_, order_, spare_;
+};
+
+}  // namespace icecache::cluster_tree
