@@ -46,7 +46,8 @@ class FakeWorker : public Pollable {
     return pending_.load() == 0;
   }
 
-  int polls = 0, done = 0, arms = 0;
+  int polls = 0, done = 0;
+  std::atomic<int> arms{0};
   std::function<void()> on_work;
 
  private:
@@ -183,13 +184,13 @@ TEST(Reactor, SleepingLoopIsWokenByThePollablesDescriptor) {
   reactor.Attach(&worker);
   std::thread thread([&] {
     for (int i = 0; i < 50; ++i) {
+      // Armed again: asleep, or about to be.
+      for (const int seen = worker.arms; worker.arms == seen;) std::this_thread::yield();
       worker.Add();
-      std::this_thread::yield();
     }
   });
   EXPECT_TRUE(reactor.RunUntil([&] { return worker.done == 50; }, clock->Now() + seconds(10)));
   thread.join();
-  EXPECT_GT(worker.arms, 0);
   reactor.Detach(&worker);
 }
 
@@ -212,9 +213,9 @@ TEST(Reactor, SpinsBeforeArmingOnlyWhenAskedTo) {
     reactor.Attach(&worker);
     reactor.RunUntil([] { return false; }, clock->Now() + milliseconds(20));
     if (spin == Duration(0)) {
-      EXPECT_GT(worker.arms, 0);
+      EXPECT_GT(worker.arms.load(), 0);
     } else {
-      EXPECT_EQ(worker.arms, 0);  // 20 ms are less than the spin
+      EXPECT_EQ(worker.arms.load(), 0);  // 20 ms are less than the spin
       EXPECT_GT(worker.polls, 100);
     }
     reactor.Detach(&worker);

@@ -43,6 +43,11 @@ inline Bytes RandomBytes(size_t count, uint64_t seed) {
   return bytes;
 }
 
+// As == does, and at once also under sanitizers.
+inline bool Same(const Bytes& a, const Bytes& b) {
+  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size()) == 0);
+}
+
 // A received message, kept.
 struct Got {
   uint16_t kind = 0, flags = 0;

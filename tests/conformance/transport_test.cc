@@ -16,6 +16,7 @@ TEST_P(TransportSuite, EveryFieldAndSizeArrivesAsSent) {
                                       8193, 65000, 65536, 100000, 1u << 20, 4u << 20};
   for (const size_t meta_bytes : metas) {
     for (const size_t body_bytes : bodies) {
+      if (meta_bytes > 8 && body_bytes > 100000) continue;  // time
       const Bytes meta = RandomBytes(meta_bytes, id), body = RandomBytes(body_bytes, id + 1000);
       ++id;
       here_->endpoint->Send(Message(id, meta, {body}));
@@ -24,8 +25,8 @@ TEST_P(TransportSuite, EveryFieldAndSizeArrivesAsSent) {
       EXPECT_EQ(got.kind, 7);
       EXPECT_EQ(got.flags, 5);
       EXPECT_EQ(got.id, id);
-      ASSERT_TRUE(got.meta == meta) << meta_bytes << " + " << body_bytes;
-      ASSERT_TRUE(got.body == body) << meta_bytes << " + " << body_bytes;
+      ASSERT_TRUE(Same(got.meta, meta)) << meta_bytes << " + " << body_bytes;
+      ASSERT_TRUE(Same(got.body, body)) << meta_bytes << " + " << body_bytes;
       there().got.back() = {};  // memory
     }
   }
@@ -41,7 +42,7 @@ TEST_P(TransportSuite, BothDirectionsCarryMessages) {
     here_->endpoint->Send(Message(i * 10));
     ASSERT_TRUE(Wait([&] { return here_->got.size() == i + 1; }));
     EXPECT_EQ(here_->got.back().id, i * 10 + 1);
-    EXPECT_TRUE(here_->got.back().body == body);
+    EXPECT_TRUE(Same(here_->got.back().body, body));
   }
 }
 
@@ -59,7 +60,7 @@ TEST_P(TransportSuite, ThousandsOfSmallMessagesArriveInOrder) {
 TEST_P(TransportSuite, LargeAndSmallMessagesKeepTheirOrder) {
   ASSERT_NO_FATAL_FAILURE(Connect());
   const Bytes large = RandomBytes(3u << 20, 1), medium = RandomBytes(20000, 2);
-  constexpr uint64_t kCount = 60;
+  constexpr uint64_t kCount = 30;
   for (uint64_t i = 0; i < kCount; ++i) {
     OutMessage message = Message(i, RandomBytes(10, i));
     if (i % 5 == 0) message.body = {large};
@@ -70,7 +71,7 @@ TEST_P(TransportSuite, LargeAndSmallMessagesKeepTheirOrder) {
   for (uint64_t i = 0; i < kCount; ++i) {
     ASSERT_EQ(there().got[i].id, i);
     const Bytes expected = i % 5 == 0 ? large : i % 5 == 3 ? medium : Bytes();
-    ASSERT_TRUE(there().got[i].body == expected) << i;
+    ASSERT_TRUE(Same(there().got[i].body, expected)) << i;
   }
 }
 
@@ -93,7 +94,7 @@ TEST_P(TransportSuite, ThousandPagesAreGathered) {
   }
   here_->endpoint->Send(std::move(message));
   ASSERT_TRUE(Wait([&] { return there().got.size() == 1; }));
-  EXPECT_TRUE(there().got[0].body == expected);
+  EXPECT_TRUE(Same(there().got[0].body, expected));
 }
 
 TEST_P(TransportSuite, RandomShapesArriveIntact) {
@@ -120,7 +121,7 @@ TEST_P(TransportSuite, RandomShapesArriveIntact) {
   ASSERT_TRUE(Wait([&] { return there().got.size() == expected.size(); }));
   for (size_t i = 0; i < expected.size(); ++i) {
     ASSERT_EQ(there().got[i].id, i);
-    ASSERT_TRUE(there().got[i].body == expected[i]) << i;
+    ASSERT_TRUE(Same(there().got[i].body, expected[i])) << i;
   }
 }
 
@@ -135,7 +136,7 @@ TEST_P(TransportSuite, PinIsHeldUntilTheMessageIsOutAndThenLetGo) {
     there().got.clear();
     here_->endpoint->Send(std::move(message));
     ASSERT_TRUE(Wait([&] { return there().got.size() == 1; }));
-    EXPECT_TRUE(there().got[0].body == expected);
+    EXPECT_TRUE(Same(there().got[0].body, expected));
     EXPECT_TRUE(Wait([&] { return watch.expired(); })) << body_bytes;
     EXPECT_TRUE(Wait([&] { return here_->endpoint->bytes_queued() == 0; }));
   }
@@ -143,9 +144,9 @@ TEST_P(TransportSuite, PinIsHeldUntilTheMessageIsOutAndThenLetGo) {
 
 TEST_P(TransportSuite, PinOfADroppedMessageIsLetGo) {
   ASSERT_NO_FATAL_FAILURE(Connect());
-  auto pages = std::make_shared<const Bytes>(RandomBytes(8u << 20, 1));
+  auto pages = std::make_shared<const Bytes>(RandomBytes(3u << 20, 1));
   const std::weak_ptr<const Bytes> watch = pages;
-  for (int i = 0; i < 100; ++i) {
+  for (int i = 0; i < 20; ++i) {
     OutMessage message = Message(1, {}, {*pages});
     message.pin = pages;
     here_->endpoint->Send(std::move(message));
@@ -354,7 +355,7 @@ TEST_P(TransportSuite, ServerMayRunInItsOwnThread) {
       peer.endpoint->Send(Message(i, meta));
       if (i % 3 != 0) continue;  // some together, some one by one
       ASSERT_TRUE(Wait([&] { return peer.got.size() == i + 1; }));
-      EXPECT_TRUE(peer.got.back().meta == meta);
+      EXPECT_TRUE(Same(peer.got.back().meta, meta));
       EXPECT_EQ(peer.got.back().body.size(), i % 2 ? page.size() : 10);
     }
   }
