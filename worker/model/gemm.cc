@@ -5,13 +5,16 @@
 #include <algorithm>
 #include <mutex>
 
+#include "common/limits.h"
 #include "kernels/distance.h"
 
 namespace icecache {
 namespace {
 
-// Up to here reading each weight row once for all tokens beats converting panels for sgemm.
-constexpr uint32_t kRowTokensMax = 8;
+// Up to here reading each weight row once for all tokens beats converting panels for sgemm: 16
+// tokens by 4,096 x 4,096 f16 take 16 ms against 27 ms, one token 1.8 against 13.8 (Zen 3, one
+// core).
+constexpr uint32_t kRowTokensMax = limits::kGroupMax;
 constexpr uint32_t kPanelRowsMax = 256;  // with 4,096 inputs 4 MiB of f32 per thread
 constexpr uint32_t kPanelRowsMin = 32;
 // Weights of a product whose reading takes clearly longer than waking a thread does.
