@@ -2,6 +2,7 @@
 
 Names and cities are single words that no text contains often, so that a fact is not guessed.
 """
+import heapq
 import re
 from collections import Counter, defaultdict
 
@@ -109,25 +110,31 @@ class BytePairs:
                 pairs[pair] += counts[i]
                 where[pair].add(i)
         known = set(self.tokens)
-        while len(self.tokens) < size and pairs:
-            best = max(pairs, key=lambda p: (pairs[p], p))
-            if pairs[best] < 2:
-                break
+        heap = [(-n, pair) for pair, n in pairs.items()]  # lazily: entries whose count has changed are passed over
+        heapq.heapify(heap)
+        while len(self.tokens) < size and heap:
+            count, best = heapq.heappop(heap)
+            if -count != pairs[best] or -count < 2:
+                continue
             self.merges.append(best)
             joined = best[0] + best[1]
             if joined not in known:
                 known.add(joined)
                 self.tokens.append(joined)
+            changed = set()
             for i in where.pop(best):
                 old = words[i]
-                new = self._merge(old, best, joined)
+                new = words[i] = self._merge(old, best, joined)
                 for pair in zip(old, old[1:]):
                     pairs[pair] -= counts[i]
+                    changed.add(pair)
                 for pair in zip(new, new[1:]):
                     pairs[pair] += counts[i]
                     where[pair].add(i)
-                words[i] = new
-            pairs.pop(best, None)
+                    changed.add(pair)
+            pairs[best] = 0
+            for pair in changed:
+                heapq.heappush(heap, (-pairs[pair], pair))
 
     @staticmethod
     def _merge(word, pair, joined):
