@@ -45,6 +45,17 @@ struct DciTreeOptions {
   uint32_t anchor_interval = 0;
   uint32_t anchor_neighbours = 30;
   double anchor_threshold = 0.9;
+  // False: a query's projection stays in units of 1 against keys in units of the largest norm, as
+  // in the reference, so that cells are entered near their middle.
+  bool scaled_query = true;
+
+  // What the reference runs with by default.
+  static DciTreeOptions Reference() {
+    DciTreeOptions options;
+    options.anchor_interval = 120;
+    options.scaled_query = false;
+    return options;
+  }
 };
 
 std::unique_ptr<SelectionPolicy> MakeDciTree(const PolicyOptions& options,

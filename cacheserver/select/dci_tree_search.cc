@@ -144,8 +144,9 @@ void DciTree::SearchHead(const float* query, const PagedKv& pages, uint32_t want
   float dot;
   DotRows(direction_.data(), 1, reinterpret_cast<const std::byte*>(query), DType::kF32, 1, dim,
           &dot, 1);
+  const double unit = tree_options_.scaled_query || lift_ <= 0 ? 1.0 : 1.0 / lift_;
   const float projection =
-      square > 0 ? SaturatedLogit(static_cast<float>(dot / std::sqrt(square))) : 0.0f;
+      square > 0 ? SaturatedLogit(static_cast<float>(unit * dot / std::sqrt(square))) : 0.0f;
   auto view = std::max<uint32_t>(tree_options_.field_of_view_min,
                                  static_cast<uint32_t>(token_count() * tree_options_.search_ratio));
   for (;; view *= 2) {

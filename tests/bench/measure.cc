@@ -1,0 +1,96 @@
+#include "tests/bench/measure.h"
+
+#include <time.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <fstream>
+#include <numeric>
+#include <thread>
+
+#include "kernels/distance.h"
+#include "kernels/memory.h"
+
+namespace icecache {
+namespace {
+
+double Micros(clockid_t clock) {
+  timespec t;
+  clock_gettime(clock, &t);
+  return static_cast<double>(t.tv_sec) * 1e6 + static_cast<double>(t.tv_nsec) * 1e-3;
+}
+
+}  // namespace
+
+double ProcessCpuMicros() { return Micros(CLOCK_PROCESS_CPUTIME_ID); }
+double ThreadCpuMicros() { return Micros(CLOCK_THREAD_CPUTIME_ID); }
+
+double Quantile(std::vector<double> sample, double q) {
+  if (sample.empty()) return 0;
+  const double rank = std::ceil(q * static_cast<double>(sample.size())) - 1;
+  const auto i =
+      static_cast<ptrdiff_t>(std::clamp(rank, 0.0, static_cast<double>(sample.size() - 1)));
+  std::nth_element(sample.begin(), sample.begin() + i, sample.end());
+  return sample[static_cast<size_t>(i)];
+}
+
+double Mean(const std::vector<double>& sample) {
+  if (sample.empty()) return 0;
+  return std::accumulate(sample.begin(), sample.end(), 0.0) / static_cast<double>(sample.size());
+}
+
+std::string MachineName() {
+  std::ifstream in("/proc/cpuinfo");
+  std::string line, model = "unknown CPU", flags;
+  while (std::getline(in, line)) {
+    const size_t colon = line.find(": ");
+    if (colon == std::string::npos) continue;
+    if (line.starts_with("model name")) model = line.substr(colon + 2);
+    if (line.starts_with("flags")) flags = line.substr(colon + 1) + " ";
+    if (!flags.empty()) break;
+  }
+  std::string name = model + ", " + std::to_string(std::thread::hardware_concurrency()) + " CPUs";
+  const char* separator = ", ";
+  for (const char* flag : {"avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8"}) {
+    if (flags.find(std::string(" ") + flag + " ") == std::string::npos) continue;
+    name += separator + std::string(flag);
+    separator = "+";
+  }
+  return name;
+}
+
+std::string CommitName() {
+  if (const char* commit = std::getenv("ICECACHE_COMMIT"); commit != nullptr && *commit != '\0')
+    return commit;
+  std::string name;
+  if (FILE* pipe = popen("git rev-parse --short=12 HEAD 2>/dev/null", "r")) {
+    char buffer[64];
+    while (std::fgets(buffer, sizeof(buffer), pipe) != nullptr) name += buffer;
+    pclose(pipe);
+  }
+  while (!name.empty() && name.back() == '\n') name.pop_back();
+  return name.empty() ? "unknown" : name;
+}
+
+double ReadBandwidthGBs() {
+  constexpr size_t kBytes = size_t{256} << 20;
+  HostBuffer buffer = HostBuffer::Allocate(kBytes).value();
+  std::memset(buffer.data(), 1, kBytes);
+  double best = 0;
+  volatile uint64_t keep = 0;
+  for (int round = 0; round < 3; ++round) {
+    const double begin = ProcessCpuMicros();
+    const auto* p = reinterpret_cast<const uint64_t*>(buffer.data());
+    uint64_t sum[8] = {};
+    for (size_t i = 0; i < kBytes / 8; i += 8)
+      for (size_t k = 0; k < 8; ++k) sum[k] += p[i + k];
+    keep = keep + std::accumulate(sum, sum + 8, uint64_t{0});
+    best = std::max(best, kBytes / (ProcessCpuMicros() - begin) / 1e3);
+  }
+  return best;
+}
+
+}  // namespace icecache

@@ -1,0 +1,29 @@
+// Clocks, quantiles and the description of the machine that every result carries.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace icecache {
+
+// CPU time of this process (all its threads), in microseconds: on a shared machine wall time says
+// what the neighbours did. One reading costs ~0.3 us.
+double ProcessCpuMicros();
+// The same for the calling thread.
+double ThreadCpuMicros();
+
+// q-quantile (0..1) of a sample, by nearest rank; 0 when empty.
+double Quantile(std::vector<double> sample, double q);
+double Mean(const std::vector<double>& sample);
+
+// "AMD EPYC, 2 CPUs, avx2+fma+f16c" and the like.
+std::string MachineName();
+// $ICECACHE_COMMIT, or git's answer in the working directory, or "unknown".
+std::string CommitName();
+
+// One core's sequential read of 256 MiB, best of three, in GB/s: the ruler for every memory-bound
+// figure.
+double ReadBandwidthGBs();
+
+}  // namespace icecache

@@ -1,0 +1,410 @@
+// icecache-bench select: one point of the index's quality and cost. Results are checked before
+// anything is timed.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <nlohmann/json.hpp>
+#include <thread>
+
+#include "cacheserver/select/dci_tree.h"
+#include "kernels/attention.h"
+#include "kernels/distance.h"
+#include "tests/bench/command.h"
+#include "tests/bench/measure.h"
+#include "tests/bench/select_truth.h"
+
+namespace icecache {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+struct Flags {
+  uint32_t keys = 32768, dim = 128, group = 4, budget_pages = 12, threads = 1, read_cap = 1024,
+           queries = 32, repeats = 5;
+  uint64_t seed = 1;
+  double insert_fraction = 0, group_spread = -1, min_mass = 0;
+  std::string policy = "cluster_tree", trace = "clustered", dtype = "f16", rank = "mass_sum";
+  bool energy = true, json = false, dci_reference = false;
+};
+
+// What one way of asking gives, over all queries.
+struct Reading {
+  std::vector<double> micros, top16, top256, mass, error, no_residual_error, tokens_read,
+      estimate_error, pages;
+};
+
+class SelectBench {
+ public:
+  SelectBench(const Flags& flags, PolicyKind kind, GroupRank rank, Trace trace)
+      : flags_(flags), kind_(kind), rank_(rank), trace_(std::move(trace)), truth_(trace_) {}
+
+  Result<Json> Run();
+
+ private:
+  struct Slice {
+    std::unique_ptr<SelectionPolicy> policy;
+    std::unique_ptr<PageStore> store;
+    double build_us = 0;
+  };
+  std::unique_ptr<SelectionPolicy> NewPolicy(uint64_t seed) const {
+    const PolicyOptions options{trace_.dtype, trace_.dim, seed};
+    if (kind_ == PolicyKind::kDciTree && flags_.dci_reference)
+      return MakeDciTree(options, DciTreeOptions::Reference());
+    return MakePolicy(kind_, options);
+  }
+  Result<Slice> BuildSlice(uint32_t tokens) const;
+  Status CheckAnswers(const Slice& slice) const;
+  Reading Ask(const Slice& slice, uint32_t read_cap, bool residual, bool judge);
+  Status Insert(Slice* slice, Json* out);
+  void BuildOnThreads(Json* out) const;
+  void Oracles(const Slice& slice, const Reading& service, Json* out);
+  double ExactScanMicros() const;
+
+  SelectRequest RequestOf(uint32_t query, uint32_t read_cap, bool residual) const {
+    return {.queries = trace_.Query(query),
+            .group = trace_.group,
+            .max_pages = flags_.budget_pages,
+            .read_cap = read_cap,
+            .min_mass = static_cast<float>(flags_.min_mass),
+            .rank = rank_,
+            .local_lse = trace_.local_lse.empty()
+                             ? nullptr
+                             : trace_.local_lse.data() + size_t{query} * trace_.group,
+            .residual = residual};
+  }
+
+  const Flags& flags_;
+  const PolicyKind kind_;
+  const GroupRank rank_;
+  const Trace trace_;
+  SelectTruth truth_;
+};
+
+Result<SelectBench::Slice> SelectBench::BuildSlice(uint32_t tokens) const {
+  Slice slice;
+  slice.policy = NewPolicy(flags_.seed);
+  slice.store = std::make_unique<PageStore>(trace_.dtype, trace_.dim);
+  BuildHints hints;
+  if (flags_.energy) hints.query_energy = trace_.energy;
+  hints.seed = flags_.seed;
+  const TokenRows rows = trace_.Rows(0, tokens);
+  const double begin = ProcessCpuMicros();
+  KV_ASSIGN_OR_RETURN(const PageLayout layout, slice.policy->Build(rows, hints));
+  slice.build_us = ProcessCpuMicros() - begin;
+  KV_RETURN_IF_ERROR(slice.store->ApplyLayout(rows, layout));
+  KV_RETURN_IF_ERROR(slice.policy->Validate(slice.store->kv()));
+  return slice;
+}
+
+// Budgets, distinct pages, and full attention when everything may be read.
+Status SelectBench::CheckAnswers(const Slice& slice) const {
+  auto backend = MakeCpuAttention();
+  Selection got;
+  std::vector<PageId> chosen;
+  for (uint32_t q = 0; q < std::min(3u, trace_.query_count); ++q) {
+    slice.policy->Select(RequestOf(q, limits::kContextTokensMax, true), slice.store->kv(), &got);
+    std::vector<bool> seen(slice.store->page_count());
+    chosen.clear();
+    if (got.pages.size() > flags_.budget_pages) return Internal("more pages than asked for");
+    for (const SelectedPage& page : got.pages) {
+      if (page.page.value >= seen.size() || seen[page.page.value])
+        return Internal("a page is unknown or repeated");
+      seen[page.page.value] = true;
+      chosen.push_back(page.page);
+    }
+    if (kind_ == PolicyKind::kDciTree) continue;  // has no residual
+    AttentionStates full(trace_.group, trace_.dim);
+    for (uint32_t p = 0; p < seen.size(); ++p)
+      if (!seen[p]) chosen.emplace_back(p);
+    backend->AttendPages(trace_.Query(q), slice.store->kv(), chosen, full.ref());
+    chosen.resize(got.pages.size());
+    backend->AttendPages(trace_.Query(q), slice.store->kv(), chosen, got.residual.ref());
+    std::vector<float> x(size_t{trace_.group} * trace_.dim), y(x.size());
+    FinishStates(full.ref(), x.data());
+    FinishStates(got.residual.ref(), y.data());
+    double difference = 0, norm = 0;
+    for (size_t i = 0; i < x.size(); ++i) {
+      difference += (x[i] - y[i]) * (x[i] - y[i]);
+      norm += x[i] * x[i];
+    }
+    if (!(difference <= 1e-6 * norm))
+      return Internal("pages + residual differ from full attention by " +
+                      std::to_string(std::sqrt(difference / norm)) + " although all may be read");
+  }
+  return OkStatus();
+}
+
+Reading SelectBench::Ask(const Slice& slice, uint32_t read_cap, bool residual, bool judge) {
+  Reading reading;
+  Selection got;
+  for (uint32_t q = 0; q < trace_.query_count; ++q) {
+    const SelectRequest request = RequestOf(q, read_cap, residual);
+    // The shortest of a few calls: an interrupt or a neighbour's cache flush is not the policy's
+    // cost.
+    double best = 1e30;
+    for (uint32_t r = 0; r < flags_.repeats; ++r) {
+      const double begin = ThreadCpuMicros();
+      slice.policy->Select(request, slice.store->kv(), &got);
+      best = std::min(best, ThreadCpuMicros() - begin);
+    }
+    reading.micros.push_back(best);
+    reading.tokens_read.push_back(got.tokens_read);
+    reading.pages.push_back(static_cast<double>(got.pages.size()));
+    if (!judge) continue;
+    truth_.Assign(q, *slice.store);
+    double mass = 0;
+    for (uint32_t h = 0; h < trace_.group; ++h) {
+      reading.top16.push_back(truth_.Coverage(h, 16, got.pages));
+      reading.top256.push_back(truth_.Coverage(h, 256, got.pages));
+      reading.mass.push_back(truth_.Mass(h, got.pages));
+      reading.error.push_back(truth_.OutputError(h, got.pages, residual ? &got.residual : nullptr));
+      reading.no_residual_error.push_back(truth_.OutputError(h, got.pages, nullptr));
+      mass += reading.mass.back() / trace_.group;
+    }
+    reading.estimate_error.push_back(std::abs(mass - got.covered_mass));
+  }
+  return reading;
+}
+
+Status SelectBench::Insert(Slice* slice, Json* out) {
+  std::vector<double> micros;
+  for (uint32_t t = 0; t < trace_.extra_keys; ++t) {
+    const TokenRows row = trace_.Rows(trace_.keys + t, 1);
+    const PagedKv kv = slice->store->kv();
+    const double begin = ThreadCpuMicros();
+    KV_ASSIGN_OR_RETURN(const InsertPlan plan, slice->policy->Insert(row, kv));
+    micros.push_back(ThreadCpuMicros() - begin);
+    KV_RETURN_IF_ERROR(slice->store->ApplyInsert(plan, row));
+  }
+  KV_RETURN_IF_ERROR(slice->policy->Validate(slice->store->kv()));
+  (*out)["inserts"] = micros.size();
+  (*out)["insert_us_mean"] = Mean(micros);
+  (*out)["insert_us_p50"] = Quantile(micros, 0.5);
+  (*out)["insert_us_p999"] = Quantile(micros, 0.999);
+  (*out)["insert_us_max"] = Quantile(micros, 1.0);
+  if (micros.empty()) return OkStatus();
+  const Reading grown = Ask(*slice, flags_.read_cap, true, true);
+  KV_ASSIGN_OR_RETURN(const Slice fresh, BuildSlice(trace_.keys + trace_.extra_keys));
+  const Reading rebuilt = Ask(fresh, flags_.read_cap, true, true);
+  (*out)["grown_coverage_top16"] = Mean(grown.top16);
+  (*out)["grown_coverage_top256"] = Mean(grown.top256);
+  (*out)["grown_mass_coverage_mean"] = Mean(grown.mass);
+  (*out)["grown_output_error_mean"] = Mean(grown.error);
+  (*out)["grown_query_us_p50"] = Quantile(grown.micros, 0.5);
+  (*out)["grown_page_fill"] = static_cast<double>(slice->store->token_count()) /
+                              (double{limits::kPageTokens} * slice->store->page_count());
+  (*out)["fresh_coverage_top16"] = Mean(rebuilt.top16);
+  (*out)["fresh_coverage_top256"] = Mean(rebuilt.top256);
+  (*out)["fresh_mass_coverage_mean"] = Mean(rebuilt.mass);
+  (*out)["fresh_output_error_mean"] = Mean(rebuilt.error);
+  return OkStatus();
+}
+
+// One slice per thread, as a shard builds the heads of a prompt.
+void SelectBench::BuildOnThreads(Json* out) const {
+  if (flags_.threads < 2) return;
+  std::vector<std::thread> threads;
+  std::vector<double> cpu(flags_.threads);
+  for (uint32_t i = 0; i < flags_.threads; ++i) {
+    threads.emplace_back([this, &cpu, i] {
+      auto policy = NewPolicy(flags_.seed + i);
+      BuildHints hints;
+      if (flags_.energy) hints.query_energy = trace_.energy;
+      const double begin = ThreadCpuMicros();
+      KV_CHECK(policy->Build(trace_.Rows(0, trace_.keys), hints).ok());
+      cpu[i] = ThreadCpuMicros() - begin;
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  (*out)["threads_build_us_per_key"] = Mean(cpu) / trace_.keys;
+}
+
+void SelectBench::Oracles(const Slice& slice, const Reading& service, Json* out) {
+  std::vector<double> tokens, pages, equal_reads, page_mass, page_top16;
+  const auto reads = static_cast<uint32_t>(Mean(service.tokens_read));
+  for (uint32_t q = 0; q < trace_.query_count; ++q) {
+    truth_.Assign(q, *slice.store);
+    const std::vector<SelectedPage> best = truth_.OraclePages(flags_.budget_pages);
+    for (uint32_t h = 0; h < trace_.group; ++h) {
+      tokens.push_back(truth_.OracleError(h, flags_.budget_pages * limits::kPageTokens));
+      equal_reads.push_back(truth_.OracleError(h, reads));
+      pages.push_back(truth_.OutputError(h, best, nullptr));
+      page_mass.push_back(truth_.Mass(h, best));
+      page_top16.push_back(truth_.Coverage(h, 16, best));
+    }
+  }
+  (*out)["oracle_output_error_mean"] = Mean(tokens);
+  (*out)["oracle_equal_reads_output_error_mean"] = Mean(equal_reads);
+  (*out)["page_oracle_output_error_mean"] = Mean(pages);
+  (*out)["page_oracle_mass_mean"] = Mean(page_mass);
+  (*out)["page_oracle_top16"] = Mean(page_top16);
+}
+
+// Scores of all keys for the whole group from f32 keys, no top-k: what every index has to beat.
+double SelectBench::ExactScanMicros() const {
+  const size_t count = size_t{trace_.keys} * trace_.dim;
+  HostBuffer keys = HostBuffer::Allocate(count * sizeof(float)).value();
+  ToF32(trace_.k.data(), trace_.dtype, count, reinterpret_cast<float*>(keys.data()));
+  std::vector<float> scores(size_t{trace_.group} * trace_.keys);
+  std::vector<double> micros;
+  const uint32_t rounds = std::clamp<uint32_t>(8000000 / trace_.keys, 5, 100);
+  for (uint32_t i = 0; i < rounds; ++i) {
+    const double begin = ThreadCpuMicros();
+    DotRows(trace_.Query(i % trace_.query_count), trace_.group, keys.data(), DType::kF32,
+            trace_.keys, trace_.dim, scores.data(), trace_.keys);
+    micros.push_back(ThreadCpuMicros() - begin);
+  }
+  return Quantile(micros, 0.5);
+}
+
+Result<Json> SelectBench::Run() {
+  Json out;
+  out["bench"] = "select";
+  out["policy"] = flags_.policy;
+  out["keys"] = trace_.keys;
+  out["dim"] = trace_.dim;
+  out["group"] = trace_.group;
+  out["trace"] = flags_.trace;
+  out["seed"] = flags_.seed;
+  out["dtype"] = DTypeName(trace_.dtype);
+  out["budget_pages"] = flags_.budget_pages;
+  out["read_cap"] = flags_.read_cap;
+  out["rank"] = flags_.rank;
+  out["queries"] = trace_.query_count;
+  out["group_spread"] = flags_.group_spread;
+  out["energy"] = flags_.energy;
+  out["dci_reference"] = flags_.dci_reference;
+  out["threads"] = flags_.threads;
+  out["insert_fraction"] = flags_.insert_fraction;
+  KV_ASSIGN_OR_RETURN(Slice slice, BuildSlice(trace_.keys));
+  KV_RETURN_IF_ERROR(CheckAnswers(slice));
+  out["build_us_per_key"] = slice.build_us / trace_.keys;
+  BuildOnThreads(&out);
+  double index_bytes = 0;
+  slice.policy->VisitCounters([&](std::string_view name, double value) {
+    if (name == "index_bytes") index_bytes = value;
+  });
+  out["index_bytes_per_key"] = index_bytes / trace_.keys;
+  out["page_fill"] =
+      static_cast<double>(trace_.keys) / (double{limits::kPageTokens} * slice.store->page_count());
+  const Reading service = Ask(slice, flags_.read_cap, true, true);
+  const Reading strict = Ask(slice, 0, true, true);
+  const Reading plain = Ask(slice, flags_.read_cap, false, false);
+  const Reading plain_strict = Ask(slice, 0, false, true);
+  out["query_us_p50"] = Quantile(service.micros, 0.5);
+  out["query_us_p99"] = Quantile(service.micros, 0.99);
+  out["query_strict_us_p50"] = Quantile(strict.micros, 0.5);
+  out["query_no_residual_us_p50"] = Quantile(plain.micros, 0.5);
+  out["query_strict_no_residual_us_p50"] = Quantile(plain_strict.micros, 0.5);
+  out["pages_mean"] = Mean(service.pages);
+  out["coverage_top16"] = Mean(service.top16);
+  out["coverage_top256"] = Mean(service.top256);
+  out["coverage_top16_strict"] = Mean(strict.top16);
+  out["coverage_top16_strict_no_residual"] = Mean(plain_strict.top16);
+  out["mass_coverage_p10"] = Quantile(service.mass, 0.1);
+  out["mass_coverage_p50"] = Quantile(service.mass, 0.5);
+  out["mass_coverage_mean"] = Mean(service.mass);
+  out["mass_estimate_error_mean"] = Mean(service.estimate_error);
+  out["tokens_read_mean"] = Mean(service.tokens_read);
+  out["tokens_read_strict_mean"] = Mean(strict.tokens_read);
+  out["output_error_mean"] = Mean(service.error);
+  out["output_error_p90"] = Quantile(service.error, 0.9);
+  out["output_error_strict_mean"] = Mean(strict.error);
+  out["output_error_no_residual_mean"] = Mean(service.no_residual_error);
+  Oracles(slice, service, &out);
+  KV_RETURN_IF_ERROR(Insert(&slice, &out));
+  out["exact_scan_us_p50"] = ExactScanMicros();
+  out["query_per_exact_scan"] =
+      out["query_us_p50"].get<double>() / out["exact_scan_us_p50"].get<double>();
+  out["memory_read_gb_s"] = ReadBandwidthGBs();
+  out["commit"] = CommitName();
+  out["machine"] = MachineName();
+  return out;
+}
+
+class SelectCommand final : public BenchCommand {
+ public:
+  const char* name() const override { return "select"; }
+  const char* description() const override {
+    return "Quality and cost of a selection policy on one slice: one JSON object";
+  }
+  const char* examples() const override {
+    return "icecache-bench select --keys 32768 --group 1 --trace clustered --json\n"
+           "icecache-bench select --policy dci_tree --trace calibrated:topic --budget-pages 4\n"
+           "icecache-bench select --trace weak --insert-fraction 0.25 --rank max_token";
+  }
+  void AddFlags(ConfigParser* parser) override;
+  Status Run() override;
+
+ private:
+  Flags flags_;
+};
+
+void SelectCommand::AddFlags(ConfigParser* parser) {
+  parser->Section("Data");
+  parser->Add(
+      "trace", &flags_.trace,
+      "clustered | runs | weak | calibrated:{retrieval,sinky,topic,broad,diffuse} | file:PATH");
+  parser->Add("keys", &flags_.keys, "tokens indexed by the build", 1, limits::kContextTokensMax);
+  parser->Add("dim", &flags_.dim, "head_dim", 16, limits::kHeadDimMax);
+  parser->Add("group", &flags_.group, "query heads of the kv head", 1, limits::kGroupMax);
+  parser->Add("group_spread", &flags_.group_spread,
+              "share of heads that look elsewhere than their group; -1: the trace's own", -1, 1);
+  parser->Add("queries", &flags_.queries, "group queries asked", 1, 100000);
+  parser->Add("dtype", &flags_.dtype, "f32 | f16 | bf16");
+  parser->Add("seed", &flags_.seed, "of the trace and of the policy");
+  parser->Section("Policy");
+  parser->Add("policy", &flags_.policy, "cluster_tree | dci_tree | exact | sequential");
+  parser->Add("budget_pages", &flags_.budget_pages, "pages returned at most", 0,
+              limits::kPagesPerSelectMax);
+  parser->Add("read_cap", &flags_.read_cap,
+              "tokens read exactly beyond the returned pages (service reading)", 0,
+              limits::kReadCapMax);
+  parser->Add("min_mass", &flags_.min_mass, "return only as many pages as reach this share; 0: off",
+              0, 1);
+  parser->Add("rank", &flags_.rank, "mass_sum | mass_max | max_token");
+  parser->Add("energy", &flags_.energy, "tell the build the mean squares of earlier queries");
+  parser->Add("dci_reference", &flags_.dci_reference,
+              "dci_tree: with the reference's anchors and query projection");
+  parser->Section("Measurement");
+  parser->Add("insert_fraction", &flags_.insert_fraction,
+              "tokens inserted after the build, as a share of --keys", 0, 4);
+  parser->Add("threads", &flags_.threads,
+              "slices built at the same time, for threads_build_us_per_key", 1, 64);
+  parser->Add("repeats", &flags_.repeats, "calls per query; the fastest counts", 1, 1000);
+  parser->Add("json", &flags_.json, "one line of JSON instead of one field per line");
+}
+
+Status SelectCommand::Run() {
+  KV_ASSIGN_OR_RETURN(const PolicyKind kind, ParsePolicyKind(flags_.policy));
+  const std::optional<DType> dtype = ParseDType(flags_.dtype);
+  if (!dtype) return InvalidArgument("--dtype '" + flags_.dtype + "': use f32, f16 or bf16");
+  GroupRank rank = GroupRank::kMassSum;
+  if (flags_.rank == "mass_max") {
+    rank = GroupRank::kMassMax;
+  } else if (flags_.rank == "max_token") {
+    rank = GroupRank::kMaxToken;
+  } else if (flags_.rank != "mass_sum") {
+    return InvalidArgument("--rank '" + flags_.rank + "': use mass_sum, mass_max or max_token");
+  }
+  TraceSpec spec{.name = flags_.trace,
+                 .keys = flags_.keys,
+                 .extra_keys = static_cast<uint32_t>(flags_.keys * flags_.insert_fraction),
+                 .dim = flags_.dim,
+                 .group = flags_.group,
+                 .query_count = flags_.queries,
+                 .dtype = *dtype,
+                 .seed = flags_.seed,
+                 .group_spread = flags_.group_spread};
+  KV_ASSIGN_OR_RETURN(Trace trace, MakeTrace(spec));
+  SelectBench bench(flags_, kind, rank, std::move(trace));
+  KV_ASSIGN_OR_RETURN(const Json out, bench.Run());
+  std::printf("%s\n", out.dump(flags_.json ? -1 : 2).c_str());
+  return OkStatus();
+}
+
+}  // namespace
+
+std::unique_ptr<BenchCommand> MakeSelectCommand() { return std::make_unique<SelectCommand>(); }
+
+}  // namespace icecache
