@@ -254,6 +254,24 @@ void AddInt8RowsImpl(const float* weights, size_t stride, uint32_t group, const 
   }
 }
 
+size_t IndicesAtLeastImpl(const float* x, size_t count, float bound, uint32_t* out) {
+  const Floats d;
+  const hn::Rebind<uint32_t, Floats> du;
+  const size_t lanes = hn::Lanes(d);
+  const auto limit = hn::Set(d, bound);
+  size_t found = 0, i = 0;
+  for (; i + lanes <= count; i += lanes) {
+    const auto mask = hn::Ge(hn::LoadU(d, x + i), limit);
+    if (hn::AllFalse(d, mask)) continue;
+    found += hn::CompressStore(hn::Iota(du, static_cast<uint32_t>(i)), hn::RebindMask(du, mask), du,
+                               out + found);
+  }
+  for (; i < count; ++i) {
+    if (x[i] >= bound) out[found++] = static_cast<uint32_t>(i);
+  }
+  return found;
+}
+
 float QuantizeRowImpl(const float* row, uint32_t dim, int8_t* q) {
   const Floats d;
   const hn::Rebind<int8_t, Floats> d8;
@@ -281,6 +299,7 @@ HWY_EXPORT(ScoreBlocksImpl);
 HWY_EXPORT(ScoreSketchesImpl);
 HWY_EXPORT(AddInt8RowsImpl);
 HWY_EXPORT(QuantizeRowImpl);
+HWY_EXPORT(IndicesAtLeastImpl);
 
 float QuantizeRow(const float* row, uint32_t dim, int8_t* q) {
   return HWY_DYNAMIC_DISPATCH(QuantizeRowImpl)(row, dim, q);
@@ -362,6 +381,10 @@ void ScoreSketches(const QuantizedQueries& queries, const SketchPage* pages, uin
 void AddInt8Rows(const float* weights, size_t stride, uint32_t group, const int8_t* const* rows,
                  uint32_t count, uint32_t dim, float* out) {
   HWY_DYNAMIC_DISPATCH(AddInt8RowsImpl)(weights, stride, group, rows, count, dim, out);
+}
+
+size_t IndicesAtLeast(const float* x, size_t count, float bound, uint32_t* out) {
+  return HWY_DYNAMIC_DISPATCH(IndicesAtLeastImpl)(x, count, bound, out);
 }
 
 }  // namespace icecache

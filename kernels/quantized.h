@@ -73,4 +73,8 @@ void ScoreSketches(const QuantizedQueries& queries, const SketchPage* pages, uin
 void AddInt8Rows(const float* weights, size_t stride, uint32_t group, const int8_t* const* rows,
                  uint32_t count, uint32_t dim, float* out);
 
+// Writes the indices i < count with x[i] >= bound to out, ascending, and returns how many there
+// are. out has room for count + 16.
+size_t IndicesAtLeast(const float* x, size_t count, float bound, uint32_t* out);
+
 }  // namespace icecache

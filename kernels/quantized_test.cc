@@ -226,5 +226,19 @@ TEST(Quantized, RowsSurviveQuantisingAndPacking) {
   EXPECT_EQ(q, std::vector<int8_t>(32, 0));
 }
 
+TEST(Quantized, IndicesAtLeastFindsThemAllInOrder) {
+  for (uint32_t count : {0u, 1u, 7u, 16u, 33u, 200u}) {
+    const std::vector<float> x = RandomQueries(1, count, count + 1);
+    for (float bound : {-10.0f, 0.0f, 1.5f, 10.0f}) {
+      std::vector<uint32_t> got(count + 16), want;
+      got.resize(IndicesAtLeast(x.data(), count, bound, got.data()));
+      for (uint32_t i = 0; i < count; ++i) {
+        if (x[i] >= bound) want.push_back(i);
+      }
+      EXPECT_EQ(got, want);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace icecache

@@ -12,6 +12,8 @@ namespace {
 // Pages below this share of every head's mass are valued at their super's mean instead of their
 // own.
 constexpr float kTinyShare = 1e-5f;
+// Re-ranked pages below this share are valued at their mean: their V is not read.
+constexpr float kLightShare = 2e-5f;
 constexpr uint32_t kReadRows = 64;  // rows gathered before they are scored
 }  // namespace
 
@@ -86,6 +88,7 @@ void Search::Residual() {
     if (count > 0)
       ExpShifted(token_logits_.data() + g * count, count, ref, token_logits_.data() + g * count);
   }
+  candidate_valued_.assign(candidates_.size(), 0);
   item_rows_.clear();
   item_sum_.assign(group_, 0.0f);
   AddReadPages(states);
@@ -99,19 +102,20 @@ void Search::Residual() {
   }
 }
 
-// Pages that were re-ranked but not returned: exact.
+// Pages that were re-ranked but not returned: exact, unless so light that their mean value will do.
 void Search::AddReadPages(const AttentionStateRef& states) {
   const auto count = static_cast<uint32_t>(candidates_.size());
   const size_t stride = size_t{count} * kPageRows;
   for (uint32_t c = 0; c < count; ++c) {
     if (candidate_read_[c] == 0 || candidate_chosen_[c] != 0) continue;
+    if (!read_all_ && share_[candidates_[c]] < kLightShare) continue;
+    candidate_valued_[c] = 1;
     const PageView& page = kv_->pages[PageOf(candidates_[c])];
     for (uint32_t g = 0; g < group_; ++g) {
+      states.denom[g] += candidate_mass_[size_t{g} * count + c] * weight_[g];
+      if (weight_[g] == 1.0f) continue;
       float* weights = logits_.data() + g * stride + size_t{c} * kPageRows;
-      for (uint32_t t = 0; t < page.fill; ++t) {
-        weights[t] *= weight_[g];
-        states.denom[g] += weights[t];
-      }
+      for (uint32_t t = 0; t < kPageRows; ++t) weights[t] *= weight_[g];
     }
     AddWeightedRows(logits_.data() + size_t{c} * kPageRows, stride, group_, page.v, kv_->dtype,
                     page.fill, dim_, states.out);
@@ -174,23 +178,33 @@ void Search::AddItem(const int8_t* row, float scale) {
 void Search::AddEstimates(const AttentionStateRef& states) {
   const uint32_t supers = tree_->super_count();
   for (uint32_t c = 0; c < candidates_.size(); ++c) {
-    if (candidate_read_[c] == 0 && candidate_chosen_[c] == 0) continue;
+    if (candidate_valued_[c] == 0 && candidate_chosen_[c] == 0) continue;
     for (uint32_t g = 0; g < group_; ++g) mass_[size_t{g} * slots_ + candidates_[c]] = 0;
     share_[candidates_[c]] = 0;
   }
-  for (uint32_t i = 0; i < slots_; ++i) {
-    const size_t block = blocks_[i / kBlockRows];
-    if (share_[i] < kTinyShare) {
-      float* to = super_mass_.data() + tree_->super_of_block[block];
-      for (uint32_t g = 0; g < group_; ++g) to[size_t{g} * supers] += mass_[size_t{g} * slots_ + i];
+  for (uint32_t b = 0; b < blocks_.size(); ++b) {
+    const uint32_t first = b * kBlockRows;
+    const uint32_t super = tree_->super_of_block[blocks_[b]];
+    if (Max16(share_.data() + first) < kTinyShare) {
+      for (uint32_t g = 0; g < group_; ++g) {
+        super_mass_[size_t{g} * supers + super] += Sum16(mass_.data() + size_t{g} * slots_ + first);
+      }
       continue;
     }
-    const uint32_t page = PageOf(i);
-    for (uint32_t g = 0; g < group_; ++g) {
-      weight_scratch_[g] = mass_[size_t{g} * slots_ + i] * weight_[g];
-      states.denom[g] += weight_scratch_[g];
+    for (uint32_t i = first; i < first + kBlockRows; ++i) {
+      if (share_[i] < kTinyShare) {
+        for (uint32_t g = 0; g < group_; ++g) {
+          super_mass_[size_t{g} * supers + super] += mass_[size_t{g} * slots_ + i];
+        }
+        continue;
+      }
+      for (uint32_t g = 0; g < group_; ++g) {
+        weight_scratch_[g] = mass_[size_t{g} * slots_ + i] * weight_[g];
+        states.denom[g] += weight_scratch_[g];
+      }
+      const uint32_t page = PageOf(i);
+      AddItem(tree_->values.signed_row(page), tree_->pages[page].value_scale);
     }
-    AddItem(tree_->values.signed_row(page), tree_->pages[page].value_scale);
   }
   for (uint32_t s = 0; s < supers; ++s) {
     float any = 0;

@@ -275,31 +275,35 @@ void Search::Shares() {
 void Search::TopSlots(const std::vector<float>& rank, uint32_t count) {
   candidates_.clear();
   if (count == 0) return;
-  // The count-th largest block maximum bounds the count-th largest value from below.
+  // Divide the slots in groups: the count-th largest maximum of a group bounds the count-th largest
+  // rank from below. A group is one lane of `depth` blocks, so that maxima need no shuffles.
+  const size_t depth = std::clamp<size_t>(slots_ / (4 * size_t{count}), 1, 16);
+  const size_t groups = (blocks_.size() + depth - 1) / depth * kBlockRows;
   float bound = kMinusInfinity;
-  if (blocks_.size() > count) {
-    spare_block_max_.resize(blocks_.size());
+  if (groups > count) {
+    maxima_.assign(groups, kMinusInfinity);
     for (size_t b = 0; b < blocks_.size(); ++b) {
+      float* top = maxima_.data() + b / depth * kBlockRows;
       const float* block = rank.data() + b * kBlockRows;
-      float best = block[0];
-      for (uint32_t lane = 1; lane < kBlockRows; ++lane) best = std::max(best, block[lane]);
-      spare_block_max_[b] = best;
+      for (uint32_t lane = 0; lane < kBlockRows; ++lane)
+        top[lane] = std::max(top[lane], block[lane]);
     }
-    std::nth_element(spare_block_max_.begin(), spare_block_max_.begin() + (count - 1),
-                     spare_block_max_.end(), std::greater<>());
-    bound = spare_block_max_[count - 1];
+    std::nth_element(maxima_.begin(), maxima_.begin() + (count - 1), maxima_.end(),
+                     std::greater<>());
+    bound = maxima_[count - 1];
   }
-  for (uint32_t i = 0; i < slots_; ++i) {
-    if (rank[i] >= bound && PageOf(i) != kNone) candidates_.push_back(i);
+  found_.resize(slots_ + kBlockRows);
+  const size_t found = IndicesAtLeast(rank.data(), slots_, bound, found_.data());
+  order_.clear();
+  for (size_t f = 0; f < found; ++f) {
+    if (PageOf(found_[f]) != kNone) order_.emplace_back(-rank[found_[f]], found_[f]);
   }
-  const auto better = [&](uint32_t a, uint32_t b) {
-    return rank[a] != rank[b] ? rank[a] > rank[b] : a < b;
-  };
-  if (candidates_.size() > count) {
-    std::nth_element(candidates_.begin(), candidates_.begin() + count, candidates_.end(), better);
-    candidates_.resize(count);
+  if (order_.size() > count) {
+    std::nth_element(order_.begin(), order_.begin() + count, order_.end());
+    order_.resize(count);
   }
-  std::sort(candidates_.begin(), candidates_.end(), better);
+  std::sort(order_.begin(), order_.end());
+  for (const auto& [negative, slot] : order_) candidates_.push_back(slot);
 }
 
 // With min_mass: how many of candidates_ are needed by estimate.
@@ -362,7 +366,6 @@ void Search::ReadCandidates() {
   logits_.assign(size_t{group_} * stride, kMinusInfinity);
   candidate_mass_.resize(size_t{group_} * count);
   candidate_top_.resize(size_t{group_} * count);
-  candidate_peak_.resize(size_t{group_} * count);
   candidate_read_.assign(count, 0);
   const auto prefetch = [&](uint32_t c) {
     if (c >= count) return;
@@ -390,16 +393,10 @@ void Search::ReadCandidates() {
     float* mass = mass_.data() + size_t{g} * slots_;
     const float ref = std::max(ref_[g], MaxOf(row, stride));
     if (ref > ref_[g]) Rescale(g, ref, std::exp(ref_[g] - ref));
-    for (uint32_t c = 0; c < count; ++c) {
-      candidate_peak_[size_t{g} * count + c] = MaxOf(row + size_t{c} * kPageRows, kPageRows);
-    }
     ExpShifted(row, stride, ref, row);
     for (uint32_t c = 0; c < count; ++c) {
-      float sum = 0, top = 0;
-      for (uint32_t t = 0; t < kPageRows; ++t) {
-        sum += row[size_t{c} * kPageRows + t];
-        top = std::max(top, row[size_t{c} * kPageRows + t]);
-      }
+      const float sum = Sum16(row + size_t{c} * kPageRows);
+      const float top = Max16(row + size_t{c} * kPageRows);
       float& estimate = mass[candidates_[c]];
       candidate_mass_[size_t{g} * count + c] = candidate_read_[c] != 0 ? sum : estimate;
       candidate_top_[size_t{g} * count + c] = candidate_read_[c] != 0 ? top : estimate;
@@ -440,9 +437,8 @@ void Search::Choose() {
     float log_mass = kMinusInfinity;
     for (uint32_t g = 0; g < group_; ++g) {
       const float mass = candidate_mass_[size_t{g} * count + c];
-      // Below the smallest float, the best token alone says how little it is.
-      const float least = std::max(candidate_peak_[size_t{g} * count + c], ref_[g] - 100.0f);
-      log_mass = std::max(log_mass, mass > 0 ? std::log(mass) + ref_[g] : least);
+      // Below the smallest float, say so rather than "none".
+      log_mass = std::max(log_mass, mass > 0 ? std::log(mass) + ref_[g] : ref_[g] - 100.0f);
       missing -= mass / total_[g];
       covered += mass / std::max(indexed_[g], 1e-30f);
     }

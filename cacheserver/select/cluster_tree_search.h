@@ -82,16 +82,17 @@ class Search {
   std::vector<float> super_mass_;     // [group][supers]: mass to be valued at the super's mean
   std::vector<uint8_t> super_scanned_;
   std::vector<std::pair<float, uint32_t>> order_;
-  std::vector<float> spare_, spare_block_max_;
+  std::vector<float> spare_, maxima_;
+  std::vector<uint32_t> found_;
 
   std::vector<SketchPage> sketch_pages_;
   std::vector<uint32_t> sketch_slot_;  // scanned slot of each sketched page
   std::vector<float> sketch_centre_, sketch_sum_, sketch_top_, sketch_weight_;
 
   std::vector<uint32_t> candidates_;  // scanned slots
-  std::vector<uint8_t> candidate_read_, candidate_chosen_;
-  std::vector<float> logits_;  // [group][candidates * 16], then weights
-  std::vector<float> candidate_mass_, candidate_top_, candidate_peak_;  // [group][candidates]
+  std::vector<uint8_t> candidate_read_, candidate_chosen_, candidate_valued_;
+  std::vector<float> logits_;                          // [group][candidates * 16], then weights
+  std::vector<float> candidate_mass_, candidate_top_;  // [group][candidates]
 
   std::vector<Token> tokens_;  // by (sketch, lane)
   std::vector<std::byte> rows_;
@@ -107,6 +108,20 @@ class Search {
 inline float SpreadGain(float s) {
   const float f = 0.5f * s * s / (1.0f + 0.2f * s);
   return f < 1e30f ? f : 1e30f;
+}
+
+// Of 16 values, in eight lanes.
+inline float Sum16(const float* x) {
+  float lane[8];
+  for (int i = 0; i < 8; ++i) lane[i] = x[i] + x[i + 8];
+  return ((lane[0] + lane[4]) + (lane[1] + lane[5])) + ((lane[2] + lane[6]) + (lane[3] + lane[7]));
+}
+inline float Max16(const float* x) {
+  float lane[8];
+  for (int i = 0; i < 8; ++i) lane[i] = x[i] > x[i + 8] ? x[i] : x[i + 8];
+  for (int i = 0; i < 4; ++i) lane[i] = lane[i] > lane[i + 4] ? lane[i] : lane[i + 4];
+  const float a = lane[0] > lane[1] ? lane[0] : lane[1], b = lane[2] > lane[3] ? lane[2] : lane[3];
+  return a > b ? a : b;
 }
 
 // Keeps logits finite and ordered whatever the rows hold.
