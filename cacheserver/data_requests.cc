@@ -137,14 +137,40 @@ Status DataService::SelectHeads(Context& context, const wire::SelectRequest& req
     select.local_lse = head.local_lse.empty() ? nullptr : head.local_lse.data();
     select.residual = (request.flags & wire::kSelectNoResidual) == 0;
     wire::HeadSelection& chosen = scratch_.heads[i];
-    KV_RETURN_IF_ERROR(context.Select(request.layer, head.head, select, head.resident, &chosen));
-    uint64_t resident = 0;
-    for (const wire::PagePayload& page : chosen.pages) resident += page.from == page.fill ? 1 : 0;
-    pages_resident_.Add(resident);
-    pages_returned_.Add(chosen.pages.size() - resident);
+    KV_RETURN_IF_ERROR(context.Select(request.layer, head.head, select, head.resident, &chosen,
+                                      (request.flags & wire::kSelectAttend) != 0));
+    if ((request.flags & wire::kSelectMapped) != 0) NameByExtent(&chosen);
+    CountPages(chosen);
     tokens_read_.Add(chosen.tokens_read);
   }
   return OkStatus();
+}
+
+// The worker reads these rows in the tenant's extents. Nothing keeps the frames for it: it verifies
+// what it has read, and a frame that was reused meanwhile does not pass.
+void DataService::NameByExtent(wire::HeadSelection* selection) {
+  for (wire::PagePayload& page : selection->pages) {
+    if (page.from == page.fill) continue;
+    page.place = wire::PagePlace::kMapped;
+    page.k_rows = page.v_rows = page.positions = {};
+  }
+}
+
+void DataService::CountPages(const wire::HeadSelection& selection) {
+  uint64_t resident = 0, mapped = 0, attended = 0;
+  for (const wire::PagePayload& page : selection.pages) {
+    if (page.place == wire::PagePlace::kMapped) {
+      ++mapped;
+    } else if (page.place == wire::PagePlace::kAttended) {
+      ++attended;
+    } else if (page.from == page.fill) {
+      ++resident;
+    }
+  }
+  pages_resident_.Add(resident);
+  pages_mapped_.Add(mapped);
+  pages_attended_.Add(attended);
+  pages_returned_.Add(selection.pages.size() - resident - mapped - attended);
 }
 
 Status DataService::GatherPages(OutMessage* out) const {
@@ -249,6 +275,7 @@ Status DataService::FetchPages(Connection& connection, const InMessage& message)
   scratch_.heads.resize(1);
   KV_RETURN_IF_ERROR(
       fenced.context->FetchPages(request.layer, request.head, request.pages, &scratch_.heads[0]));
+  if ((request.flags & wire::kSelectMapped) != 0) NameByExtent(&scratch_.heads[0]);
   OutMessage reply;
   KV_RETURN_IF_ERROR(GatherPages(&reply));
   reply.pin = shard_.pool().Pin();

@@ -38,6 +38,11 @@ DataService::DataService(Shard& shard, Reactor& reactor, MetricsRegistry& metric
                                          "Pages sent with content by selections.")),
       pages_resident_(metrics.GetCounter("icecache_pages_resident_total",
                                          "Pages selected that the worker already held.")),
+      pages_mapped_(metrics.GetCounter("icecache_pages_mapped_total",
+                                       "Pages named for reading in mapped memory.")),
+      pages_attended_(metrics.GetCounter(
+          "icecache_pages_attended_total",
+          "Selected pages that the server attended to instead of sending them.")),
       tokens_read_(metrics.GetCounter("icecache_select_tokens_read_total",
                                       "Rows of K read exactly by selections.")),
       rows_received_(metrics.GetCounter("icecache_rows_received_total",
@@ -226,7 +231,8 @@ Status DataService::Attach(Connection& connection, const InMessage& message) {
   connection.attached[lease->context] = lease->epoch;
   OutMessage reply;
   wire::Encode(wire::AttachReply{.shard = shard_.options().id,
-                                 .shard_count = static_cast<uint16_t>(shard_.options().count)},
+                                 .shard_count = static_cast<uint16_t>(shard_.options().count),
+                                 .extents = options_.extents},
                &reply);
   Reply(connection, message, std::move(reply));
   return OkStatus();

@@ -31,6 +31,7 @@ struct DataServiceOptions {
   // their loop.
   Duration peer_timeout = limits::kLeaseTime;
   Duration heartbeat_interval = limits::kHeartbeatInterval;
+  std::string extents;  // where ExtentService listens, told to workers that attach; empty: nowhere
 };
 
 class DataService {
@@ -78,6 +79,8 @@ class DataService {
 
   Status AppendRows(const Fenced& fenced, const wire::SelectRequest& request);
   Status SelectHeads(Context& context, const wire::SelectRequest& request);
+  static void NameByExtent(wire::HeadSelection* selection);
+  void CountPages(const wire::HeadSelection& selection);
   // Body parts of scratch_'s pages, neighbours in memory as one part.
   Status GatherPages(OutMessage* out) const;
 
@@ -95,6 +98,8 @@ class DataService {
   Counter& bytes_sent_;
   Counter& pages_returned_;
   Counter& pages_resident_;
+  Counter& pages_mapped_;
+  Counter& pages_attended_;
   Counter& tokens_read_;
   Counter& rows_received_;
   Histogram& append_seconds_;

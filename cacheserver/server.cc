@@ -10,6 +10,7 @@
 #include "cacheserver/context_service.h"
 #include "cacheserver/control_service.h"
 #include "cacheserver/data_service.h"
+#include "cacheserver/extent_service.h"
 #include "cacheserver/listen.h"
 #include "cacheserver/server_report.h"
 #include "cacheserver/shard_group.h"
@@ -45,10 +46,12 @@ struct Server::ShardThread {
         ShardOptions{
             .id = id, .count = config.threads, .memory_bytes = config.memory_size / config.threads},
         reactor, *server.builds_, server.metrics_);
+    extents = std::make_unique<ExtentService>(*shard, reactor, server.metrics_);
     service = std::make_unique<DataService>(
         *shard, reactor, server.metrics_,
         DataServiceOptions{.peer_timeout = std::chrono::milliseconds(config.lease_ms),
-                           .heartbeat_interval = std::chrono::milliseconds(config.heartbeat_ms)});
+                           .heartbeat_interval = std::chrono::milliseconds(config.heartbeat_ms),
+                           .extents = extents->Listen()});
     KV_ASSIGN_OR_RETURN(address, transport->Listen(FormatHostPort({config.host, 0}),
                                                    [this](std::unique_ptr<Endpoint> endpoint) {
                                                      service->Accept(std::move(endpoint));
@@ -66,6 +69,7 @@ struct Server::ShardThread {
     // Connections before the transport they speak over, both before the memory that their replies
     // point into.
     service.reset();
+    extents.reset();
     transport.reset();
     shard.reset();
   }
@@ -73,6 +77,7 @@ struct Server::ShardThread {
   Reactor reactor;
   std::unique_ptr<Transport> transport;
   std::unique_ptr<Shard> shard;
+  std::unique_ptr<ExtentService> extents;
   std::unique_ptr<DataService> service;
   std::string address;
   std::string description;

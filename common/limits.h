@@ -78,6 +78,13 @@ inline constexpr uint32_t kShardsMax = 64;
 inline constexpr size_t kExtentBytes = 8u << 20;  // unit of tenant ownership in the page pool
 inline constexpr size_t kPoolBytesMin = 16u << 20;
 
+// Extents handed to workers on the same host.
+inline constexpr uint32_t kExtentSocketNameBytesMax = 64;
+inline constexpr uint32_t kExtentsPerReplyMax = 64;          // descriptors in one message; the kernel takes 253
+inline constexpr uint32_t kExtentSocketConnectionsMax = 256; // per shard
+inline constexpr milliseconds kExtentWaitMax{750};           // a worker's wait for extents; then pages come inline
+inline constexpr milliseconds kExtentIdleMax{10000};         // an extent that no page named for so long is unmapped
+
 // Server: connections, leases, work in flight.
 inline constexpr uint32_t kLeasesMax = 1u << 16;
 inline constexpr uint32_t kTenantsMax = 1024;

@@ -83,9 +83,11 @@ class Context {
   // One ranking over the chain under one budget. Fills head, pages (spans into the frames for the
   // rows that the worker lacks: K rows, V rows, positions of [from, fill)), residual, covered_mass
   // and tokens_read of *out, reusing its memory. The spans hold while a PagePool::Pin() taken after
-  // the call and before the next change lives.
+  // the call and before the next change lives. attend_missing: pages that the worker lacks wholly or
+  // in part are attended to here, exactly, and join the residual (which then is never empty).
   Status Select(LayerId layer, KvHeadId head, const SelectRequest& request,
-                std::span<const wire::ResidentPage> resident, wire::HeadSelection* out) const;
+                std::span<const wire::ResidentPage> resident, wire::HeadSelection* out,
+                bool attend_missing = false) const;
   // Whole pages by name; those that no longer stand under that name are left out. log_mass is 0.
   Status FetchPages(LayerId layer, KvHeadId head, std::span<const wire::ResidentPage> names,
                     wire::HeadSelection* out) const;

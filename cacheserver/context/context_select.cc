@@ -125,7 +125,7 @@ uint8_t HeldRows(const Scratch& scratch, SegmentId segment, PageId page,
 }
 
 void FillPayload(SegmentId segment, PageId page, const PageContent& content, uint8_t from,
-                 float log_mass, wire::PagePayload* out) {
+                 float log_mass, const PagePool& pool, wire::PagePayload* out) {
   out->segment = segment;
   out->page = page;
   out->version = content.version;
@@ -133,6 +133,9 @@ void FillPayload(SegmentId segment, PageId page, const PageContent& content, uin
   out->from = from;
   out->log_mass = log_mass;
   out->checksum = content.checksum;
+  out->place = wire::PagePlace::kBody;
+  out->offset = content.frame.offset;
+  out->extent = pool.ExtentSerial(content.frame.extent);
   const size_t row_bytes = content.k_rows.size() / content.fill;
   out->k_rows = content.k_rows.subspan(from * row_bytes);
   out->v_rows = content.v_rows.subspan(from * row_bytes);
@@ -184,11 +187,30 @@ size_t RankChain(const SelectRequest& request, AttentionBackend& attention, Scra
   return kept;
 }
 
+// Attends to those of the chosen pages that the worker does not hold as they are, into
+// scratch.residual, and marks them. pages[i] is candidate i.
+void AttendMissing(const SelectRequest& request, AttentionBackend& attention, Scratch& scratch,
+                   std::span<wire::PagePayload> pages) {
+  for (uint32_t link = 0; link < scratch.links.size(); ++link) {
+    scratch.dropped.clear();
+    for (size_t i = 0; i < pages.size(); ++i) {
+      if (scratch.candidates[i].link != link || pages[i].from == pages[i].fill) continue;
+      scratch.dropped.push_back(scratch.candidates[i].page);
+      pages[i].from = pages[i].fill;
+      pages[i].place = wire::PagePlace::kAttended;
+      pages[i].k_rows = pages[i].v_rows = pages[i].positions = {};
+    }
+    if (scratch.dropped.empty()) continue;
+    attention.AttendPages(request.queries, scratch.links[link].slice->pages(), scratch.dropped,
+                          scratch.residual.ref());
+  }
+}
+
 }  // namespace
 
 Status Context::Select(LayerId layer, KvHeadId head, const SelectRequest& request,
-                       std::span<const wire::ResidentPage> resident,
-                       wire::HeadSelection* out) const {
+                       std::span<const wire::ResidentPage> resident, wire::HeadSelection* out,
+                       bool attend_missing) const {
   KV_RETURN_IF_ERROR(CheckSlice(layer, head));
   if (request.group != spec_.shape.group()) {
     return InvalidArgument("select: " + std::to_string(request.group) +
@@ -215,16 +237,6 @@ Status Context::Select(LayerId layer, KvHeadId head, const SelectRequest& reques
     out->covered_mass = CoveredMass(request, scratch, kept);
   }
 
-  out->residual.clear();
-  if (request.residual) {
-    scratch.residual.Reset(request.group, spec_.shape.head_dim);
-    for (size_t i = 0; i < scratch.links.size(); ++i) {
-      MergeStates(scratch.selections[i].residual.ref(), scratch.residual.ref());
-    }
-    const std::span<const float> flat = scratch.residual.flat();
-    out->residual.assign(flat.begin(), flat.end());
-  }
-
   scratch.resident.clear();
   for (const wire::ResidentPage& page : resident) scratch.resident.push_back(&page);
   std::sort(scratch.resident.begin(), scratch.resident.end(), NameLess);
@@ -234,8 +246,18 @@ Status Context::Select(LayerId layer, KvHeadId head, const SelectRequest& reques
     const Link& link = scratch.links[c.link];
     const PageContent content = link.slice->page(c.page);
     const uint8_t held = HeldRows(scratch, link.segment->id(), c.page, content);
-    FillPayload(link.segment->id(), c.page, content, held, c.log_mass, &out->pages[i]);
+    FillPayload(link.segment->id(), c.page, content, held, c.log_mass, pool_, &out->pages[i]);
   }
+
+  out->residual.clear();
+  if (!request.residual && !attend_missing) return OkStatus();
+  scratch.residual.Reset(request.group, spec_.shape.head_dim);
+  for (size_t i = 0; request.residual && i < scratch.links.size(); ++i) {
+    MergeStates(scratch.selections[i].residual.ref(), scratch.residual.ref());
+  }
+  if (attend_missing) AttendMissing(request, attention_, scratch, out->pages);
+  const std::span<const float> flat = scratch.residual.flat();
+  out->residual.assign(flat.begin(), flat.end());
   return OkStatus();
 }
 
@@ -256,7 +278,7 @@ Status Context::FetchPages(LayerId layer, KvHeadId head, std::span<const wire::R
     const std::optional<PageContent> content =
         found->slice(layer, head)->FindPage(name.page, name.version);
     if (!content) continue;
-    FillPayload(name.segment, name.page, *content, 0, 0, &out->pages.emplace_back());
+    FillPayload(name.segment, name.page, *content, 0, 0, pool_, &out->pages.emplace_back());
   }
   return OkStatus();
 }

@@ -105,6 +105,8 @@ class PagePool {
     int fd = -1;
   };
   std::vector<ExtentInfo> ExtentsOf(TenantId tenant) const;
+  // REQUIRES: the slot of a frame that is in use.
+  uint64_t ExtentSerial(uint32_t slot) const { return extents_[slot].serial; }
 
   // INTERNAL naming the first sum that does not hold: frames against extents, tenants against the
   // pool.

@@ -112,6 +112,7 @@ PageContent PageTable::content(PageId page) const {
   content.k_rows = {k_row(entry.frame, 0), fill * row_bytes_};
   content.v_rows = {v_row(entry.frame, 0), fill * row_bytes_};
   content.positions = std::as_bytes(std::span(position_row(entry.frame), fill));
+  content.frame = entry.frame;
   content.version = entry.version;
   content.fill = fill;
   content.checksum = entry.checksum;

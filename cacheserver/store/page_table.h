@@ -33,6 +33,7 @@ struct PageContent {
   std::span<const std::byte> k_rows;     // [fill, head_dim]
   std::span<const std::byte> v_rows;     // [fill, head_dim]
   std::span<const std::byte> positions;  // u32 [fill]
+  Frame frame;  // where they are
   uint32_t version = 0;
   uint32_t fill = 0;
   uint64_t checksum = 0;  // PageChecksum over (segment, page, version) and the above

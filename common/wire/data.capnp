@@ -18,6 +18,7 @@ struct AttachReply {
   protocolVersion @0 :UInt16;
   shard @1 :UInt16;
   shardCount @2 :UInt16;
+  extents @3 :Text;           # abstract unix socket that hands out the tenant's extents (common/extent_socket.h); empty: none
 }
 
 # Body: for each head of `kvHeads`, in order: K rows [tokenCount, headDim], then V rows, in the shape's dtype.
@@ -64,7 +65,7 @@ struct SelectRequest {
   readCap @5 :UInt32;
   minMass @6 :Float32;
   rank @7 :UInt8;
-  flags @8 :UInt8;            # bit 0: no residual
+  flags @8 :UInt8;            # bit 0: no residual; 1: name missing pages by extent; 2: attend to missing pages
   appendFirst @9 :UInt32;     # position of the first appended token
   appendCount @10 :UInt32;
 }
@@ -76,6 +77,9 @@ struct PagePayload {
   from @4 :UInt8;             # rows [from, fill) are in the body: K rows, V rows, positions u32. from == fill: resident
   logMass @5 :Float32;
   checksum @6 :UInt64;        # of the whole page's content (common/checksum.h)
+  offset @7 :UInt32;          # of the page's frame in its extent; place mapped only
+  extent @8 :UInt64;          # serial of the extent; place mapped only
+  place @9 :UInt8;            # of the rows [from, fill): 0 in the body, 1 mapped, 2 attended to by the server
 }
 struct HeadSelection {
   kvHead @0 :UInt16;
@@ -114,4 +118,5 @@ struct FetchPagesRequest {
   layer @2 :UInt16;
   kvHead @3 :UInt16;
   pages @4 :List(ResidentPage);
+  flags @5 :UInt8;            # as SelectRequest, bit 1 only
 }

@@ -198,6 +198,7 @@ void Encode(const FetchPagesRequest& in, OutMessage* out) {
   root.setLayer(in.layer.value);
   root.setKvHead(in.head.value);
   WriteResident(in.pages, root.initPages(static_cast<unsigned>(in.pages.size())));
+  root.setFlags(in.flags);
   out->kind = kFetchPages;
   out->meta = FlatBytes(message);
 }
@@ -316,7 +317,11 @@ Status ReadSelectNumbers(const MessageChecks& check, schema::SelectRequest::Read
   KV_RETURN_IF_ERROR(check.AtMost("readCap", out->read_cap, limits::kReadCapMax));
   KV_RETURN_IF_ERROR(check.InRange("minMass", out->min_mass, 0, 1));
   KV_RETURN_IF_ERROR(check.AtMost("rank", out->rank, kRankMax));
-  KV_RETURN_IF_ERROR(check.AtMost("flags", out->flags, kSelectNoResidual));
+  KV_RETURN_IF_ERROR(
+      check.AtMost("flags", out->flags, kSelectNoResidual | kSelectMapped | kSelectAttend));
+  if ((out->flags & kSelectMapped) != 0 && (out->flags & kSelectAttend) != 0) {
+    return check.Bad("flags", std::to_string(out->flags), "mapped or attend, not both");
+  }
   KV_RETURN_IF_ERROR(check.AtMost("appendCount", out->append_count, limits::kPendingTokensMax));
   return check.Positions("appendFirst + appendCount", out->append_first, out->append_count);
 }
@@ -388,6 +393,10 @@ Result<FetchPagesRequest> DecodeFetchPagesRequest(const InMessage& message,
         KV_ASSIGN_OR_RETURN(out.pages, ReadResident(check, root.getPages()));
         KV_RETURN_IF_ERROR(
             check.Between("pages.size", out.pages.size(), 1, limits::kPagesPerSelectMax));
+        out.flags = root.getFlags();
+        if (out.flags != 0 && out.flags != kSelectMapped) {
+          return check.Bad("flags", std::to_string(out.flags), "mapped or none");
+        }
         return out;
       });
 }

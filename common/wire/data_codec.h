@@ -37,6 +37,7 @@ struct AttachReply {
   uint16_t protocol_version = kProtocolVersion;
   ShardId shard;
   uint16_t shard_count = 0;
+  std::string extents{};  // name for ConnectExtents (common/extent_socket.h); empty: not offered
 };
 
 // Names the slices a request is about: heads of one layer, all owned by the addressed shard.
@@ -81,7 +82,12 @@ struct SelectHead {
   std::vector<ResidentPage> resident;
   std::vector<float> local_lse;  // [group] or empty
 };
+// SelectRequest::flags. How content that the worker lacks is answered, at most one of the last two:
+// in the body (none), named in the tenant's extents, or attended to by the server and merged into
+// the residual.
 inline constexpr uint8_t kSelectNoResidual = 1;
+inline constexpr uint8_t kSelectMapped = 2;
+inline constexpr uint8_t kSelectAttend = 4;
 struct SelectRequest {
   ContextId context;
   Epoch epoch;
@@ -100,6 +106,11 @@ struct SelectRequest {
   std::span<const std::byte> append_k(size_t head_index, const ModelShape& shape) const;
   std::span<const std::byte> append_v(size_t head_index, const ModelShape& shape) const;
 };
+enum class PagePlace : uint8_t {
+  kBody = 0,      // rows [from, fill) are in the body
+  kMapped = 1,    // they are in the frame at `offset` of extent `extent`
+  kAttended = 2,  // the residual holds the whole page; from == fill, and the worker must not attend to it
+};
 struct PagePayload {
   SegmentId segment;
   PageId page;
@@ -108,7 +119,10 @@ struct PagePayload {
   uint8_t from = 0;  // rows [from, fill) travel; from == fill: the worker has it
   float log_mass = 0;
   uint64_t checksum = 0;
-  // Decoded only; empty when from == fill.
+  PagePlace place = PagePlace::kBody;
+  uint32_t offset = 0;  // of the frame: K rows [kPageTokens], V rows, positions
+  uint64_t extent = 0;  // serial; 0 and not sent unless place is kMapped
+  // Decoded only; empty unless the rows are in the body.
   std::span<const std::byte> k_rows, v_rows, positions;
 };
 struct HeadSelection {
@@ -142,6 +156,7 @@ struct FetchPagesRequest {
   LayerId layer;
   KvHeadId head;
   std::vector<ResidentPage> pages;
+  uint8_t flags = 0;  // kSelectMapped or none
 };
 
 // Encode fills kind and meta of *out; the caller adds body parts (and pin) in the order above.

@@ -298,7 +298,8 @@ TEST(DataCodecChecks, Select) {
   expect(SelectWith([](S* s) { s->min_mass = 1.5f; }), "minMass = 1.5");
   expect(SelectWith([](S* s) { s->min_mass = NAN; }), "minMass = nan");
   expect(SelectWith([](S* s) { s->rank = 3; }), "rank = 3");
-  expect(SelectWith([](S* s) { s->flags = 2; }), "flags = 2");
+  expect(SelectWith([](S* s) { s->flags = 8; }), "flags = 8");
+  expect(SelectWith([](S* s) { s->flags = kSelectMapped | kSelectAttend; }), "flags = 6");
   expect(SelectWith([](S* s) { s->append_count = limits::kPendingTokensMax + 1; }),
          "appendCount = 65");
   expect(SelectWith([](S* s) { s->append_first = ~0u; }), "appendFirst + appendCount");

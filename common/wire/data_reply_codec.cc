@@ -47,6 +47,7 @@ void Encode(const AttachReply& in, OutMessage* out) {
   root.setProtocolVersion(in.protocol_version);
   root.setShard(in.shard.value);
   root.setShardCount(in.shard_count);
+  root.setExtents(Chars(in.extents));
   out->kind = kAttach;
   out->meta = FlatBytes(message);
 }
@@ -90,6 +91,11 @@ void WriteHead(const HeadSelection& in, schema::HeadSelection::Builder out) {
     page.setFrom(from.from);
     page.setLogMass(from.log_mass);
     page.setChecksum(from.checksum);
+    page.setPlace(static_cast<uint8_t>(from.place));
+    if (from.place == PagePlace::kMapped) {
+      page.setOffset(from.offset);
+      page.setExtent(from.extent);
+    }
   }
   out.setResidual(Bytes(std::as_bytes(std::span<const float>(in.residual))));
   out.setCoveredMass(in.covered_mass);
@@ -101,7 +107,7 @@ void WriteHead(const HeadSelection& in, schema::HeadSelection::Builder out) {
 void Encode(const SelectReply& in, OutMessage* out) {
   size_t words = 32;
   for (const HeadSelection& head : in.heads) {
-    words += 16 + 5 * head.pages.size() + head.residual.size() / 2;
+    words += 16 + 7 * head.pages.size() + head.residual.size() / 2;
   }
   capnp::MallocMessageBuilder message(
       static_cast<unsigned>(words));  // one segment, no far pointers
@@ -127,6 +133,10 @@ Result<AttachReply> DecodeAttachReply(const InMessage& message) {
         out.shard_count = root.getShardCount();
         KV_RETURN_IF_ERROR(check.Between("shardCount", out.shard_count, 1, limits::kShardsMax));
         KV_RETURN_IF_ERROR(check.AtMost("shard", out.shard.value, out.shard_count - 1u));
+        const std::string_view extents = View(root.getExtents());
+        KV_RETURN_IF_ERROR(
+            check.AtMost("extents.size", extents.size(), limits::kExtentSocketNameBytesMax));
+        out.extents = extents;
         return out;
       });
 }
@@ -172,6 +182,17 @@ Status ReadPage(const MessageChecks& check, schema::PagePayload::Reader in, cons
   KV_RETURN_IF_ERROR(check.Between("page.fill", out->fill, 1, limits::kPageTokens));
   KV_RETURN_IF_ERROR(check.AtMost("page.from", out->from, out->fill));
   if (std::isnan(out->log_mass)) return check.Bad("page.logMass", "nan", "a number");
+  KV_RETURN_IF_ERROR(
+      check.AtMost("page.place", in.getPlace(), static_cast<uint8_t>(PagePlace::kAttended)));
+  out->place = static_cast<PagePlace>(in.getPlace());
+  if (out->place == PagePlace::kAttended) {
+    return check.Between("page.from", out->from, out->fill, out->fill);
+  }
+  if (out->place == PagePlace::kMapped) {
+    out->offset = in.getOffset();
+    out->extent = in.getExtent();
+    return check.AtMost("page.offset", out->offset, limits::kExtentBytes - shape.page_bytes());
+  }
   const size_t rows = size_t{out->fill} - out->from;
   KV_RETURN_IF_ERROR(body->Take(rows * shape.row_bytes(), &out->k_rows));
   KV_RETURN_IF_ERROR(body->Take(rows * shape.row_bytes(), &out->v_rows));

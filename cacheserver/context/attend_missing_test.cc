@@ -1,0 +1,136 @@
+// Selections in which the server attends to the pages that the worker lacks (reply mode "attend").
+#include <gtest/gtest.h>
+
+#include <cmath>
+
+#include "cacheserver/context/context.h"
+#include "cacheserver/context/test_rows.h"
+
+namespace icecache {
+namespace {
+
+constexpr uint32_t kSinks = 4, kWindow = 16, kTokens = 300, kGroup = 2, kDim = 32;
+const LayerId kLayer(0);
+const KvHeadId kHead(0);
+
+class AttendMissing : public testing::Test {
+ protected:
+  AttendMissing() {
+    ContextSpec spec;
+    spec.id = ContextId(1);
+    spec.segment = SegmentId(9);
+    spec.tenant = TenantId(1);
+    spec.shape = {.layers = 1, .kv_heads = 1, .query_heads = kGroup, .head_dim = kDim};
+    spec.sink_tokens = kSinks;
+    spec.window_tokens = kWindow;
+    spec.policy = PolicyKind::kExact;
+    context_ = Context::Create(spec, pool_, *attention_).value();
+    KV_CHECK(context_->PutRows(kLayer, kHead, 0, kTokens, rows_.K(0, kTokens), rows_.V(0, kTokens))
+                 .ok());
+    auto job = context_->PrepareBuild(kLayer, kHead, kTokens, {}).value();
+    job->Run();
+    KV_CHECK(context_->Install(kLayer, kHead, std::move(job)).ok());
+    queries_ = rows_.Queries(3, kGroup, kTokens);
+  }
+  wire::HeadSelection Select(std::span<const wire::ResidentPage> resident, bool attend,
+                             bool residual = true) {
+    SelectRequest request;
+    request.queries = queries_.data();
+    request.group = kGroup;
+    request.max_pages = 8;
+    request.read_cap = limits::kReadCapMax;
+    request.residual = residual;
+    wire::HeadSelection selection;
+    const Status status = context_->Select(kLayer, kHead, request, resident, &selection, attend);
+    EXPECT_TRUE(status.ok()) << status.ToString();
+    return selection;
+  }
+  // Sinks, window, `attended` pages and the residual.
+  std::vector<float> Attend(wire::HeadSelection selection,
+                            const std::vector<wire::PagePayload>& attended) {
+    AttentionStates states(kGroup, kDim);
+    attention_->AttendRows(queries_.data(), rows_.Rows(0, kSinks), states.ref());
+    attention_->AttendRows(queries_.data(), rows_.Rows(kTokens - kWindow, kWindow), states.ref());
+    for (const wire::PagePayload& page : attended) {
+      attention_->AttendRows(queries_.data(),
+                             {DType::kF16, kDim, page.fill, page.k_rows.data(), page.v_rows.data()},
+                             states.ref());
+    }
+    float* flat = selection.residual.data();
+    MergeStates({kGroup, kDim, flat, flat + kGroup, flat + 2 * size_t{kGroup}}, states.ref());
+    std::vector<float> out(queries_.size());
+    FinishStates(states.ref(), out.data());
+    return out;
+  }
+  void ExpectFull(const std::vector<float>& out) {
+    const std::vector<float> truth = rows_.FullAttention(queries_, kGroup, kTokens);
+    for (size_t i = 0; i < out.size(); ++i) ASSERT_NEAR(out[i], truth[i], 2e-4) << i;
+  }
+
+  PagePool pool_{16 * limits::kExtentBytes};
+  std::unique_ptr<AttentionBackend> attention_ = MakeReferenceAttention();
+  TestRows rows_{17, DType::kF16, kDim};
+  std::unique_ptr<Context> context_;
+  std::vector<float> queries_;
+};
+
+TEST_F(AttendMissing, NothingTravelsAndTheSumIsFullAttention) {
+  const wire::HeadSelection selection = Select({}, true);
+  ASSERT_EQ(selection.pages.size(), 8u);
+  for (const wire::PagePayload& page : selection.pages) {
+    EXPECT_EQ(page.place, wire::PagePlace::kAttended);
+    EXPECT_EQ(page.from, page.fill);
+    EXPECT_TRUE(page.k_rows.empty() && page.v_rows.empty() && page.positions.empty());
+  }
+  ExpectFull(Attend(selection, {}));
+}
+
+TEST_F(AttendMissing, PagesThatTheWorkerHoldsAreLeftToIt) {
+  const wire::HeadSelection whole = Select({}, false);
+  ExpectFull(Attend(whole, whole.pages));
+  std::vector<wire::ResidentPage> resident;
+  std::vector<wire::PagePayload> held(whole.pages.begin(), whole.pages.begin() + 3);
+  for (const wire::PagePayload& page : held) {
+    resident.push_back({page.segment, page.page, page.version, page.fill});
+  }
+  // Held in part only: attended to as a whole by the server, so that no token counts twice.
+  const wire::PagePayload& part = whole.pages[3];
+  ASSERT_GT(part.fill, 1);
+  resident.push_back({part.segment, part.page, part.version, static_cast<uint8_t>(part.fill - 1)});
+  const wire::HeadSelection selection = Select(resident, true);
+  int attended = 0;
+  for (const wire::PagePayload& page : selection.pages) {
+    attended += page.place == wire::PagePlace::kAttended ? 1 : 0;
+  }
+  EXPECT_EQ(attended, 5);
+  ExpectFull(Attend(selection, held));
+}
+
+TEST_F(AttendMissing, WithoutResidualOnlyTheChosenPagesAreInTheState) {
+  const wire::HeadSelection whole = Select({}, false, false);
+  EXPECT_TRUE(whole.residual.empty());
+  const wire::HeadSelection selection = Select({}, true, false);
+  AttentionStates truth(kGroup, kDim);
+  for (const wire::PagePayload& page : whole.pages) {
+    attention_->AttendRows(queries_.data(),
+                           {DType::kF16, kDim, page.fill, page.k_rows.data(), page.v_rows.data()},
+                           truth.ref());
+  }
+  const std::span<const float> flat = truth.flat();
+  ASSERT_EQ(selection.residual.size(), flat.size());
+  for (size_t i = 0; i < flat.size(); ++i) EXPECT_NEAR(selection.residual[i], flat[i], 1e-3) << i;
+}
+
+TEST_F(AttendMissing, PagesAreNamedByExtentAndOffsetOfTheirFrames) {
+  for (const wire::PagePayload& page : Select({}, false).pages) {
+    bool found = false;
+    for (const PagePool::ExtentInfo& extent : pool_.ExtentsOf(TenantId(1))) {
+      found = found || extent.serial == page.extent;
+    }
+    EXPECT_TRUE(found);
+    EXPECT_EQ(page.offset % 64, 0u);
+  }
+}
+
+}  // namespace
+}  // namespace icecache
