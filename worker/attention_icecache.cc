@@ -139,26 +139,34 @@ void AttentionIceCache::OnSelection(const wire::HeadSelection& selection,
   Head& head = heads_[selection.head.value];
   head.arrived = true;
   head.residual = selection.residual;
+  for (const wire::PagePayload& page : selection.pages) {
+    if (page.place != wire::PagePlace::kAttended) continue;
+    ++stats_.remote_pages;
+    stats_.attended_tokens += uint64_t{page.fill} * shape_.group();
+  }
   if (caches_.empty()) return;
   PageCache& pages = cache(step_layer_, selection.head);
   pages.BeginStep();
-  for (const wire::PagePayload& page : selection.pages) {
-    switch (pages.Apply(page, indexed_begin(), indexed_end())) {
+  const auto count = [&](const wire::PagePayload& page, PageCache::Outcome outcome) {
+    switch (outcome) {
       case PageCache::Outcome::kHit:
         ++stats_.page_hits;
         break;
       case PageCache::Outcome::kReceived:
         ++stats_.page_misses;
+        if (page.place == wire::PagePlace::kMapped) ++stats_.mapped_pages;
         break;
       case PageCache::Outcome::kBad:
-        ++stats_.bad_pages;
+        // A frame may have been reused between the reply and the copy: nothing is broken then.
+        ++(page.place == wire::PagePlace::kMapped ? stats_.mapped_gone : stats_.bad_pages);
         head.missing.push_back({page.segment, page.page, page.version, page.fill});
         break;
       case PageCache::Outcome::kRepeated:
         ++stats_.bad_pages;
         break;
     }
-  }
+  };
+  pages.ApplyAll(selection.pages, indexed_begin(), indexed_end(), count);
   *refetch = head.missing;
 }
 

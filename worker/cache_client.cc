@@ -14,12 +14,6 @@ namespace {
 constexpr Duration kGrace = std::chrono::milliseconds(500);
 constexpr size_t kBuffersMax = 2 * limits::kShardsMax;
 
-uint64_t MessageBytes(const OutMessage& message) {
-  uint64_t bytes = message.meta.size();
-  for (const auto& part : message.body) bytes += part.size();
-  return bytes;
-}
-
 }  // namespace
 
 // One Select in the air. Shared with the callbacks of its calls, which may outlive an interrupted
@@ -30,8 +24,11 @@ struct CacheClient::SelectState {
   uint32_t max_pages = 0;
   uint32_t append_end = 0;
   TimePoint deadline;
-  SelectionSink* sink = nullptr;  // null: nobody waits any more
-  uint32_t open = 0;              // calls without an end
+  const SelectParams* params = nullptr;  // while sink
+  SelectionSink* sink = nullptr;         // null: nobody waits any more
+  bool retried = false;
+  std::vector<std::pair<ShardId, std::vector<KvHeadId>>> lost;  // to be asked once more
+  uint32_t open = 0;                                            // calls without an end
   Status error;
   SelectOutcome outcome;
 };
@@ -44,16 +41,42 @@ Result<std::unique_ptr<CacheClient>> CacheClient::Connect(Reactor& reactor, Tran
                            " shards, expected 1 to " + std::to_string(limits::kShardsMax));
   }
   std::unique_ptr<CacheClient> client(new CacheClient(reactor, options));
-  client->addresses_ = shards;
-  for (const std::string& address : shards) {
-    KV_ASSIGN_OR_RETURN(std::unique_ptr<Endpoint> endpoint, transport.Connect(address));
-    client->channels_.push_back(
-        std::make_unique<Channel>(reactor, std::move(endpoint), options.channel));
+  ShardLinkOptions link;
+  link.channel = options.channel;
+  link.request_deadline = options.request_deadline;
+  link.mode = options.reply_mode;
+  link.leases_alive = options.leases_alive;
+  const auto count = static_cast<uint32_t>(shards.size());
+  for (uint16_t i = 0; i < count; ++i) {
+    link.jitter_seed = options.jitter_seed == 0 ? 0 : options.jitter_seed + i;
+    client->links_.push_back(
+        std::make_unique<ShardLink>(reactor, transport, ShardId(i), count, shards[i], link));
+    KV_RETURN_IF_ERROR(client->links_.back()->Open());
   }
   return client;
 }
 
-CacheClient::~CacheClient() { channels_.clear(); }  // ends their calls while the rest still stands
+CacheClient::~CacheClient() {
+  for (const auto& link : links_) link->Close();  // ends their calls while the rest still stands
+}
+
+uint64_t CacheClient::bytes_moved() const {
+  uint64_t bytes = 0;
+  for (const auto& link : links_) bytes += link->bytes_moved();
+  return bytes;
+}
+
+uint64_t CacheClient::bytes_mapped() const {
+  uint64_t bytes = 0;
+  for (const auto& link : links_) bytes += link->bytes_mapped();
+  return bytes;
+}
+
+uint32_t CacheClient::reconnects() const {
+  uint32_t reconnects = 0;
+  for (const auto& link : links_) reconnects += link->reconnects_done();
+  return reconnects;
+}
 
 std::vector<KvHeadId> CacheClient::HeadsOf(LayerId layer, ShardId shard,
                                            const ModelShape& shape) const {
@@ -65,28 +88,12 @@ std::vector<KvHeadId> CacheClient::HeadsOf(LayerId layer, ShardId shard,
 }
 
 Status CacheClient::Health() const {
-  for (size_t i = 0; i < channels_.size(); ++i) {
-    if (channels_[i]->closed()) {
-      return Unavailable("shard " + std::to_string(i) + " at " + addresses_[i] +
-                         ": the connection to the cache server is lost; is it still running?");
-    }
-  }
+  for (const auto& link : links_) KV_RETURN_IF_ERROR(link->Health());
   return OkStatus();
 }
 
 void CacheClient::Call(ShardId shard, OutMessage message, Duration deadline, Channel::Done done) {
-  bytes_moved_ += MessageBytes(message);
-  const size_t index = shard.value;
-  channels_[index]->Call(
-      std::move(message), deadline, [this, index, done = std::move(done)](Result<InMessage> reply) {
-        if (reply.ok()) {
-          bytes_moved_ += reply->meta.size() + reply->body.size();
-          done(std::move(reply));
-          return;
-        }
-        done(reply.status().WithContext("cache server, shard " + std::to_string(index) + " at " +
-                                        addresses_[index]));
-      });
+  links_[shard.value]->Call(std::move(message), deadline, std::move(done));
 }
 
 Status CacheClient::Wait(const std::function<bool()>& done, Duration limit) {
@@ -103,30 +110,12 @@ Status CacheClient::Attach(const wire::Grant& grant) {
     Status error;
   };
   const auto state = std::make_shared<State>();
-  state->open = channels_.size();
-  for (uint16_t i = 0; i < channels_.size(); ++i) {
-    wire::AttachRequest request;
-    request.ticket = grant.ticket;
-    OutMessage message;
-    wire::Encode(request, &message);
-    Call(ShardId(i), std::move(message), options_.request_deadline,
-         [state, i, count = channels_.size()](const Result<InMessage>& reply) {
-           --state->open;
-           if (!state->error.ok()) return;
-           if (!reply.ok()) {
-             state->error = reply.status();
-             return;
-           }
-           const Result<wire::AttachReply> decoded = wire::DecodeAttachReply(*reply);
-           if (!decoded.ok()) {
-             state->error = decoded.status();
-           } else if (decoded->shard.value != i || decoded->shard_count != count) {
-             state->error = FailedPrecondition(
-                 "attached to shard " + std::to_string(decoded->shard.value) + " of " +
-                 std::to_string(decoded->shard_count) + ", expected " + std::to_string(i) + " of " +
-                 std::to_string(count) + "; did the server restart? connect again");
-           }
-         });
+  state->open = links_.size();
+  for (const auto& link : links_) {
+    link->Attach(grant, [state](const Status& status) {
+      --state->open;
+      if (state->error.ok()) state->error = status;
+    });
   }
   KV_RETURN_IF_ERROR(Wait([&] { return state->open == 0; }, options_.request_deadline + kGrace));
   return state->error;
@@ -141,17 +130,21 @@ std::shared_ptr<std::vector<std::byte>> CacheClient::Buffer() {
   return buffer;
 }
 
-OutMessage CacheClient::SelectMessage(const ContextHandle& context, const SelectParams& params,
-                                      SelectionSink& sink, const std::vector<KvHeadId>& heads) {
-  const ModelShape& shape = context.shape;
+OutMessage CacheClient::SelectMessage(const SelectState& state, ShardId shard,
+                                      const std::vector<KvHeadId>& heads) {
+  const ModelShape& shape = state.context.shape;
+  const SelectParams& params = *state.params;
   wire::SelectRequest request;
-  request.context = context.id;
-  request.epoch = context.epoch;
+  request.context = state.context.id;
+  request.epoch = state.context.epoch;
   request.layer = params.layer;
   request.max_pages = params.max_pages;
   request.read_cap = params.read_cap;
   request.min_mass = params.min_mass;
   request.flags = params.residual ? 0 : wire::kSelectNoResidual;
+  const ReplyMode mode = links_[shard.value]->mode();
+  if (mode == ReplyMode::kMapped) request.flags |= wire::kSelectMapped;
+  if (mode == ReplyMode::kAttend) request.flags |= wire::kSelectAttend;
   request.append_first = params.append_first.value;
   request.append_count = static_cast<uint32_t>(params.append.size());
 
@@ -163,7 +156,7 @@ OutMessage CacheClient::SelectMessage(const ContextHandle& context, const Select
   for (const KvHeadId head : heads) {
     wire::SelectHead& wanted = request.heads.emplace_back();
     wanted.head = head;
-    if (params.max_pages > 0) sink.ListResident(head, &wanted.resident);
+    if (params.max_pages > 0) state.sink->ListResident(head, &wanted.resident);
     std::memcpy(out, reinterpret_cast<const std::byte*>(params.queries) + head.value * query_bytes,
                 query_bytes);
     out += query_bytes;
@@ -193,15 +186,11 @@ Result<SelectOutcome> CacheClient::Select(const ContextHandle& context, const Se
   state->max_pages = params.max_pages;
   state->append_end = params.append_first.value + static_cast<uint32_t>(params.append.size());
   state->deadline = start + params.deadline;
+  state->params = &params;
   state->sink = &sink;
   for (uint16_t i = 0; i < shard_count(); ++i) {
     const std::vector<KvHeadId> heads = HeadsOf(params.layer, ShardId(i), context.shape);
-    if (heads.empty()) continue;
-    ++state->open;
-    Call(ShardId(i), SelectMessage(context, params, sink, heads), params.deadline,
-         [this, state, i, heads](const Result<InMessage>& reply) {
-           OnSelectReply(state, ShardId(i), heads, reply);
-         });
+    if (!heads.empty()) SendSelect(state, ShardId(i), heads);
   }
   reactor_.Poll();  // hands over what the transport only queued
   const TimePoint sent = reactor_.clock().Now();
@@ -209,8 +198,9 @@ Result<SelectOutcome> CacheClient::Select(const ContextHandle& context, const Se
   if (meanwhile) meanwhile();
   const TimePoint wait_start = reactor_.clock().Now();
   const Duration handled = state->outcome.handling;
-  const Status waited = Wait([&] { return state->open == 0; },
-                             state->deadline - std::min(wait_start, state->deadline) + kGrace);
+  Status waited = Wait([&] { return state->open == 0; },
+                       state->deadline - std::min(wait_start, state->deadline) + kGrace);
+  if (waited.ok() && state->error.ok() && !state->lost.empty()) waited = RetryLost(state);
   state->sink = nullptr;
   if (waited.code() == StatusCode::kCancelled) return waited;
   if (!waited.ok()) state->outcome.complete = state->outcome.confirmed = false;
@@ -220,6 +210,50 @@ Result<SelectOutcome> CacheClient::Select(const ContextHandle& context, const Se
   return state->outcome;
 }
 
+void CacheClient::SendSelect(const std::shared_ptr<SelectState>& state, ShardId shard,
+                             const std::vector<KvHeadId>& heads) {
+  const TimePoint now = reactor_.clock().Now();
+  ++state->open;
+  Call(shard, SelectMessage(*state, shard, heads),
+       std::max<Duration>(state->deadline - now, Duration(1)),
+       [this, state, shard, heads](const Result<InMessage>& reply) {
+         OnSelectReply(state, shard, heads, reply);
+       });
+}
+
+// Asks the shards whose connection was lost in this Select again, once they are back. Repeating is
+// harmless: rows that the shard has taken already are not taken twice.
+Status CacheClient::RetryLost(const std::shared_ptr<SelectState>& state) {
+  state->retried = true;
+  const auto left = [&] {
+    return std::max<Duration>(state->deadline - reactor_.clock().Now(), Duration(0));
+  };
+  for (const auto& [shard, heads] : state->lost) {
+    const ShardLink& link = *links_[shard.value];
+    const Status waited = Wait([&link] { return link.ready() || !link.Health().ok(); }, left());
+    if (waited.code() == StatusCode::kCancelled) return waited;
+    if (!link.ready()) {
+      const Status health = link.Health();
+      state->error = !health.ok()
+                         ? health
+                         : Unavailable("shard " + std::to_string(shard.value) + " at " +
+                                       link.address() + ": connection lost, and not back in time");
+      return OkStatus();
+    }
+    SendSelect(state, shard, heads);
+  }
+  return Wait([&] { return state->open == 0; }, left() + kGrace);
+}
+
+void CacheClient::ResolveMapped(const SelectState& state, ShardId shard, wire::SelectReply* reply) {
+  for (wire::HeadSelection& head : reply->heads) {
+    for (wire::PagePayload& page : head.pages) {
+      if (page.place != wire::PagePlace::kMapped) continue;
+      links_[shard.value]->Resolve(state.context.id, state.context.shape, &page);
+    }
+  }
+}
+
 void CacheClient::OnSelectReply(const std::shared_ptr<SelectState>& state, ShardId shard,
                                 const std::vector<KvHeadId>& heads,
                                 const Result<InMessage>& reply) {
@@ -227,21 +261,27 @@ void CacheClient::OnSelectReply(const std::shared_ptr<SelectState>& state, Shard
   if (state->sink == nullptr || !state->error.ok()) return;
   const TimePoint start = reactor_.clock().Now();
   if (!reply.ok()) {
+    if (reply.status().code() == StatusCode::kUnavailable && !state->retried &&
+        links_[shard.value]->reconnects()) {
+      state->lost.emplace_back(shard, heads);
+      return;
+    }
     state->outcome.complete = state->outcome.confirmed = false;
     if (reply.status().code() != StatusCode::kDeadlineExceeded) state->error = reply.status();
     return;
   }
-  const Result<wire::SelectReply> decoded = wire::DecodeSelectReply(*reply, state->context.shape);
+  Result<wire::SelectReply> decoded = wire::DecodeSelectReply(*reply, state->context.shape);
   std::vector<wire::FetchPagesRequest> refetches;
   Status status = decoded.status();
   if (decoded.ok()) {
     state->outcome.server_select_ns += decoded->select_ns;
     if (decoded->next_position < state->append_end) state->outcome.confirmed = false;
+    ResolveMapped(*state, shard, &*decoded);
     status = ApplySelection(*state, heads, *decoded, &refetches);
   }
   if (!status.ok()) {
     state->error = status.WithContext("shard " + std::to_string(shard.value) + " at " +
-                                      addresses_[shard.value]);
+                                      links_[shard.value]->address());
   }
   state->outcome.handling += reactor_.clock().Now() - start;
   for (const wire::FetchPagesRequest& request : refetches) Refetch(state, shard, request);

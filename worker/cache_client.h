@@ -1,7 +1,9 @@
 // CacheClient: the worker's side of the data plane. One channel per shard; requests go straight to
 // the shard that owns a slice (ShardOf). Calls are synchronous on the reactor, except that Select
 // lets the caller compute between sending and waiting, and LayerUpload (layer_upload.h) runs in the
-// background.
+// background. A lost connection comes back by itself while leases live (shard_link.h); a Select
+// that it interrupted is asked once more within its deadline, everything else ends with
+// UNAVAILABLE.
 //
 // Errors: UNAVAILABLE when a connection is lost, DEADLINE_EXCEEDED, or what the shard answered;
 // each names the shard. Owner's thread: the reactor's; not from inside its handlers.
@@ -21,6 +23,7 @@
 #include "common/wire/control_codec.h"
 #include "common/wire/data_codec.h"
 #include "worker/layer_rows.h"
+#include "worker/shard_link.h"
 #include "worker/sink_window.h"
 
 namespace icecache {
@@ -38,6 +41,9 @@ struct CacheClientOptions {
   uint64_t upload_bytes_in_flight_max = 16u << 20;
   std::function<bool()> interrupted;  // asked while waiting; true ends waits with CANCELLED
   ChannelOptions channel;
+  ReplyMode reply_mode = ReplyMode::kAuto;
+  std::function<Status()> leases_alive;  // as ShardLinkOptions
+  uint64_t jitter_seed = 0;              // likewise
 };
 
 // Who a Select is for: says what it holds and takes what arrives.
@@ -100,10 +106,13 @@ class CacheClient {
   // OK, or UNAVAILABLE naming the shard whose connection is lost.
   Status Health() const;
 
-  uint64_t bytes_moved() const { return bytes_moved_; }  // both directions, metas and bodies
+  uint64_t bytes_moved() const;   // both directions, metas and bodies
+  uint64_t bytes_mapped() const;  // of pages read in the server's memory instead
+  uint32_t reconnects() const;
+  ShardLink& link(ShardId shard) { return *links_[shard.value]; }
 
   // For LayerUpload.
-  uint32_t shard_count() const { return static_cast<uint32_t>(channels_.size()); }
+  uint32_t shard_count() const { return static_cast<uint32_t>(links_.size()); }
   std::vector<KvHeadId> HeadsOf(LayerId layer, ShardId shard, const ModelShape& shape) const;
   // Channel::Call with bytes counted and errors that name the shard.
   void Call(ShardId shard, OutMessage message, Duration deadline, Channel::Done done);
@@ -118,13 +127,17 @@ class CacheClient {
       : reactor_(reactor), options_(options) {}
   void OnSelectReply(const std::shared_ptr<SelectState>& state, ShardId shard,
                      const std::vector<KvHeadId>& heads, const Result<InMessage>& reply);
+  void SendSelect(const std::shared_ptr<SelectState>& state, ShardId shard,
+                  const std::vector<KvHeadId>& heads);
+  Status RetryLost(const std::shared_ptr<SelectState>& state);
+  void ResolveMapped(const SelectState& state, ShardId shard, wire::SelectReply* reply);
   Status ApplySelection(SelectState& state, const std::vector<KvHeadId>& heads,
                         const wire::SelectReply& reply,
                         std::vector<wire::FetchPagesRequest>* refetches);
   void Refetch(const std::shared_ptr<SelectState>& state, ShardId shard,
                const wire::FetchPagesRequest& request);
-  OutMessage SelectMessage(const ContextHandle& context, const SelectParams& params,
-                           SelectionSink& sink, const std::vector<KvHeadId>& heads);
+  OutMessage SelectMessage(const SelectState& state, ShardId shard,
+                           const std::vector<KvHeadId>& heads);
   // A buffer that no message in flight uses.
   std::shared_ptr<std::vector<std::byte>> Buffer();
   Result<std::vector<LayerRows>> FetchPart(const ContextHandle& context, wire::RowsPart part,
@@ -132,10 +145,8 @@ class CacheClient {
 
   Reactor& reactor_;
   const CacheClientOptions options_;
-  std::vector<std::unique_ptr<Channel>> channels_;  // by shard
-  std::vector<std::string> addresses_;
+  std::vector<std::unique_ptr<ShardLink>> links_;  // by shard
   std::vector<std::shared_ptr<std::vector<std::byte>>> buffers_;
-  uint64_t bytes_moved_ = 0;
 };
 
 }  // namespace icecache

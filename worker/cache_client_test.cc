@@ -39,7 +39,14 @@ class RecordingSink final : public SelectionSink {
 
 class CacheClientTest : public ::testing::Test {
  protected:
-  CacheClientTest() : served_(SmallShape(2, 4), 4, 8, 200, 0, 3, 11), queries_(8 * 16, 0.25f) {}
+  static LoopbackFaults Delayed() {
+    LoopbackFaults faults;
+    faults.delay_min = std::chrono::microseconds(50);
+    faults.delay_max = std::chrono::microseconds(300);
+    return faults;
+  }
+  CacheClientTest()
+      : served_(SmallShape(2, 4), 4, 8, 200, 0, 3, 11, Delayed()), queries_(8 * 16, 0.25f) {}
 
   Result<SelectOutcome> Select(const std::function<void()>& meanwhile = {}) {
     SelectParams params;
@@ -133,6 +140,67 @@ TEST_F(CacheClientTest, ADeadShardIsUnavailableInBoundedTime) {
   });
   EXPECT_LT(took, milliseconds(1500));
   EXPECT_EQ(served_.client->Health().code(), StatusCode::kUnavailable);
+}
+
+class ReconnectTest : public CacheClientTest {
+ protected:
+  void SetUp() override {
+    CacheClientOptions options;
+    options.leases_alive = [this] { return leases_; };
+    options.jitter_seed = 5;
+    std::vector<std::string> addresses;
+    for (const auto& shard : served_.shards) addresses.push_back(shard->address);
+    served_.client =
+        CacheClient::Connect(served_.loop.reactor, *served_.transport, addresses, options).value();
+    ASSERT_TRUE(served_.Upload().ok());
+  }
+  Status leases_;
+};
+
+TEST_F(ReconnectTest, ALostConnectionComesBackAndTheSelectIsAskedAgain) {
+  served_.shards[0]->Die();
+  const auto outcome = Select();
+  ASSERT_TRUE(outcome.ok()) << outcome.status().ToString();
+  EXPECT_TRUE(outcome->complete);
+  EXPECT_EQ(sink_.heads.size(), 4u);
+  EXPECT_EQ(served_.client->reconnects(), 1u);
+  EXPECT_TRUE(served_.client->Health().ok());
+  sink_.heads.clear();
+  EXPECT_TRUE(Select()->complete);  // and stays
+  EXPECT_EQ(sink_.heads.size(), 4u);
+}
+
+TEST_F(ReconnectTest, ALossWhileTheAnswerIsAwaitedIsRetriedOnce) {
+  served_.shards[1]->silent_selects = 1;
+  auto outcome = Select([&] { served_.shards[1]->Die(); });
+  ASSERT_TRUE(outcome.ok()) << outcome.status().ToString();
+  EXPECT_TRUE(outcome->complete);
+  EXPECT_EQ(sink_.heads.size(), 4u);
+  served_.shards[1]->silent_selects = 2;  // also the second time: a miss of the deadline, no hang
+  sink_.heads.clear();
+  const Duration took = served_.Timed([&] {
+    outcome = Select([&] { served_.shards[1]->Die(); });
+    ASSERT_TRUE(outcome.ok()) << outcome.status().ToString();
+    EXPECT_FALSE(outcome->complete);
+  });
+  EXPECT_LT(took, milliseconds(1100));
+}
+
+TEST_F(ReconnectTest, WithoutLivingLeasesTheLossIsReportedAtOnce) {
+  served_.shards[0]->Die();
+  leases_ = Unavailable("control connection lost");
+  const Duration took = served_.Timed(
+      [&] { EXPECT_EQ(Select().status().code(), StatusCode::kUnavailable); });
+  EXPECT_LT(took, milliseconds(100));
+  EXPECT_EQ(served_.client->Health().code(), StatusCode::kUnavailable);
+}
+
+TEST_F(ReconnectTest, AShardThatIsGoneForGoodCostsTheDeadline) {
+  served_.shards[0]->Die(true);
+  const Duration took = served_.Timed(
+      [&] { EXPECT_EQ(Select().status().code(), StatusCode::kUnavailable); });
+  EXPECT_GE(took, milliseconds(500));
+  EXPECT_LT(took, milliseconds(1200));
 }
 
 TEST_F(CacheClientTest, ARefusalIsTheCallersError) {

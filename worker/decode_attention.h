@@ -17,6 +17,9 @@ struct AttentionStats {
   uint64_t bytes_moved = 0;       // requests and replies of the data plane
   uint64_t page_hits = 0;         // selected pages that were resident
   uint64_t page_misses = 0;       // selected pages that travelled, whole or their new rows
+  uint64_t mapped_pages = 0;      // of the misses, those read in the server's memory
+  uint64_t mapped_gone = 0;       // reused by the server before they were read; fetched again
+  uint64_t remote_pages = 0;      // selected pages that the server attended to instead of sending
   uint64_t bad_pages = 0;         // failed verification and were fetched again or dropped
   uint64_t degraded_steps = 0;    // layer steps that went on without the answer of a shard
   uint64_t server_select_ns = 0;  // as the shards report, summed

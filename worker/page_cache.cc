@@ -90,6 +90,11 @@ uint32_t PageCache::TakeSlot() {
 bool PageCache::Place(const wire::PagePayload& page, TokenPos begin, TokenPos end,
                       const Slot& slot) const {
   const size_t row_bytes = shape_.row_bytes();
+  const size_t rows = size_t{page.fill} - page.from;
+  if (page.k_rows.size() != rows * row_bytes || page.v_rows.size() != rows * row_bytes ||
+      page.positions.size() != rows * sizeof(uint32_t)) {
+    return false;  // named by extent, and the extent could not be read
+  }
   std::memcpy(k_rows(slot) + page.from * row_bytes, page.k_rows.data(), page.k_rows.size());
   std::memcpy(v_rows(slot) + page.from * row_bytes, page.v_rows.data(), page.v_rows.size());
   std::memcpy(positions(slot) + page.from * sizeof(uint32_t), page.positions.data(),
@@ -106,9 +111,9 @@ bool PageCache::Place(const wire::PagePayload& page, TokenPos begin, TokenPos en
   return true;
 }
 
-void PageCache::Pin(uint32_t index, uint8_t rows_used) {
+void PageCache::Pin(uint32_t index, uint8_t rows_used, bool again) {
   Slot& slot = slots_[index];
-  slot.recent = true;
+  slot.recent = again;  // a new page has a whole turn of the hand before it is looked at
   slot.pinned = true;
   const uint8_t rows = rows_used == 0 || rows_used > slot.fill ? slot.fill : rows_used;
   views_[index] = {k_rows(slot), v_rows(slot), rows};
@@ -133,7 +138,7 @@ PageCache::Outcome PageCache::Apply(const wire::PagePayload& page, TokenPos begi
       return Outcome::kBad;
     }
     if (page.from == page.fill) {
-      Pin(found->second, rows_used);
+      Pin(found->second, rows_used, true);
       return Outcome::kHit;
     }
   }
@@ -148,7 +153,7 @@ PageCache::Outcome PageCache::Apply(const wire::PagePayload& page, TokenPos begi
   slot.version = page.version;
   slot.fill = page.fill;
   slot.checksum = page.checksum;
-  Pin(index, rows_used);
+  Pin(index, rows_used, resident);
   return Outcome::kReceived;
 }
 

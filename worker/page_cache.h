@@ -1,6 +1,6 @@
 // PageCache: the pages of one (layer, kv head) that the worker holds, so that a page selected again
-// is not sent again. CLOCK replacement: the pages of the last few selections stay, since
-// consecutive tokens ask for mostly the same ones.
+// is not sent again. CLOCK replacement: a page that was selected again
+// outlives those that were selected once.
 //
 // A step: 1. ListResident goes out with the request   2. BeginStep   3. Apply each page of the
 // reply
@@ -63,6 +63,20 @@ class PageCache {
   Outcome Apply(const wire::PagePayload& page, TokenPos positions_begin, TokenPos positions_end,
                 uint8_t rows_used = 0);
 
+  // All pages of a reply that are the worker's to attend to; on_outcome(page, outcome) for each. Those
+  // that build on what is here come first: a new page must not evict one that the same reply counts
+  // on.
+  template <typename Fn>
+  void ApplyAll(std::span<const wire::PagePayload> pages, TokenPos positions_begin,
+                TokenPos positions_end, const Fn& on_outcome) {
+    for (const bool here : {true, false}) {
+      for (const wire::PagePayload& page : pages) {
+        if (page.place == wire::PagePlace::kAttended || (page.from > 0) != here) continue;
+        on_outcome(page, Apply(page, positions_begin, positions_end));
+      }
+    }
+  }
+
   // For AttentionBackend::AttendPages: page ids are slots of this cache.
   PagedKv view() const {
     return {shape_.dtype, shape_.head_dim, static_cast<uint32_t>(views_.size()), views_.data()};
@@ -101,7 +115,7 @@ class PageCache {
   bool Place(const wire::PagePayload& page, TokenPos begin, TokenPos end, const Slot& slot) const;
   uint32_t TakeSlot();
   void Drop(uint32_t slot);
-  void Pin(uint32_t slot, uint8_t rows_used);
+  void Pin(uint32_t slot, uint8_t rows_used, bool again);
 
   const ModelShape shape_;
   const uint32_t capacity_;

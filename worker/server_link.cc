@@ -20,9 +20,11 @@ Result<std::unique_ptr<ServerLink>> ServerLink::Connect(const ServerLinkOptions&
       *link->clock_, one_core ? Duration(0) : Duration(limits::kSpinBeforeArm));
   KV_ASSIGN_OR_RETURN(link->control_, ControlClient::Connect(*link->reactor_, options.control));
   KV_ASSIGN_OR_RETURN(link->transport_, MakeUcxTransport(*link->reactor_, options.ucx));
+  CacheClientOptions cache = options.cache;
+  cache.leases_alive = [control = link->control_.get()] { return control->Health(); };
   KV_ASSIGN_OR_RETURN(link->cache_,
                       CacheClient::Connect(*link->reactor_, *link->transport_,
-                                           link->control_->hello().shards, options.cache));
+                                           link->control_->hello().shards, cache));
   return link;
 }
 

@@ -50,7 +50,7 @@ class TestShard {
   int wrong_positions = 0;    // pages with a right checksum and a position outside the index
   int refused = 0;            // requests answered with FAILED_PRECONDITION
   int selects = 0, fetches = 0, pages_sent = 0, rows_sent = 0;
-  void Die() { channel_->Close(); }
+  void Die(bool for_good = false) { channel_->Close(), for_good ? transport_.reset() : void(); }
 
  private:
   struct Page {

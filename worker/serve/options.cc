@@ -32,6 +32,12 @@ void AddWorkerOptions(ConfigParser& parser, WorkerOptions* o) {
   parser.AddSecret("secret", &o->secret, "The tenant's secret (better in ICECACHE_SECRET)");
   parser.Add("transports", &o->transports, "UCX_TLS of the data plane; empty: posix,cma,tcp,self");
 
+  parser.Add(
+      "reply_mode", &o->reply_mode,
+      "How pages come: inline (sent), mapped (read in the server's memory, same host), attend "
+      "(not at all: the server attends to them), auto (mapped, else inline)");
+  parser.AddCheck("reply_mode", [o] { return ParseReplyMode(o->reply_mode).status(); });
+
   parser.Section("Attention");
   parser.Add("budget", &o->budget,
              "Tokens that a head attends to exactly, sinks and window included", 1);
@@ -89,6 +95,7 @@ Result<std::unique_ptr<ServerLink>> ConnectToServer(const WorkerOptions& options
   link.control.secret = options.secret;
   link.control.interrupted = Interrupted;
   link.cache.interrupted = Interrupted;
+  KV_ASSIGN_OR_RETURN(link.cache.reply_mode, ParseReplyMode(options.reply_mode));
   link.ucx.transports = options.transports;
   return ServerLink::Connect(link);
 }

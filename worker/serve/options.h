@@ -25,6 +25,7 @@ struct WorkerOptions {
   std::string tenant;
   std::string secret;
   std::string transports;
+  std::string reply_mode = "auto";
 
   uint32_t budget = 256;
   uint32_t sink_tokens = 16;

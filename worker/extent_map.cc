@@ -1,0 +1,74 @@
+#include "worker/extent_map.h"
+
+#include <sys/mman.h>
+
+#include <cerrno>
+#include <cstring>
+#include <utility>
+
+#include "common/limits.h"
+
+namespace icecache {
+
+Result<std::unique_ptr<ExtentMap>> ExtentMap::Open(const Clock& clock, const std::string& name,
+                                                   std::span<const std::byte> ticket) {
+  KV_ASSIGN_OR_RETURN(OwnedFd socket, ConnectExtents(name));
+  std::unique_ptr<ExtentMap> map(new ExtentMap(clock, std::move(socket)));
+  KV_RETURN_IF_ERROR(map->Fetch(ticket, {}));
+  map->last_drop_ = clock.Now();
+  return map;
+}
+
+ExtentMap::~ExtentMap() {
+  for (const auto& [serial, extent] : extents_) {
+    ::munmap(const_cast<std::byte*>(extent.base), limits::kExtentBytes);
+  }
+}
+
+Status ExtentMap::Fetch(std::span<const std::byte> ticket, std::vector<uint64_t> serials) {
+  ExtentRequest request;
+  request.ticket.assign(ticket.begin(), ticket.end());
+  request.serials = std::move(serials);
+  KV_RETURN_IF_ERROR(SendExtentRequest(socket_.get(), request));
+  KV_ASSIGN_OR_RETURN(const std::vector<LentExtent> lent,
+                      ReceiveExtents(socket_.get(), limits::kExtentWaitMax));
+  for (const LentExtent& extent : lent) {
+    if (extents_.contains(extent.serial)) continue;
+    void* base = ::mmap(nullptr, limits::kExtentBytes, PROT_READ, MAP_SHARED, extent.fd.get(), 0);
+    if (base == MAP_FAILED) {
+      return ResourceExhausted(std::string("an extent of the server cannot be mapped: ") +
+                               std::strerror(errno));
+    }
+    extents_[extent.serial] = {static_cast<const std::byte*>(base), clock_.Now()};
+  }
+  return OkStatus();
+}
+
+std::span<const std::byte> ExtentMap::Find(uint64_t serial, uint32_t offset, size_t bytes,
+                                           std::span<const std::byte> ticket) {
+  if (offset > limits::kExtentBytes || bytes > limits::kExtentBytes - offset) return {};
+  auto it = extents_.find(serial);
+  if (it == extents_.end() && status_.ok()) {
+    status_ = Fetch(ticket, {serial});
+    it = extents_.find(serial);
+  }
+  if (it == extents_.end()) return {};
+  it->second.used = clock_.Now();
+  return {it->second.base + offset, bytes};
+}
+
+void ExtentMap::DropIdle() {
+  const TimePoint now = clock_.Now();
+  if (now - last_drop_ < limits::kExtentIdleMax / 8) return;
+  last_drop_ = now;
+  for (auto it = extents_.begin(); it != extents_.end();) {
+    if (now - it->second.used < limits::kExtentIdleMax) {
+      ++it;
+      continue;
+    }
+    ::munmap(const_cast<std::byte*>(it->second.base), limits::kExtentBytes);
+    it = extents_.erase(it);
+  }
+}
+
+}  // namespace icecache

@@ -1,0 +1,59 @@
+// ExtentMap: the extents of this worker's tenant in one shard's memory, mapped read-only (reply
+// mode "mapped"). Extents that were made later are fetched when a page first names them; one that
+// no page has named for kExtentIdleMax is let go, since the server's memory is not free before
+// that.
+//
+// A frame may be reused by the server at any time: whoever reads one copies it and verifies the
+// copy. Owner's thread: the decode thread, which a fetch holds for at most kExtentWaitMax.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "common/clock.h"
+#include "common/extent_socket.h"
+#include "common/status.h"
+
+namespace icecache {
+
+class ExtentMap {
+ public:
+  // Connects and maps what there is already. UNAVAILABLE: the server is not on this host (or in
+  // another network namespace); UNAUTHENTICATED: the ticket's lease has ended.
+  static Result<std::unique_ptr<ExtentMap>> Open(const Clock& clock, const std::string& name,
+                                                 std::span<const std::byte> ticket);
+  ~ExtentMap();  // unmaps
+  ExtentMap(const ExtentMap&) = delete;
+  ExtentMap& operator=(const ExtentMap&) = delete;
+
+  // `bytes` of the extent from `offset`; valid until the next DropIdle. Empty: the extent is gone,
+  // or of another tenant, or cannot be had now.
+  std::span<const std::byte> Find(uint64_t serial, uint32_t offset, size_t bytes,
+                                  std::span<const std::byte> ticket);
+  void DropIdle();
+
+  size_t extent_count() const { return extents_.size(); }
+  // Why the last fetch failed; OK while all is well. After a failure nothing is fetched any more.
+  const Status& status() const { return status_; }
+
+ private:
+  struct Mapped {
+    const std::byte* base = nullptr;
+    TimePoint used;
+  };
+  ExtentMap(const Clock& clock, OwnedFd socket) : clock_(clock), socket_(std::move(socket)) {}
+  Status Fetch(std::span<const std::byte> ticket, std::vector<uint64_t> serials);
+
+  const Clock& clock_;
+  const OwnedFd socket_;
+  std::map<uint64_t, Mapped> extents_;
+  TimePoint last_drop_;
+  Status status_;
+};
+
+}  // namespace icecache

@@ -1,0 +1,229 @@
+#include "worker/shard_link.h"
+
+#include <algorithm>
+
+#include "common/log.h"
+
+namespace icecache {
+namespace {
+
+// How long a lost connection is tried for: then no lease of before can be alive.
+constexpr Duration kGiveUpAfter = limits::kLeaseTime;
+
+uint64_t MessageBytes(const OutMessage& message) {
+  uint64_t bytes = message.meta.size();
+  for (const auto& part : message.body) bytes += part.size();
+  return bytes;
+}
+
+}  // namespace
+
+ShardLink::ShardLink(Reactor& reactor, Transport& transport, ShardId shard, uint32_t shard_count,
+                     std::string address, const ShardLinkOptions& options)
+    : reactor_(reactor),
+      transport_(transport),
+      shard_(shard),
+      shard_count_(shard_count),
+      address_(std::move(address)),
+      options_(options),
+      random_(options.jitter_seed != 0 ? options.jitter_seed : std::random_device{}()) {}
+
+ShardLink::~ShardLink() {
+  reactor_.Cancel(timer_);
+  channel_.reset();  // ends its calls while the rest still stands
+}
+
+std::string ShardLink::Name() const {
+  return "shard " + std::to_string(shard_.value) + " at " + address_;
+}
+
+Status ShardLink::Open() {
+  KV_ASSIGN_OR_RETURN(std::unique_ptr<Endpoint> endpoint, transport_.Connect(address_));
+  UseEndpoint(std::move(endpoint));
+  return OkStatus();
+}
+
+void ShardLink::UseEndpoint(std::unique_ptr<Endpoint> endpoint) {
+  channel_ = std::make_unique<Channel>(reactor_, std::move(endpoint), options_.channel);
+  channel_->SetOnClosed([this](const Status& status) { OnLost(status); });
+  connected_ = true;
+}
+
+void ShardLink::Call(OutMessage message, Duration deadline, Channel::Done done) {
+  KV_CHECK(channel_ != nullptr);
+  if (extents_ != nullptr) extents_->DropIdle();
+  bytes_moved_ += MessageBytes(message);
+  channel_->Call(std::move(message), deadline,
+                 [this, done = std::move(done)](Result<InMessage> reply) {
+                   if (reply.ok()) {
+                     bytes_moved_ += reply->meta.size() + reply->body.size();
+                     done(std::move(reply));
+                     return;
+                   }
+                   done(reply.status().WithContext("cache server, " + Name()));
+                 });
+}
+
+void ShardLink::SendAttach(const std::vector<std::byte>& ticket, std::function<void(Status)> done) {
+  wire::AttachRequest request;
+  request.ticket = ticket;
+  OutMessage message;
+  wire::Encode(request, &message);
+  Call(std::move(message), options_.request_deadline,
+       [this, ticket, done = std::move(done)](const Result<InMessage>& reply) {
+         if (!reply.ok()) return done(reply.status());
+         const Result<wire::AttachReply> decoded = wire::DecodeAttachReply(*reply);
+         if (!decoded.ok()) return done(decoded.status());
+         if (decoded->shard != shard_ || decoded->shard_count != shard_count_) {
+           return done(FailedPrecondition(
+               "attached to shard " + std::to_string(decoded->shard.value) + " of " +
+               std::to_string(decoded->shard_count) + ", expected " + std::to_string(shard_.value) +
+               " of " + std::to_string(shard_count_) + "; did the server restart? connect again"));
+         }
+         if (mode_ == ReplyMode::kAuto) ChooseMode(decoded->extents, ticket);
+         done(OkStatus());
+       });
+}
+
+void ShardLink::Attach(const wire::Grant& grant, std::function<void(Status)> done) {
+  SendAttach(grant.ticket, [this, context = grant.context.id, ticket = grant.ticket,
+                            done = std::move(done)](const Status& status) {
+    if (status.ok()) {
+      std::erase_if(attached_, [&](const Attached& a) { return a.context == context; });
+      if (attached_.size() >= limits::kAttachmentsPerConnectionMax) {
+        attached_.erase(attached_.begin());  // the shard has long dropped the oldest
+      }
+      attached_.push_back({context, ticket});
+    }
+    done(status);
+  });
+}
+
+void ShardLink::ChooseMode(const std::string& extents, std::span<const std::byte> ticket) {
+  const bool asked = options_.mode != ReplyMode::kAuto;
+  std::string reason = asked ? "asked for" : "";
+  mode_ = options_.mode;
+  if (options_.mode == ReplyMode::kAuto || options_.mode == ReplyMode::kMapped) {
+    Result<std::unique_ptr<ExtentMap>> map =
+        extents.empty() ? Unavailable("the server lends no memory")
+                        : ExtentMap::Open(reactor_.clock(), extents, ticket);
+    mode_ = map.ok() ? ReplyMode::kMapped : ReplyMode::kInline;
+    if (map.ok()) {
+      extents_ = std::move(*map);
+      if (!asked) reason = "the server is on this host";
+    } else {
+      reason = "its memory cannot be mapped here: " + map.status().ToString();
+      if (asked) {
+        LogWarn("reply mode mapped is not to be had", {{"peer", Name()}, {"reason", reason}});
+      }
+    }
+  }
+  LogInfo("reply mode",
+          {{"peer", Name()}, {"mode", std::string(ReplyModeName(mode_))}, {"reason", reason}});
+}
+
+void ShardLink::Resolve(ContextId context, const ModelShape& shape, wire::PagePayload* page) {
+  if (extents_ == nullptr) return;
+  const auto attached = std::find_if(attached_.begin(), attached_.end(),
+                                     [context](const Attached& a) { return a.context == context; });
+  if (attached == attached_.end()) return;
+  const std::span<const std::byte> frame =
+      extents_->Find(page->extent, page->offset, shape.page_bytes(), attached->ticket);
+  if (frame.empty()) {
+    if (!extents_->status().ok() && mode_ == ReplyMode::kMapped) {
+      mode_ = ReplyMode::kInline;  // what is mapped serves the replies that are on their way
+      LogWarn("reply mode", {{"peer", Name()},
+                             {"mode", "inline"},
+                             {"reason", "no more extents: " + extents_->status().ToString()}});
+    }
+    return;
+  }
+  const size_t row_bytes = shape.row_bytes();
+  const size_t rows = size_t{page->fill} - page->from;
+  page->k_rows = frame.subspan(page->from * row_bytes, rows * row_bytes);
+  page->v_rows = frame.subspan((limits::kPageTokens + page->from) * row_bytes, rows * row_bytes);
+  page->positions = frame.subspan(
+      limits::kPageTokens * 2 * row_bytes + page->from * sizeof(uint32_t), rows * sizeof(uint32_t));
+  bytes_mapped_ += rows * (2 * row_bytes + sizeof(uint32_t));
+}
+
+bool ShardLink::reconnects() const {
+  return options_.leases_alive && !attached_.empty() && given_up_.ok();
+}
+
+Status ShardLink::Health() const {
+  if (!given_up_.ok()) return given_up_.WithContext(Name());
+  if (connected_) return OkStatus();
+  if (reconnects()) return options_.leases_alive().WithContext(Name());
+  return Unavailable(Name() + ": the connection to the cache server is lost; is it still running?");
+}
+
+void ShardLink::OnLost(const Status& status) {
+  const bool was_ready = ready();
+  connected_ = false;
+  attaching_ = 0;
+  if (!reconnects()) return;
+  if (was_ready) {
+    lost_since_ = reactor_.clock().Now();
+    backoff_ = limits::kReconnectBackoffMin;
+    LogWarn("data connection lost; connecting again",
+            {{"peer", Name()}, {"reason", status.ToString()}});
+  }
+  TryLater();
+}
+
+void ShardLink::TryLater() {
+  if (timer_ != 0) return;
+  // From half to one and a half, so that the workers of a server do not come back all at once.
+  std::uniform_real_distribution<double> factor(0.5, 1.5);
+  const auto delay = std::chrono::duration_cast<Duration>(backoff_ * factor(random_));
+  backoff_ = std::min<Duration>(2 * backoff_, limits::kReconnectBackoffMax);
+  timer_ = reactor_.After(delay, [this] {
+    timer_ = 0;
+    Reconnect();
+  });
+}
+
+void ShardLink::Reconnect() {
+  given_up_ = options_.leases_alive();
+  if (given_up_.ok() && reactor_.clock().Now() - lost_since_ > kGiveUpAfter) {
+    given_up_ = Unavailable("no connection to the cache server could be made while leases live");
+  }
+  if (!given_up_.ok()) return;
+  Result<std::unique_ptr<Endpoint>> endpoint = transport_.Connect(address_);
+  if (!endpoint.ok()) return TryLater();
+  UseEndpoint(std::move(*endpoint));
+  attaching_ = attached_.size();
+  const std::vector<Attached> again = attached_;
+  for (const Attached& a : again) {
+    SendAttach(a.ticket,
+               [this, context = a.context](const Status& s) { OnAttachedAgain(context, s); });
+  }
+}
+
+void ShardLink::OnAttachedAgain(ContextId context, const Status& status) {
+  if (attaching_ == 0) return;  // the connection was lost again
+  if (status.code() == StatusCode::kUnavailable || status.code() == StatusCode::kCancelled) return;
+  if (status.code() == StatusCode::kDeadlineExceeded) {
+    channel_->Close();
+    connected_ = false;
+    attaching_ = 0;
+    return TryLater();
+  }
+  if (!status.ok()) {
+    // Its lease has ended meanwhile; requests for it will be told so.
+    LogInfo("a context was not attached again",
+            {{"context", std::to_string(context.value)}, {"reason", status.ToString()}});
+    std::erase_if(attached_, [&](const Attached& a) { return a.context == context; });
+  }
+  if (--attaching_ > 0) return;
+  ++reconnects_done_;
+  backoff_ = limits::kReconnectBackoffMin;
+  const auto lost = reactor_.clock().Now() - lost_since_;
+  LogInfo("data connection is back",
+          {{"peer", Name()},
+           {"after_ms",
+            std::to_string(std::chrono::duration_cast<std::chrono::milliseconds>(lost).count())}});
+}
+
+}  // namespace icecache
