@@ -187,6 +187,33 @@ TEST_F(PageCacheOnePage, APageNamedTwiceCountsOnce) {
   EXPECT_EQ(cache_.selected_tokens(), 5u);
 }
 
+TEST_F(PageCacheOnePage, ANewPageDoesNotEvictOneThatTheSameReplyCountsOn) {
+  for (const uint32_t p : {20u, 21u, 22u, 23u}) server_.Grow(p);
+  for (const uint32_t p : {1u, 20u, 21u, 22u}) {  // full: 4 pages
+    cache_.BeginStep();
+    ASSERT_EQ(cache_.Apply(server_.Payload(p, 0), kBegin, kEnd), Outcome::kReceived);
+  }
+  cache_.BeginStep();
+  std::vector<wire::PagePayload> reply = {server_.Payload(23, 0)};  // best first; its bytes live on
+  for (const uint32_t p : {1u, 20u, 21u}) {
+    wire::PagePayload held = reply[0];
+    held.page = PageId(p);
+    held.fill = held.from = static_cast<uint8_t>(server_.page(p).positions.size());
+    Server other = server_;
+    held.checksum = other.Payload(p, 0).checksum;
+    held.k_rows = held.v_rows = held.positions = {};
+    reply.push_back(held);
+  }
+  int hits = 0, received = 0;
+  cache_.ApplyAll(reply, kBegin, kEnd, [&](const wire::PagePayload&, Outcome outcome) {
+    hits += outcome == Outcome::kHit ? 1 : 0;
+    received += outcome == Outcome::kReceived ? 1 : 0;
+  });
+  EXPECT_EQ(hits, 3);
+  EXPECT_EQ(received, 1);
+  EXPECT_EQ(cache_.selected().size(), 4u);
+}
+
 TEST_F(PageCacheOnePage, AReferenceToWhatIsNotHereIsBad) {
   EXPECT_EQ(cache_.Apply(server_.Payload(1, 5), kBegin, kEnd), Outcome::kBad);
   EXPECT_EQ(cache_.Apply(server_.Payload(1, 2), kBegin, kEnd), Outcome::kBad);

@@ -46,12 +46,10 @@ inline void TestShard::Select(const InMessage& m) {
       }
       const bool corrupt = from < rows.size() && corrupt_pages > 0 && corrupt_pages-- > 0;
       selection.pages.push_back(PutPage(s, ranked[p].second, from, corrupt, body.get()));
-      if (repeat_pages > 0 && from == rows.size()) {
+      if (repeat_pages > 0 && from == rows.size() && p + 1 < taken) {
         --repeat_pages;
-        selection.pages.pop_back();
-        selection.pages.push_back(PutPage(s, ranked[p].second, from, false, body.get()));
+        --taken;  // in place of another page
         selection.pages.push_back(selection.pages.back());
-        if (selection.pages.size() > r.max_pages) selection.pages.pop_back();
       }
     }
     if (extra_pages > 0) --extra_pages;

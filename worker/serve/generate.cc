@@ -135,7 +135,7 @@ Status Generation::PrepareServed() {
     // What is published is the document; this worker goes on in a fork of its own.
     KV_RETURN_IF_ERROR(link_->control().Seal(served_->handle.id));
     KV_RETURN_IF_ERROR(link_->control().Publish(served_->handle.id));
-    if (options_.max_new_tokens > 0) {
+    if (options_.max_new_tokens > 0 || !question_.empty()) {
       KV_ASSIGN_OR_RETURN(
           served_, ForkFromServer(*link_, model, name, FreshContextName(name), served_->window));
     }
