@@ -166,12 +166,17 @@ Status UcxTransport::StartWorker() {
   ucp_am_handler_param_t handler{};
   handler.field_mask = UCP_AM_HANDLER_PARAM_FIELD_ID | UCP_AM_HANDLER_PARAM_FIELD_FLAGS |
                        UCP_AM_HANDLER_PARAM_FIELD_CB | UCP_AM_HANDLER_PARAM_FIELD_ARG;
-  handler.id = kUcxMessageId;
   handler.flags = UCP_AM_FLAG_WHOLE_MSG;
   handler.cb = &UcxTransport::OnMessage;
   handler.arg = this;
-  status = ucp_worker_set_am_recv_handler(core_.worker, &handler);
-  if (status != UCS_OK) return Failed("setting the message handler", status);
+  // UCX 1.13 looks up the handler of a large message without checking that its id is in the table:
+  // a peer's nonsense would crash us. A handler under the largest id makes the table cover all (1.5
+  // MiB).
+  for (const unsigned id : {kUcxMessageId, unsigned{UINT16_MAX}}) {
+    handler.id = id;
+    status = ucp_worker_set_am_recv_handler(core_.worker, &handler);
+    if (status != UCS_OK) return Failed("setting the message handler", status);
+  }
 
   status = ucp_worker_get_efd(core_.worker, &event_fd_);
   if (status != UCS_OK) return Failed("getting the event descriptor", status);
