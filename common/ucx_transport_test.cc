@@ -169,17 +169,17 @@ TEST_F(UcxBorder, MessagesInTheWrongOrderAreDeliveredInTheRightOne) {
   EXPECT_THAT(received_, testing::ElementsAre(0, 1, 2, 3));
 }
 
-TEST_F(UcxBorder, MessagesUnderAnotherIdAreIgnored) {
+TEST_F(UcxBorder, MessagesUnderAnyIdAreTaken) {
   RawPeer peer(address_);
   ASSERT_TRUE(Wait(&peer, [&] { return peer.greeted(); }));
-  for (const unsigned id : {0u, 2u, 60000u}) {
-    for (const bool rendezvous : {false, true}) {
-      const MessageHeader header = Header(0, 100000);
-      peer.Send(&header, sizeof header, 100000, rendezvous, id);
+  uint32_t sequence = 0;
+  for (const unsigned id : {0u, 2u, 60000u, 65535u}) {
+    for (const uint32_t bytes : {10u, 100000u, 4u << 20}) {
+      const MessageHeader header = Header(sequence++, bytes);
+      peer.Send(&header, sizeof header, bytes, /*rendezvous=*/bytes > 1u << 20, id);
     }
   }
-  peer.Send(Header(0, 10), 10);
-  ASSERT_TRUE(Wait(&peer, [&] { return received_.size() == 1; }));
+  ASSERT_TRUE(Wait(&peer, [&] { return received_.size() == sequence; }));
   EXPECT_TRUE(closed_.empty());
 }
 
