@@ -23,11 +23,13 @@ void Search::FixTokens() {
   const uint32_t cap = request_->read_cap - std::min(request_->read_cap, unreturned_);
   if (!tree_->basis.sketched() || read_all_ || cap == 0) return;
   const auto count = static_cast<uint32_t>(sketch_slot_.size());
+  // Pages that are read or returned anyway stay out of it.
+  spare_.assign(share_.begin(), share_.end());
   for (uint32_t c = 0; c < candidates_.size(); ++c) {
-    if (candidate_read_[c] != 0 || candidate_chosen_[c] != 0) share_[candidates_[c]] = 0;
+    if (candidate_read_[c] != 0 || candidate_chosen_[c] != 0) spare_[candidates_[c]] = 0;
   }
   for (uint32_t m = 0; m < count; ++m) {
-    if (share_[sketch_slot_[m]] < options_->token_threshold || !InMemory(PageOf(sketch_slot_[m])))
+    if (spare_[sketch_slot_[m]] < options_->token_threshold || !InMemory(PageOf(sketch_slot_[m])))
       continue;
     float best[kBlockRows] = {};
     for (uint32_t g = 0; g < group_; ++g) {
