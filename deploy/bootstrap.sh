@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Makes a fresh clone ready on Debian 12: installs the packages that are missing, configures and builds.
 #
-#   deploy/bootstrap.sh [--preset release|dev|asan|tsan] [--packages-only | --no-build] [--jobs N] [-- CMAKE OPTIONS]
+#   deploy/bootstrap.sh [--preset release|dev|asan|tsan] [--packages-only | --no-build | --programs] [--jobs N] [-- CMAKE OPTIONS]
 #
 #   --preset NAME     a preset of CMakePresets.json; release by default. Programs end up in build/NAME/bin.
 #   --packages-only   install packages, nothing else
 #   --no-build        install packages and configure
+#   --programs        build the programs without the tests: a third of the work
 #   --jobs N          compile N files at a time; by default what cores and memory allow
 #   -- OPTIONS        go to cmake, for example: -- -DICECACHE_CUDA=OFF
 set -euo pipefail
@@ -15,15 +16,16 @@ cd "$root"
 say() { printf '%s\n' "$*"; }
 fail() { printf 'bootstrap: %s\n' "$*" >&2; exit 1; }
 
-preset=release packages_only=0 build=1 jobs="" cmake_options=()
+preset=release packages_only=0 build=1 jobs="" targets=() cmake_options=()
 while [ $# -gt 0 ]; do
   case "$1" in
     --preset) preset="${2:?--preset needs a name}"; shift 2 ;;
     --packages-only) packages_only=1; shift ;;
     --no-build) build=0; shift ;;
+    --programs) targets=(--target icecache-server icecache-worker); shift ;;
     --jobs) jobs="${2:?--jobs needs a number}"; shift 2 ;;
     --) shift; cmake_options=("$@"); break ;;
-    -h|--help) sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+    -h|--help) sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
     *) fail "unknown option '$1'; see deploy/bootstrap.sh --help" ;;
   esac
 done
@@ -127,7 +129,7 @@ say "Configured: preset $preset."
 [ "$build" = 1 ] || exit 0
 
 log="build/$preset/build.log"
-if ! run_build "$log" cmake --build --preset "$preset" --parallel "${jobs:-$(default_jobs)}"; then
+if ! run_build "$log" cmake --build --preset "$preset" --parallel "${jobs:-$(default_jobs)}" "${targets[@]}"; then
   grep -n -m 1 -A 60 '^FAILED:' "$log" >&2 || tail -n 60 "$log" >&2
   fail "the build failed; the first failure is above, everything is in $log"
 fi

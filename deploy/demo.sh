@@ -17,7 +17,7 @@ while [ $# -gt 0 ]; do
     *) echo "demo.sh: unknown option '$1'; see deploy/demo.sh --help" >&2; exit 2 ;;
   esac
 done
-[ "$bootstrap" = 0 ] || bash deploy/bootstrap.sh --preset release
+[ "$bootstrap" = 0 ] || bash deploy/bootstrap.sh --preset release --programs
 bin="${ICECACHE_BIN_DIR:-build/release/bin}"
 for program in icecache-server icecache-worker; do
   [ -x "$bin/$program" ] || { echo "demo.sh: $bin/$program is not there; run it without --no-bootstrap" >&2; exit 1; }
