@@ -96,6 +96,7 @@ Status Served::Start() {
   options.control.address = server_->address();
   options.control.client = "icecache-bench";
   options.ucx.transports = tls;
+  options.cache.request_deadline = kDeadline;  // uploads on a machine with busy neighbours
   KV_ASSIGN_OR_RETURN(link_, ServerLink::Connect(options));
   queries_.resize(size_t{kShape.query_heads} * kShape.head_dim);
   std::normal_distribution<float> normal(0, 0.1f);
