@@ -2,6 +2,7 @@
 #include <bit>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <random>
 
 #include "cacheserver/select/dci_tree_internal.h"
@@ -194,29 +195,32 @@ void DciTree::FindParentsExhaustively(const TokenRows& rows, uint32_t l,
   }
 }
 
-// The reference's shortcut: neighbours in the sequence tend to share parents.
+// The reference's shortcut: neighbours in the sequence tend to share parents. A token that is
+// refused gets its exact parent at once, so that a parent's widest child counts all of its children
+// so far.
 void DciTree::FindParentsByAnchors(const TokenRows& rows, std::span<const uint32_t> tokens) {
   const uint32_t interval = tree_options_.anchor_interval;
-  std::vector<uint32_t> anchors, rejected, candidates;
+  std::vector<uint32_t> anchors, candidates;
   for (size_t i = 0; i < tokens.size(); i += interval) anchors.push_back(tokens[i]);
   FindParentsExhaustively(rows, 0, anchors);
   const Level& above = level(1);
+  const auto pivots = static_cast<uint32_t>(above.tokens.size());
   const uint32_t dim = options_.head_dim;
-  std::vector<float> key(dim), widest(above.tokens.size(), 0.0f);
+  std::vector<float> key(dim), dots(pivots), widest(pivots, 0.0f);
   const auto distance = [&](const TokenInfo& token, uint32_t pivot) {
-    float dot;
-    DotRows(key.data(), 1,
-            reinterpret_cast<const std::byte*>(above.keys.data() + size_t{pivot} * dim),
-            DType::kF32, 1, dim, &dot, 1);
-    return 1 + Distance(SaturatedLogit(dot), token, tokens_[above.tokens[pivot]]);
+    return 1 + Distance(SaturatedLogit(dots[pivot]), token, tokens_[above.tokens[pivot]]);
   };
+  const auto nearest = [&](const TokenInfo& token, auto begin, auto end) {
+    uint32_t best = *begin;
+    for (auto at = begin; at != end; ++at)
+      if (distance(token, *at) < distance(token, best)) best = *at;
+    return best;
+  };
+  std::vector<uint32_t> all(pivots);
+  std::iota(all.begin(), all.end(), 0u);
   for (size_t i = 0; i < tokens.size(); ++i) {
     TokenInfo& token = tokens_[tokens[i]];
     ToF32(rows.k + tokens[i] * rows.row_bytes(), rows.dtype, dim, key.data());
-    if (i % interval == 0) {
-      widest[token.parent] = std::max(widest[token.parent], distance(token, token.parent));
-      continue;
-    }
     const size_t here = i / interval, reach = tree_options_.anchor_neighbours;
     const size_t end = std::min(anchors.size(), here + 1 + reach);
     candidates.clear();
@@ -224,15 +228,20 @@ void DciTree::FindParentsByAnchors(const TokenRows& rows, std::span<const uint32
       candidates.push_back(tokens_[anchors[a]].parent);
     std::sort(candidates.begin(), candidates.end());
     candidates.erase(std::unique(candidates.begin(), candidates.end()), candidates.end());
-    float nearest = std::numeric_limits<float>::infinity();
-    for (const uint32_t pivot : candidates) {
-      const float d = distance(token, pivot);
-      if (d < nearest) nearest = d, token.parent = pivot;
+    const bool anchor = i % interval == 0;
+    for (const uint32_t pivot : candidates)
+      DotRows(key.data(), 1,
+              reinterpret_cast<const std::byte*>(above.keys.data() + size_t{pivot} * dim),
+              DType::kF32, 1, dim, &dots[pivot], 1);
+    if (!anchor) token.parent = nearest(token, candidates.begin(), candidates.end());
+    if (!anchor &&
+        distance(token, token.parent) > tree_options_.anchor_threshold * widest[token.parent]) {
+      DotRows(key.data(), 1, reinterpret_cast<const std::byte*>(above.keys.data()), DType::kF32,
+              pivots, dim, dots.data(), pivots);
+      token.parent = nearest(token, all.begin(), all.end());
     }
-    if (nearest > tree_options_.anchor_threshold * widest[token.parent])
-      rejected.push_back(tokens[i]);
+    widest[token.parent] = std::max(widest[token.parent], distance(token, token.parent));
   }
-  FindParentsExhaustively(rows, 0, rejected);
 }
 
 void DciTree::FillCells(uint32_t l) {
