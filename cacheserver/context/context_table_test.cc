@@ -56,6 +56,17 @@ TEST(ContextTable, RefusesWhatNoContextCanBe) {
   EXPECT_EQ(table.segment_count(), 0u);
 }
 
+// The index would end the process: a client must not be able to ask for it.
+TEST(ContextTable, RefusesHeadsTooSmallForTheIndex) {
+  ContextTable table;
+  ContextTraits traits = Traits();
+  traits.policy = PolicyKind::kClusterTree;
+  traits.shape.head_dim = 16;
+  EXPECT_EQ(table.Create(kAlice, "doc", traits).status().code(), StatusCode::kInvalidArgument);
+  traits.policy = PolicyKind::kExact;
+  EXPECT_TRUE(table.Create(kAlice, "doc", traits).ok());
+}
+
 TEST(ContextTable, ForkSharesSealedSegmentsAndAddsOne) {
   ContextTable table;
   ContextRecord parent = *table.Create(kAlice, "doc", Traits());

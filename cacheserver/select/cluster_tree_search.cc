@@ -329,9 +329,12 @@ void Search::Candidates() {
       const float inverse = 1.0f / total_[g];
       for (uint32_t i = 0; i < slots_; ++i) {
         const size_t slot = size_t{blocks_[i / kBlockRows]} * kBlockRows + i % kBlockRows;
-        spare_[i] = std::min(centre_[size_t{g} * slots_ + i] +
-                                 kTopOfPage * rho_[g] * tree_->leaves.spread[slot] - ref_[g],
-                             60.0f);
+        // An empty slot must not count among the best: it would push a page out of the answer.
+        spare_[i] = tree_->leaves.log_count[slot] == kMinusInfinity
+                        ? kMinusInfinity
+                        : std::min(centre_[size_t{g} * slots_ + i] +
+                                       kTopOfPage * rho_[g] * tree_->leaves.spread[slot] - ref_[g],
+                                   60.0f);
       }
       ExpShifted(spare_.data(), slots_, 0.0f, spare_.data());
       if (tree_->basis.sketched() && !read_all_) {

@@ -10,10 +10,10 @@ namespace {
 
 constexpr PolicyKind kKinds[] = {PolicyKind::kClusterTree, PolicyKind::kDciTree, PolicyKind::kExact,
                                  PolicyKind::kSequential};
-const PolicyOptions kOptions{.dtype = DType::kF32, .head_dim = 16};
+const PolicyOptions kOptions{.dtype = DType::kF32, .head_dim = 32};
 
 void Query(const SelectionPolicy& policy, const PagedKv& pages) {
-  std::vector<float> query(16, 0.25f);
+  std::vector<float> query(32, 0.25f);
   Selection selection;
   policy.Select({.queries = query.data(), .group = 1, .max_pages = 4, .read_cap = 64}, pages,
                 &selection);
@@ -23,14 +23,14 @@ void Query(const SelectionPolicy& policy, const PagedKv& pages) {
 }  // namespace
 
 std::vector<std::string> Seeds() {
-  std::vector<float> rows(200 * 16);
+  std::vector<float> rows(200 * 32);
   for (size_t i = 0; i < rows.size(); ++i) rows[i] = std::sin(static_cast<float>(i * i % 1013));
   const auto* bytes = reinterpret_cast<const std::byte*>(rows.data());
   std::vector<std::string> seeds;
   for (size_t kind = 0; kind < std::size(kKinds); ++kind) {
     for (const uint32_t count : {0u, 5u, 200u}) {
       auto policy = MakePolicy(kKinds[kind], kOptions);
-      if (!policy->Build({DType::kF32, 16, count, bytes, bytes}, {}).ok())
+      if (!policy->Build({DType::kF32, 32, count, bytes, bytes}, {}).ok())
         Broken("finite rows build");
       std::string image(1, static_cast<char>(kind));
       policy->Save(&image);
@@ -55,7 +55,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   });
   // All pages cold: only the structure itself is used.
   const std::vector<PageView> views(static_cast<size_t>(pages), PageView{nullptr, nullptr, 1});
-  const PagedKv kv{DType::kF32, 16, static_cast<uint32_t>(views.size()), views.data()};
+  const PagedKv kv{DType::kF32, 32, static_cast<uint32_t>(views.size()), views.data()};
   fuzz::Query(*policy, kv);
   std::string saved;
   policy->Save(&saved);
