@@ -45,10 +45,9 @@ class Reference {
       : model_(model), spec_(model.spec), scaling_(scaling), cache_(spec_.layers) {}
 
   Vector Step(int32_t token, uint32_t position) {
-    Vector x(spec_.hidden);
-    for (uint32_t i = 0; i < spec_.hidden; ++i) {
-      x[i] = Values("model.embed_tokens.weight")[static_cast<size_t>(token) * spec_.hidden + i];
-    }
+    const Vector& table = Values("model.embed_tokens.weight");
+    const auto row = table.begin() + static_cast<ptrdiff_t>(token) * spec_.hidden;
+    Vector x(row, row + spec_.hidden);
     for (uint32_t layer = 0; layer < spec_.layers; ++layer) {
       const std::string p = "model.layers." + std::to_string(layer) + ".";
       Add(x, Attention(p + "self_attn.", layer, position, Norm(x, p + "input_layernorm.weight")));
@@ -83,9 +82,9 @@ class Reference {
   Vector Norm(const Vector& x, const std::string& weight) const {
     double mean_square = 0;
     for (const double value : x) mean_square += value * value / static_cast<double>(x.size());
+    const Vector& w = Values(weight);
     Vector y(x.size());
-    for (size_t i = 0; i < x.size(); ++i)
-      y[i] = Values(weight)[i] * x[i] / std::sqrt(mean_square + spec_.eps);
+    for (size_t i = 0; i < x.size(); ++i) y[i] = w[i] * x[i] / std::sqrt(mean_square + spec_.eps);
     return y;
   }
 
