@@ -24,9 +24,9 @@ struct HeadClass {
   float sink;         // share of all mass on sinks
 };
 constexpr HeadClass kClasses[] = {
-    {"retrieval", 0.7f, 1.0f, 0.15f, 0.97, 0.50f}, {"sinky", 0.7f, 1.0f, 0.15f, 0.97, 0.88f},
-    {"topic", 1.0f, 0.45f, 0.35f, 0.88, 0.55f},    {"broad", 1.0f, 0.5f, 0.6f, 0.65, 0.50f},
-    {"diffuse", 0.8f, 0.5f, 1.0f, 0.28, 0.30f},
+    {"retrieval", 0.7f, 1.0f, 0.15f, 0.99, 0.50f}, {"sinky", 0.7f, 1.0f, 0.15f, 0.99, 0.88f},
+    {"topic", 1.0f, 0.45f, 0.35f, 0.90, 0.55f},    {"broad", 1.0f, 0.5f, 0.6f, 0.65, 0.50f},
+    {"diffuse", 0.8f, 0.5f, 1.0f, 0.20, 0.30f},
 };
 
 constexpr uint32_t kTopics = 100, kTypes = 3000;
