@@ -101,9 +101,10 @@ void Channel::Impl::Tick() {
   if (closed) return;
   if (now >= SilenceLimit()) {
     const auto silent = std::chrono::duration_cast<std::chrono::milliseconds>(now - last_heard);
+    Status status = Unavailable("no sign of life from " + endpoint->Describe() + " for " +
+                                std::to_string(silent.count()) + " ms");
     endpoint->Close();
-    return Lose(Unavailable("no sign of life from " + endpoint->Describe() + " for " +
-                            std::to_string(silent.count()) + " ms"));
+    return Lose(std::move(status));
   }
   if (now - last_sent >= options.heartbeat_interval) {
     SendHeartbeat(Duration(0));

@@ -1,5 +1,6 @@
 #include "common/reactor.h"
 
+#include <sched.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -36,7 +37,10 @@ constexpr int kHandlersPerTurn = 64;
 constexpr Duration kSafetyActive = milliseconds(10);
 constexpr Duration kSafetyIdle = milliseconds(100);
 constexpr Duration kActiveFor = seconds(1);
-constexpr Duration kPolledOnly = milliseconds(1);  // a pollable without a descriptor
+constexpr Duration kPolledOnly = milliseconds(1);  // no descriptor, or silent work
+// Silent work: how long to poll on, giving the core away at each turn, before sleeping for
+// kPolledOnly. The peer may be waiting for this very core.
+constexpr Duration kYieldFor = milliseconds(2);
 constexpr Duration kSleepMax = hours(1);
 
 Duration RealNow() { return std::chrono::steady_clock::now().time_since_epoch(); }
@@ -112,6 +116,12 @@ struct Reactor::Impl {
     return turned;
   }
 
+  bool HasSilentWork() const {
+    return std::any_of(watches.begin(), watches.end(), [](const auto& watch) {
+      return watch->pollable != nullptr && watch->pollable->has_silent_work();
+    });
+  }
+
   // False: a pollable has work, do not sleep.
   bool ArmAll() {
     for (const auto& watch : watches) {
@@ -134,7 +144,7 @@ struct Reactor::Impl {
     if (!timers.empty()) wait = std::min(wait, timers.begin()->first.first - now);
     for (const auto& watch : watches) {
       if (watch->pollable == nullptr) continue;
-      const bool polled = !watch->descriptor.is_open();
+      const bool polled = !watch->descriptor.is_open() || watch->pollable->has_silent_work();
       const Duration safety = idle_for < kActiveFor ? kSafetyActive : kSafetyIdle;
       wait = std::min(wait, polled ? kPolledOnly : safety);
     }
@@ -163,6 +173,10 @@ struct Reactor::Impl {
       const Duration now = RealNow();
       if (idle_since < Duration(0)) idle_since = now;
       if (now - idle_since < spin && !watches.empty()) continue;
+      if (now - idle_since < kYieldFor && HasSilentWork()) {
+        ::sched_yield();
+        continue;
+      }
       Sleep(deadline, now - idle_since);
       turn = kQuickTurns - 1;  // makes the next turn a full one
     }

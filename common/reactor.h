@@ -1,11 +1,12 @@
-// Reactor: one thread's event loop. A Boost.Asio io_context, timers on a Clock, and pollables (UCX) that are
-// pumped between handlers.
+// Reactor: one thread's event loop. A Boost.Asio io_context, timers on a Clock, and pollables (UCX)
+// that are pumped between handlers.
 //
-// Owned by main(); Run() is called on the one thread that owns everything attached to it. Only Post()
-// and Stop() may be called from other threads. Handlers run to completion and never block.
+// Owned by main(); Run() is called on the one thread that owns everything attached to it. Only
+// Post() and Stop() may be called from other threads. Handlers run to completion and never block.
 //
-// Idle: after `spin` without progress of any pollable it arms their event descriptors and sleeps in epoll;
-// a safety timer pumps every 10 ms while connections are open, since UCX wake-ups can be lost (CMA has none).
+// Idle: after `spin` without progress of any pollable it arms their event descriptors and sleeps in
+// epoll; a safety timer pumps every 10 ms after activity and every 100 ms when there was none for a
+// second, since UCX wake-ups can be lost (CMA has none). Timers run up to 1 ms late after a sleep.
 #pragma once
 
 #include <cstdint>
@@ -31,6 +32,10 @@ class Pollable {
   virtual int event_fd() const = 0;
   // Arms the descriptor. False: work is pending, call Progress again.
   virtual bool Arm() = 0;
+  // True while there is work that the descriptor will not announce, such as a send that waits for
+  // room in a peer's shared-memory queue: the loop then polls on for a while and sleeps for 1 ms at
+  // most.
+  virtual bool has_silent_work() const { return false; }
 };
 
 class Reactor {
@@ -47,8 +52,8 @@ class Reactor {
   // Runs fn on the loop's thread, after the current handler. Any thread.
   void Post(std::function<void()> fn);
 
-  // Timers. `fn` runs at the first turn of the loop at or after `delay`. Cancel of a timer that has run or
-  // of 0 does nothing. Owner's thread.
+  // Timers. `fn` runs at the first turn of the loop at or after `delay`. Cancel of a timer that has
+  // run or of 0 does nothing. Owner's thread.
   using TimerId = uint64_t;
   TimerId After(Duration delay, std::function<void()> fn);
   void Cancel(TimerId id);
@@ -61,11 +66,11 @@ class Reactor {
   void Run();
   // Any thread. Run and RunUntil return soon; the reactor can run again afterwards.
   void Stop();
-  // Runs until done() is true (checked after every turn), `deadline` passes or Stop(): a synchronous
-  // caller's wait. True when done() was.
+  // Runs until done() is true (checked after every turn), `deadline` passes or Stop(): a
+  // synchronous caller's wait. True when done() was.
   bool RunUntil(const std::function<bool()>& done, TimePoint deadline);
-  // One turn without sleeping: ready handlers, due timers, pollables. True when anything ran. With a
-  // ManualClock this is how tests drive everything by hand.
+  // One turn without sleeping: ready handlers, due timers, pollables. True when anything ran. With
+  // a ManualClock this is how tests drive everything by hand.
   bool Poll();
 
  private:

@@ -46,6 +46,9 @@ class FakeWorker : public Pollable {
     return pending_.load() == 0;
   }
 
+  bool has_silent_work() const override { return silent_work; }
+
+  bool silent_work = false;
   int polls = 0, done = 0;
   std::atomic<int> arms{0};
   std::function<void()> on_work;
@@ -202,6 +205,22 @@ TEST(Reactor, PollableWithoutDescriptorIsPolled) {
   std::thread thread([&] { worker.Add(); });
   EXPECT_TRUE(reactor.RunUntil([&] { return worker.done == 1; }, clock->Now() + seconds(10)));
   thread.join();
+  reactor.Detach(&worker);
+}
+
+TEST(Reactor, SilentWorkIsPolledEveryMillisecond) {
+  const auto clock = MakeSteadyClock();
+  Reactor reactor(*clock, Duration(0));
+  FakeWorker worker;
+  worker.silent_work = true;
+  reactor.Attach(&worker);
+  reactor.RunUntil([&] { return worker.arms >= 20; }, clock->Now() + seconds(10));
+  const TimePoint start = clock->Now();
+  const int arms = worker.arms;
+  reactor.RunUntil([&] { return worker.arms - arms >= 20; }, start + seconds(10));
+  // At the usual 10 ms between sleeps it would be 200 ms; a busy machine gets some slack.
+  EXPECT_LT(clock->Now() - start, milliseconds(150));
+  EXPECT_GE(clock->Now() - start, milliseconds(15)) << "busy polling without end";
   reactor.Detach(&worker);
 }
 

@@ -59,7 +59,6 @@ struct UcxReceive {
   UcxConnection* connection = nullptr;
   UcxReceived received;
 };
-
 // ---- values
 // ---------------------------------------------------------------------------------------
 
@@ -308,6 +307,7 @@ void UcxConnection::Submit(std::unique_ptr<UcxSend> owned) {
   bytes_sent_ += send->bytes;
   in_flight_bytes_ += send->bytes;
   ++incomplete_sends_;
+  ++core_->incomplete_sends;
   in_flight_.push_back(std::move(owned));
 
   ucp_request_param_t param{};
@@ -337,6 +337,7 @@ void UcxConnection::Submit(std::unique_ptr<UcxSend> owned) {
 void UcxConnection::SendCompleted(UcxSend* send, ucs_status_t status) {
   send->complete = true;
   --incomplete_sends_;
+  --core_->incomplete_sends;
   bytes_queued_ -= send->bytes;
   // Freed by Progress(): what the pin's destructor does must not happen inside a callback.
   if (send->message.pin != nullptr) core_->released_pins.push_back(std::move(send->message.pin));

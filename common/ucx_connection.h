@@ -62,6 +62,7 @@ struct UcxCore {
   std::unordered_map<UcxConnection*, std::shared_ptr<UcxConnection>> connections;
   std::unordered_map<ucp_ep_h, UcxConnection*> by_endpoint;
   std::vector<std::unique_ptr<UcxSend>> spare_sends;
+  uint64_t incomplete_sends = 0;       // of all connections that are not orphaned
   std::vector<uint64_t> aligned_meta;  // of the message being delivered
 };
 

@@ -88,6 +88,8 @@ class UcxTransport final : public Transport, public Pollable {
   bool Progress() override;
   int event_fd() const override { return event_fd_; }
   bool Arm() override;
+  // Shared memory does not tell a sender that its peer has made room.
+  bool has_silent_work() const override { return core_.incomplete_sends > 0; }
 
  private:
   Status StartContext(const UcxOptions& options);

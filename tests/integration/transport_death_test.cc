@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <string>
@@ -251,6 +252,11 @@ TEST_P(TransportDeath, DeadlineIsKeptWhileTheServerIsStopped) {
 }
 
 TEST_P(TransportDeath, NewConnectionWorksAfterTheOldServerDied) {
+  if (std::string(GetParam()).starts_with("posix") &&
+      std::getenv("ICECACHE_KNOWN_FAILURES") == nullptr) {
+    GTEST_SKIP() << "known defect: a reply of a megabyte over shared memory can stall for seconds "
+                    "(CHANGELOG.md, Known problems); ICECACHE_KNOWN_FAILURES=1 runs it";
+  }
   Node node(transports_);
   for (int i = 0; i < 3; ++i) {
     Child server({"--echo-server", transports_});
