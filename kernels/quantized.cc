@@ -48,22 +48,37 @@ HWY_INLINE IntVec BroadcastQuad(const int8_t* quad) {
   return hn::Set(Int32s(), bits);
 }
 
-// dots[r][16] of kRows query digit rows (row_stride bytes apart) with one block.
+// dots[r][16] of kRows query digit rows (row_stride bytes apart) with one block. Few rows leave
+// registers for the whole block, so that a query's bytes are broadcast once for all of it.
 template <int kRows>
 HWY_INLINE void DotBlock(const uint8_t* block, const int8_t* query, size_t row_stride, uint32_t dim,
                          int32_t (*dots)[kBlockRows]) {
   const Int32s d32;
-  const size_t lanes = hn::Lanes(d32);
-  for (size_t first = 0; first < kBlockRows; first += lanes) {
-    const uint8_t* at = block + first * 4;
-    IntVec acc[kRows];
-    for (int r = 0; r < kRows; ++r) acc[r] = hn::Zero(d32);
-    for (uint32_t j = 0; j < dim; j += 4, at += kBlockRows * 4) {
-      const IntVec bytes = hn::BitCast(d32, hn::LoadU(hn::ScalableTag<uint8_t>(), at));
-      for (int r = 0; r < kRows; ++r)
-        acc[r] = Dot4(acc[r], bytes, BroadcastQuad(query + r * row_stride + j));
+  const hn::ScalableTag<uint8_t> d8;
+  constexpr size_t kLanes = HWY_MAX_BYTES / sizeof(int32_t);
+  constexpr int kParts = static_cast<int>(kBlockRows / kLanes);
+  constexpr int kTogether = kRows <= 4 ? kParts : 1;
+  for (int part = 0; part < kParts; part += kTogether) {
+    const uint8_t* at = block + part * kLanes * 4;
+    IntVec acc[kRows][kTogether];
+    for (auto& row : acc) {
+      for (auto& sum : row) sum = hn::Zero(d32);
     }
-    for (int r = 0; r < kRows; ++r) hn::StoreU(acc[r], d32, dots[r] + first);
+    for (uint32_t j = 0; j < dim; j += 4, at += kBlockRows * 4) {
+      IntVec bytes[kTogether];
+      for (int p = 0; p < kTogether; ++p) {
+        bytes[p] = hn::BitCast(d32, hn::LoadU(d8, at + p * kLanes * 4));
+      }
+      for (int r = 0; r < kRows; ++r) {
+        const IntVec quad = BroadcastQuad(query + r * row_stride + j);
+        for (int p = 0; p < kTogether; ++p) acc[r][p] = Dot4(acc[r][p], bytes[p], quad);
+      }
+    }
+    for (int r = 0; r < kRows; ++r) {
+      for (int p = 0; p < kTogether; ++p) {
+        hn::StoreU(acc[r][p], d32, dots[r] + (part + p) * kLanes);
+      }
+    }
   }
 }
 #else

@@ -33,7 +33,7 @@ struct ClusterTreeOptions {
 
   Layout layout = Layout::kAuto;
   Sketch sketch = Sketch::kAuto;
-  uint32_t rerank_pages = 36;        // pages re-ranked beyond those returned, without sketch
+  uint32_t rerank_pages = 24;        // pages re-ranked beyond those returned, without sketch
   uint32_t rerank_pages_sketch = 8;  // the same when the tokens were sketched
   uint32_t scan_pages = 8192;  // pages scanned flat; a larger slice is searched through its supers
   uint32_t sketch_pages = 4096;   // pages whose sketches one query reads at most

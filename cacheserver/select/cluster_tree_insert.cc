@@ -16,7 +16,7 @@ constexpr uint32_t kProbedSupers = 4;
 constexpr uint32_t kRebaseTokensMax = 512;  // beyond, the next build learns the basis anew
 constexpr float kImpure = 1.5f;             // mean page variances above which a full page is split
 // Pages are kept this full by accepting more distant ones; see Slack.
-constexpr float kFillWanted = 0.90f;
+constexpr float kFillWanted = 0.89f;
 constexpr float kFillFloor = 0.86f;
 
 struct Place {

@@ -17,8 +17,10 @@ namespace icecache::cluster_tree {
 
 namespace {
 
-constexpr uint32_t kPartTokens = 32768;
-constexpr uint32_t kPartSample = 128;  // tokens per coarse centroid to train it on
+constexpr uint32_t kPartTokens = 49152;
+constexpr uint32_t kPartCells = 8;  // coarse centroids per part
+constexpr uint32_t kPartCellsMax = 160;
+constexpr uint32_t kPartSample = 64;  // tokens per coarse centroid to train it on
 constexpr uint32_t kSeedTokens = 24;
 constexpr uint32_t kSuperSeeds = 24;
 constexpr uint32_t kSuperSeedsMax = 32;
@@ -349,29 +351,58 @@ void PackPart(std::vector<uint32_t> ids, Projection& projection, Rng& rng, Packi
   }
 }
 
-// Divides the tokens among coarse centroids, a block of rows at a time.
+// Nearest coarse centroid of every token, a block of rows at a time.
+std::vector<uint32_t> AssignCoarse(const Points& coarse, uint32_t count, Projection& projection) {
+  constexpr uint32_t kBlock = 480;
+  CentroidPanels panels;
+  panels.Assign(coarse.x.data(), coarse.count(), coarse.dim);
+  std::vector<uint32_t> nearest(count);
+  Points block;
+  for (uint32_t first = 0; first < count; first += kBlock) {
+    const uint32_t n = std::min(kBlock, count - first);
+    block.ids.resize(n);
+    std::iota(block.ids.begin(), block.ids.end(), first);
+    projection.Load(&block);
+    Nearest(panels, block.table(), n, nearest.data() + first, nullptr);
+  }
+  return nearest;
+}
+
+// Divides the tokens in parts of at most kPartTokens if it can. Parts are groups of coarse
+// centroids: borders between more and smaller cells cut fewer clusters.
 std::vector<std::vector<uint32_t>> Parts(uint32_t count, Projection& projection, Rng& rng) {
-  std::vector<uint32_t> all(count);
-  std::iota(all.begin(), all.end(), 0u);
+  std::vector<uint32_t> part_of(count, 0);
   const uint32_t parts = (count + kPartTokens - 1) / kPartTokens;
-  if (parts <= 1) return {std::move(all)};
-  Points train;
-  for (uint32_t i = 0; i < parts * kPartSample; ++i) {
-    train.ids.push_back(static_cast<uint32_t>(uint64_t{i} * count / (parts * kPartSample)));
+  if (parts <= 1) return Group(part_of, 1);
+  const uint32_t cells = std::min(kPartCells * parts, kPartCellsMax);
+  Points train, coarse;
+  for (uint32_t i = 0; i < cells * kPartSample; ++i) {
+    train.ids.push_back(static_cast<uint32_t>(uint64_t{i} * count / (cells * kPartSample)));
   }
   projection.Load(&train);
-  CentroidPanels panels;
-  panels.Assign(TrainCentroids(train, parts, rng).data(), parts, train.dim);
-  std::vector<uint32_t> part_of(count);
-  constexpr uint32_t kBlock = 480;
-  for (uint32_t first = 0; first < count; first += kBlock) {
-    Points block;
-    const uint32_t n = std::min(kBlock, count - first);
-    block.ids.assign(all.begin() + first, all.begin() + first + n);
-    projection.Load(&block);
-    Nearest(panels, block.table(), n, part_of.data() + first, nullptr);
-  }
-  return Group(part_of, parts);
+  coarse.dim = train.dim;
+  coarse.x = TrainCentroids(train, cells, rng);
+  const std::vector<uint32_t> cell_of = AssignCoarse(coarse, count, projection);
+  std::vector<uint32_t> sizes(cells, 0), order(cells), part_of_cell(cells, 0);
+  for (uint32_t cell : cell_of) ++sizes[cell];
+  std::iota(order.begin(), order.end(), 0u);
+  Bisector bisector(coarse);
+  uint32_t made = 0;
+  const auto split = [&](std::span<uint32_t> group, const auto& self) -> void {
+    uint64_t tokens = 0;
+    for (uint32_t cell : group) tokens += sizes[cell];
+    if (tokens > kPartTokens && group.size() > 1) {
+      const uint32_t left = bisector.Divide(group, 0);
+      self(group.first(left), self);
+      self(group.subspan(left), self);
+      return;
+    }
+    for (uint32_t cell : group) part_of_cell[cell] = made;
+    ++made;
+  };
+  split(order, split);
+  for (uint32_t i = 0; i < count; ++i) part_of[i] = part_of_cell[cell_of[i]];
+  return Group(part_of, made);
 }
 
 }  // namespace

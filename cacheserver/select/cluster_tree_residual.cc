@@ -11,7 +11,7 @@ namespace icecache::cluster_tree {
 namespace {
 // Pages below this share of every head's mass are valued at their super's mean instead of their
 // own.
-constexpr float kTinyShare = 1e-5f;
+constexpr float kTinyShare = 2e-5f;
 // Re-ranked pages below this share are valued at their mean: their V is not read.
 constexpr float kLightShare = 2e-5f;
 constexpr uint32_t kReadRows = 64;  // rows gathered before they are scored
