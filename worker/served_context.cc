@@ -10,10 +10,11 @@
 namespace icecache {
 namespace {
 
-Status CheckSameModel(const wire::ContextInfo& info, const Model& model) {
+Status CheckSameModel(const std::string& parent, const wire::ContextInfo& info,
+                      const Model& model) {
   if (info.shape == model.shape() && info.model == model.identity()) return OkStatus();
   return InvalidArgument(
-      "context '" + info.name + "' was made by " + info.model + " (" + info.shape.ToString() +
+      "context '" + parent + "' was made by " + info.model + " (" + info.shape.ToString() +
       "), this worker runs " + model.identity() + " (" + model.shape().ToString() +
       "); use the same --model and --kv-dtype, or prefill a context of your own");
 }
@@ -59,7 +60,7 @@ Result<ServedContext> ForkFromServer(ServerLink& link, const Model& model,
   ServedContext context;
   KV_ASSIGN_OR_RETURN(context.grant, link.control().Fork(parent, name));
   const wire::ContextInfo& info = context.grant.context;
-  KV_RETURN_IF_ERROR(CheckSameModel(info, model));
+  KV_RETURN_IF_ERROR(CheckSameModel(parent, info, model));
   context.handle = {info.id, context.grant.epoch, info.shape};
   context.tokens = info.tokens;
   KV_RETURN_IF_ERROR(link.cache().Attach(context.grant));

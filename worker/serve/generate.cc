@@ -112,8 +112,8 @@ PrefillOptions Generation::PrefillSettings(ProgressBar* bar) {
 Status Generation::PrepareServed() {
   KV_ASSIGN_OR_RETURN(link_, ConnectToServer(options_.worker));
   const Model& model = *loaded_.model;
-  const bool named = !options_.context.empty();
-  const std::string name = named ? options_.context : FreshContextName("generate");
+  const std::string name =
+      options_.context.empty() ? FreshContextName("generate") : options_.context;
   if (!options_.fork_of.empty()) {
     KV_ASSIGN_OR_RETURN(served_,
                         ForkFromServer(*link_, model, options_.fork_of, name, std::nullopt));
