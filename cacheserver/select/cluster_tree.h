@@ -35,7 +35,8 @@ struct ClusterTreeOptions {
   Sketch sketch = Sketch::kAuto;
   uint32_t rerank_pages = 24;        // pages re-ranked beyond those returned, without sketch
   uint32_t rerank_pages_sketch = 8;  // the same when the tokens were sketched
-  uint32_t scan_pages = 8192;  // pages scanned flat; a larger slice is searched through its supers
+  uint32_t scan_pages =
+      4096;  // pages scanned, twice as many with sketch; a larger slice goes by supers
   uint32_t sketch_pages = 4096;   // pages whose sketches one query reads at most
   float token_threshold = 2e-4f;  // estimated weight above which a single token is read exactly
   float insert_slack =

@@ -103,7 +103,9 @@ void Search::ScanSupers() {
   blocks_.clear();
   super_mass_.assign(size_t{group_} * tree_->super_count(), kMinusInfinity);
   super_scanned_.assign(tree_->super_count(), 1);
-  if (tree_->page_count() > options_->scan_pages && !read_all_) {
+  // Sketches cost more than the scan, and heads that need them hide single tokens in dull supers.
+  const uint32_t scan_pages = options_->scan_pages * (tree_->basis.sketched() ? 2 : 1);
+  if (tree_->page_count() > scan_pages && !read_all_) {
     const NodeTable& nodes = tree_->super_nodes;
     const uint32_t slots = nodes.block_count() * kBlockRows;
     block_keys_.clear();
@@ -138,7 +140,7 @@ void Search::ScanSupers() {
     });
     uint32_t pages = 0;
     for (const auto& [bound, s] : order_) {
-      if (pages >= options_->scan_pages) super_scanned_[s] = 0;
+      if (pages >= scan_pages) super_scanned_[s] = 0;
       pages += tree_->supers[s].page_count;
     }
   }
