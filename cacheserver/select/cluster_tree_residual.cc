@@ -66,8 +66,10 @@ void Search::ReadTokens() {
   };
   for (size_t first = 0; first < count; first += kReadRows) {
     const size_t n = std::min<size_t>(kReadRows, count - first);
-    for (size_t t = 0; t < n; ++t)
+    for (size_t t = 0; t < n; ++t) {
+      if (first + t + kRowsAhead < count) Prefetch(k_row(first + t + kRowsAhead), row_bytes);
       std::memcpy(rows_.data() + t * row_bytes, k_row(first + t), row_bytes);
+    }
     DotRows(request_->queries, group_, rows_.data(), kv_->dtype, static_cast<uint32_t>(n), dim_,
             token_logits_.data() + first, count);
   }
@@ -92,6 +94,8 @@ void Search::Residual() {
   }
   candidate_valued_.assign(candidates_.size(), 0);
   item_rows_.clear();
+  items_max_ = size_t{slots_} + tree_->super_count();
+  item_weights_.resize(group_ * items_max_);
   item_sum_.assign(group_, 0.0f);
   AddReadPages(states);
   AddFixedTokens(states);
@@ -154,8 +158,14 @@ void Search::AddFixedTokens(const AttentionStateRef& states) {
       }
       weight_scratch_[g] = rest[g] * static_cast<float>(page.count);
     }
+    share_[sketch_slot_[m]] = 0;  // its estimate is accounted for
     AddItem(tree_->values.signed_row(page_index), page.value_scale);
     const std::byte* v = kv_->pages[page_index].v;
+    for (size_t t = first; t < end && t + kRowsAhead < count; ++t) {
+      const Token& ahead = tokens_[t + kRowsAhead];
+      Prefetch(kv_->pages[PageOf(sketch_slot_[ahead.sketch])].v + ahead.lane * row_bytes,
+               row_bytes);
+    }
     for (size_t t = first; t < end; ++t) {
       AddWeightedRows(token_logits_.data() + t, count, group_, v + tokens_[t].lane * row_bytes,
                       kv_->dtype, 1, dim_, states.out);
@@ -166,11 +176,10 @@ void Search::AddFixedTokens(const AttentionStateRef& states) {
 
 // Notes a mean value row, to be added with weight_scratch_[g].
 void Search::AddItem(const int8_t* row, float scale) {
+  const size_t item = item_rows_.size();
   item_rows_.push_back(row);
-  item_weights_.resize(item_rows_.size() * group_);
-  float* to = item_weights_.data() + (item_rows_.size() - 1) * group_;
   for (uint32_t g = 0; g < group_; ++g) {
-    to[g] = weight_scratch_[g] * scale;
+    item_weights_[g * items_max_ + item] = weight_scratch_[g] * scale;
     item_sum_[g] += weight_scratch_[g];
   }
 }
@@ -217,13 +226,8 @@ void Search::AddEstimates(const AttentionStateRef& states) {
     }
     if (any > 0) AddItem(tree_->super_values.signed_row(s), tree_->supers[s].value_scale);
   }
-  const auto items = static_cast<uint32_t>(item_rows_.size());
-  spare_.resize(size_t{group_} * items);
-  for (uint32_t i = 0; i < items; ++i) {
-    for (uint32_t g = 0; g < group_; ++g)
-      spare_[size_t{g} * items + i] = item_weights_[size_t{i} * group_ + g];
-  }
-  AddInt8Rows(spare_.data(), items, group_, item_rows_.data(), items, dim_, states.out);
+  AddInt8Rows(item_weights_.data(), items_max_, group_, item_rows_.data(),
+              static_cast<uint32_t>(item_rows_.size()), dim_, states.out);
   for (uint32_t g = 0; g < group_; ++g) {
     for (uint32_t j = 0; j < dim_; ++j)
       states.row(g)[j] += item_sum_[g] * tree_->basis.value_mean[j];

@@ -329,14 +329,14 @@ void Search::Candidates() {
     spare_.resize(slots_);
     for (uint32_t g = 0; g < group_; ++g) {
       const float inverse = 1.0f / total_[g];
-      for (uint32_t i = 0; i < slots_; ++i) {
-        const size_t slot = size_t{blocks_[i / kBlockRows]} * kBlockRows + i % kBlockRows;
-        // An empty slot must not count among the best: it would push a page out of the answer.
-        spare_[i] = tree_->leaves.log_count[slot] == kMinusInfinity
-                        ? kMinusInfinity
-                        : std::min(centre_[size_t{g} * slots_ + i] +
-                                       kTopOfPage * rho_[g] * tree_->leaves.spread[slot] - ref_[g],
-                                   60.0f);
+      const float reach = kTopOfPage * rho_[g];
+      for (size_t b = 0; b < blocks_.size(); ++b) {
+        const float* centre = centre_.data() + size_t{g} * slots_ + b * kBlockRows;
+        const float* spread = tree_->leaves.spread.data() + size_t{blocks_[b]} * kBlockRows;
+        float* to = spare_.data() + b * kBlockRows;
+        for (uint32_t lane = 0; lane < kBlockRows; ++lane) {
+          to[lane] = std::min(centre[lane] + reach * spread[lane] - ref_[g], 60.0f);
+        }
       }
       ExpShifted(spare_.data(), slots_, 0.0f, spare_.data());
       if (tree_->basis.sketched() && !read_all_) {
@@ -372,16 +372,13 @@ void Search::ReadCandidates() {
   candidate_mass_.resize(size_t{group_} * count);
   candidate_top_.resize(size_t{group_} * count);
   candidate_read_.assign(count, 0);
-  const auto prefetch = [&](uint32_t c) {
-    if (c >= count) return;
-    const PageView& page = kv_->pages[PageOf(candidates_[c])];
-    if (page.k == nullptr) return;
-    const size_t bytes = page.fill * kv_->row_bytes();
-    for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch(page.k + at);
-  };
-  prefetch(0);
+  for (uint32_t c = 0; c < std::min(count, kPagesAhead); ++c) {
+    Prefetch(kv_->pages[PageOf(candidates_[c])].k, kPageRows * kv_->row_bytes());
+  }
   for (uint32_t c = 0; c < count; ++c) {
-    prefetch(c + 1);
+    if (c + kPagesAhead < count) {
+      Prefetch(kv_->pages[PageOf(candidates_[c + kPagesAhead])].k, kPageRows * kv_->row_bytes());
+    }
     const PageView& page = kv_->pages[PageOf(candidates_[c])];
     if (page.k == nullptr) continue;
     candidate_read_[c] = 1;

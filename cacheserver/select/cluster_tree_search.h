@@ -98,10 +98,20 @@ class Search {
   std::vector<std::byte> rows_;
   std::vector<float> token_logits_;  // [group][tokens]
   std::vector<const int8_t*> item_rows_;
-  std::vector<float> item_weights_;          // [items][group]
+  size_t items_max_ = 0;
+  std::vector<float> item_weights_;          // [group][items_max_]
   std::vector<float> item_sum_, weight_;     // [group]
   float weight_scratch_[limits::kGroupMax];  // of the next item
 };
+
+// Rows lie anywhere in memory, where the hardware does not foresee them: fetch some pages (or rows)
+// before they are used. Of a partly filled page the frame is fetched; null is fine.
+inline constexpr uint32_t kPagesAhead = 2;
+inline constexpr uint32_t kRowsAhead = 12;
+inline void Prefetch(const std::byte* from, size_t bytes) {
+  if (from == nullptr) return;
+  for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch(from + at);
+}
 
 // exp(f(s)) is the factor by which tokens' logits of standard deviation s raise the mass of their
 // mean.
