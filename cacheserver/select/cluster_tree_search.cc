@@ -333,9 +333,12 @@ void Search::Candidates() {
       for (size_t b = 0; b < blocks_.size(); ++b) {
         const float* centre = centre_.data() + size_t{g} * slots_ + b * kBlockRows;
         const float* spread = tree_->leaves.spread.data() + size_t{blocks_[b]} * kBlockRows;
+        const float* log_count = tree_->leaves.log_count.data() + size_t{blocks_[b]} * kBlockRows;
         float* to = spare_.data() + b * kBlockRows;
         for (uint32_t lane = 0; lane < kBlockRows; ++lane) {
-          to[lane] = std::min(centre[lane] + reach * spread[lane] - ref_[g], 60.0f);
+          // An empty slot must not count among the best: it would push a page out of the answer.
+          const float top = std::min(centre[lane] + reach * spread[lane] - ref_[g], 60.0f);
+          to[lane] = log_count[lane] == kMinusInfinity ? kMinusInfinity : top;
         }
       }
       ExpShifted(spare_.data(), slots_, 0.0f, spare_.data());
