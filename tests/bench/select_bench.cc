@@ -344,7 +344,7 @@ void SelectCommand::AddFlags(ConfigParser* parser) {
   parser->Section("Data");
   parser->Add(
       "trace", &flags_.trace,
-      "clustered | runs | weak | calibrated:{retrieval,sinky,topic,broad,diffuse} | file:PATH");
+      "clustered | runs | weak | calibrated:{retrieval,sinky,topic,broad,diffuse} | file:PATH@L.H");
   parser->Add("keys", &flags_.keys, "tokens indexed by the build", 1, limits::kContextTokensMax);
   parser->Add("dim", &flags_.dim, "head_dim", 16, limits::kHeadDimMax);
   parser->Add("group", &flags_.group, "query heads of the kv head", 1, limits::kGroupMax);

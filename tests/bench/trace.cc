@@ -2,8 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
-#include <fstream>
 #include <functional>
 #include <numeric>
 
@@ -18,12 +16,9 @@ constexpr uint32_t kCentres = 512;
 constexpr uint32_t kRunTokens = 32;
 constexpr uint32_t kHistoryGroups = 64;
 
-struct DumpHeader {
-  uint32_t magic = 0x564b4349, version = 1, dtype = 0, dim = 0, tokens = 0, group = 0, queries = 0,
-           zero = 0;
-};
+}  // namespace
 
-std::vector<float> EnergyOf(const std::vector<float>& queries, uint32_t dim) {
+std::vector<float> EnergyOf(std::span<const float> queries, uint32_t dim) {
   std::vector<float> energy(dim, 0.0f);
   const size_t rows = queries.size() / dim;
   for (size_t r = 0; r < rows; ++r)
@@ -31,8 +26,6 @@ std::vector<float> EnergyOf(const std::vector<float>& queries, uint32_t dim) {
       energy[j] += queries[r * dim + j] * queries[r * dim + j] / static_cast<float>(rows);
   return energy;
 }
-
-}  // namespace
 
 Result<Trace> MakeClusteredTrace(const TraceSpec& spec) {
   const float noise = spec.name == "weak" ? 1.5f : 0.6f;
@@ -92,61 +85,6 @@ Result<Trace> MakeClusteredTrace(const TraceSpec& spec) {
   return trace;
 }
 
-Result<Trace> LoadTrace(const TraceSpec& spec, const std::string& path) {
-  std::ifstream in(path, std::ios::binary);
-  if (!in) return NotFound("trace dump '" + path + "': cannot be opened");
-  DumpHeader header;
-  in.read(reinterpret_cast<char*>(&header), sizeof(header));
-  const DumpHeader expected;
-  if (!in || header.magic != expected.magic || header.version != expected.version ||
-      header.dtype > 2 || header.dim == 0 || header.dim > limits::kHeadDimMax ||
-      header.dim % 16 != 0 || header.group == 0 || header.group > limits::kGroupMax ||
-      header.tokens > limits::kContextTokensMax || header.queries > (1u << 20)) {
-    return DataLoss("trace dump '" + path + "': not a version 1 dump (tests/bench/trace.h)");
-  }
-  Trace trace{.dtype = static_cast<DType>(header.dtype), .dim = header.dim, .group = header.group};
-  const size_t row_bytes = size_t{trace.dim} * DTypeBytes(trace.dtype);
-  trace.k.resize(header.tokens * row_bytes);
-  trace.v.resize(header.tokens * row_bytes);
-  std::vector<float> queries(size_t{header.queries} * header.group * header.dim);
-  in.read(reinterpret_cast<char*>(trace.k.data()), static_cast<std::streamsize>(trace.k.size()));
-  in.read(reinterpret_cast<char*>(trace.v.data()), static_cast<std::streamsize>(trace.v.size()));
-  in.read(reinterpret_cast<char*>(queries.data()),
-          static_cast<std::streamsize>(4 * queries.size()));
-  if (!in) return DataLoss("trace dump '" + path + "': shorter than its header says");
-  // Earlier queries are history, the last ones are asked.
-  const uint32_t asked = std::min(spec.query_count, header.queries);
-  const size_t first = size_t{header.queries - asked} * header.group * header.dim;
-  trace.query_count = asked;
-  trace.queries.assign(queries.begin() + static_cast<ptrdiff_t>(first), queries.end());
-  queries.resize(first);
-  if (!queries.empty()) trace.energy = EnergyOf(queries, trace.dim);
-  const uint32_t total = std::min(header.tokens, spec.keys + spec.extra_keys);
-  trace.extra_keys = std::min(spec.extra_keys, total / 2);
-  trace.keys = total - trace.extra_keys;
-  return trace;
-}
-
-Status SaveTrace(const Trace& trace, const std::string& path) {
-  std::ofstream out(path, std::ios::binary);
-  DumpHeader header;
-  header.dtype = static_cast<uint32_t>(trace.dtype);
-  header.dim = trace.dim;
-  header.tokens = trace.keys + trace.extra_keys;
-  header.group = trace.group;
-  header.queries = trace.query_count;
-  out.write(reinterpret_cast<const char*>(&header), sizeof(header));
-  out.write(reinterpret_cast<const char*>(trace.k.data()),
-            static_cast<std::streamsize>(trace.k.size()));
-  out.write(reinterpret_cast<const char*>(trace.v.data()),
-            static_cast<std::streamsize>(trace.v.size()));
-  out.write(reinterpret_cast<const char*>(trace.queries.data()),
-            static_cast<std::streamsize>(4 * trace.queries.size()));
-  out.flush();
-  if (!out) return Unavailable("trace dump '" + path + "': cannot be written");
-  return OkStatus();
-}
-
 Result<Trace> MakeTrace(const TraceSpec& spec) {
   const std::string calibrated = "calibrated:", file = "file:";
   if (spec.name.starts_with(file)) return LoadTrace(spec, spec.name.substr(file.size()));
@@ -163,9 +101,10 @@ Result<Trace> MakeTrace(const TraceSpec& spec) {
     return MakeCalibratedTrace(spec, spec.name.substr(calibrated.size()));
   if (spec.name == "clustered" || spec.name == "runs" || spec.name == "weak")
     return MakeClusteredTrace(spec);
-  return InvalidArgument("trace '" + spec.name +
-                         "' is unknown; use clustered, runs, weak, "
-                         "calibrated:{retrieval,sinky,topic,broad,diffuse} or file:PATH");
+  return InvalidArgument(
+      "trace '" + spec.name +
+      "' is unknown; use clustered, runs, weak, "
+      "calibrated:{retrieval,sinky,topic,broad,diffuse} or file:PATH@LAYER.HEAD");
 }
 
 double TopMass(const Trace& trace, uint32_t count, uint32_t query_count) {

@@ -8,12 +8,14 @@
 //   head's class:
 //                    retrieval, sinky, topic, broad or diffuse (share of mass that the top 256 of
 //                    32k tokens hold)
-//   file:PATH        a dump of a real slice
+//   file:PATH@L.H    layer L, kv head H of what a model computed (icecache-worker dump-trace,
+//                    worker/trace_file.h); alone, PATH means layer 0, head 0
 // Isotropic traces (the first three) say little about attention: use them for speed and for
 // relative recall.
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -68,12 +70,11 @@ double TopMass(const Trace& trace, uint32_t count, uint32_t query_count);
 // The parts of MakeTrace.
 Result<Trace> MakeClusteredTrace(const TraceSpec& spec);
 Result<Trace> MakeCalibratedTrace(const TraceSpec& spec, const std::string& head_class);
-Result<Trace> LoadTrace(const TraceSpec& spec, const std::string& path);
-
-// Dumps: a header of 8 little-endian uint32 - magic "ICKV" (0x564b4349), version 1, dtype (0 f32, 1
-// f16, 2 bf16), head_dim, token count, query heads per group, query group count, 0 - then K[tokens,
-// dim], V[tokens, dim] in that dtype and queries[groups, heads, dim] as f32, after RoPE and scaled
-// by 1/sqrt(dim).
-Status SaveTrace(const Trace& trace, const std::string& path);
+// `name`: PATH or PATH@L.H. Asks the last query_count recorded queries; earlier ones are history.
+// The worker holds the first 16 tokens and the last 16 before the first asked query, with what came
+// after; of the rest the last `keys` (and extra_keys, at most half) count.
+Result<Trace> LoadTrace(const TraceSpec& spec, const std::string& name);
+// Mean squares over queries[rows, dim].
+std::vector<float> EnergyOf(std::span<const float> queries, uint32_t dim);
 
 }  // namespace icecache

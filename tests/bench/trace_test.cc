@@ -13,6 +13,7 @@
 #include <set>
 
 #include "kernels/distance.h"
+#include "worker/trace_file.h"
 
 namespace icecache {
 namespace {
@@ -211,18 +212,90 @@ TEST(Trace, ClusteredQueriesOfAGroupShareTheirCluster) {
   EXPECT_LT(Cosine(apart->Query(0), apart->Query(0) + trace.dim, trace.dim), 0.4);
 }
 
-TEST(Trace, DumpsReadBack) {
-  const Trace trace = Make("calibrated:topic", 1024, 6);
-  const std::string path = testing::TempDir() + "/trace_test.ickv";
-  ASSERT_TRUE(SaveTrace(trace, path).ok());
-  const Result<Trace> back = MakeTrace({.name = "file:" + path, .keys = 1024, .query_count = 6});
-  ASSERT_TRUE(back.ok()) << back.status().ToString();
-  EXPECT_EQ(back->k, trace.k);
-  EXPECT_EQ(back->v, trace.v);
-  EXPECT_EQ(back->queries, trace.queries);
-  EXPECT_EQ(back->keys, 1024u);
-  std::remove(path.c_str());
-  EXPECT_EQ(MakeTrace({.name = "file:" + path}).status().code(), StatusCode::kNotFound);
+// Two layers of two heads with two query heads each; every element says where it belongs.
+struct Dump {
+  static constexpr uint32_t kTokens = 200, kQueries = 48, kDim = 16;
+  TraceExtent extent{{2, 2, 4, kDim, DType::kF32}, kTokens, kQueries};
+  std::string path = testing::TempDir() + "/trace_test.ickv";
+
+  static float Key(uint32_t slice, uint32_t token, uint32_t j) {
+    return std::sin(static_cast<float>(slice * 1000 + token * 3 + j));
+  }
+  void Write() const {
+    Result<TraceWriter> writer = TraceWriter::Create(path, extent);
+    ASSERT_TRUE(writer.ok()) << writer.status().ToString();
+    for (uint16_t slice = 0; slice < 4; ++slice) {
+      std::vector<float> k, v, q;
+      for (uint32_t t = 0; t < kTokens; ++t) {
+        for (uint32_t j = 0; j < kDim; ++j) k.push_back(Key(slice, t, j));
+        for (uint32_t j = 0; j < kDim; ++j) v.push_back(Key(slice, t, 100 + j));
+        for (uint32_t j = 0; j < 2 * kDim; ++j) q.push_back(Key(slice, t, 200 + j));
+      }
+      const TokenRows rows{DType::kF32, kDim, kTokens, reinterpret_cast<const std::byte*>(k.data()),
+                           reinterpret_cast<const std::byte*>(v.data())};
+      const LayerId layer(slice / 2);
+      const KvHeadId head(slice % 2);
+      ASSERT_TRUE(writer->WriteRows(layer, head, TokenPos(0), rows).ok());
+      ASSERT_TRUE(writer->WriteQueries(layer, head, TokenPos(0), q).ok());
+    }
+    ASSERT_TRUE(writer->Finish().ok());
+  }
+  ~Dump() { std::remove(path.c_str()); }
+};
+
+TEST(Trace, DumpsAreReadSliceBySlice) {
+  const Dump dump;
+  dump.Write();
+  const Result<Trace> trace =
+      MakeTrace({.name = "file:" + dump.path + "@1.0", .keys = 1000, .query_count = 8});
+  ASSERT_TRUE(trace.ok()) << trace.status().ToString();
+  EXPECT_EQ(trace->group, 2u);
+  // 16 sinks, then what lies before the 16 tokens that end with the first of the 8 asked.
+  EXPECT_EQ(trace->keys, Dump::kTokens - 8 + 1 - 16 - 16);
+  const auto* k = reinterpret_cast<const float*>(trace->Rows(3, 1).k);
+  EXPECT_EQ(k[5], Dump::Key(2, 16 + 3, 5));
+  EXPECT_EQ(trace->Query(7)[0], Dump::Key(2, Dump::kTokens - 1, 200));
+  EXPECT_EQ(trace->energy.size(), Dump::kDim);
+
+  const Result<Trace> few =
+      MakeTrace({.name = "file:" + dump.path, .keys = 40, .extra_keys = 10, .query_count = 8});
+  ASSERT_TRUE(few.ok());
+  EXPECT_EQ(few->keys + few->extra_keys, 50u);
+  const auto* last = reinterpret_cast<const float*>(few->Rows(49, 1).k);
+  EXPECT_EQ(last[0], Dump::Key(0, Dump::kTokens - 8 + 1 - 16 - 1, 0)) << "the last ones count";
+}
+
+// Indexed and local tokens together are everything the query sees: with all of both, attention is
+// full.
+TEST(Trace, DumpsLeaveTheWorkersTokensToTheWorker) {
+  const Dump dump;
+  dump.Write();
+  const Result<Trace> trace = MakeTrace({.name = "file:" + dump.path + "@0.1", .query_count = 8});
+  ASSERT_TRUE(trace.ok());
+  const uint32_t asked = 3, position = Dump::kTokens - 8 + asked;
+  for (uint32_t h = 0; h < 2; ++h) {
+    const float* q = trace->Query(asked) + h * Dump::kDim;
+    double indexed = 0, all = 0;
+    for (uint32_t t = 0; t <= position; ++t) {
+      double logit = 0;
+      for (uint32_t j = 0; j < Dump::kDim; ++j) logit += q[j] * Dump::Key(1, t, j);
+      all += std::exp(logit);
+      if (t >= 16 && t < 16 + trace->keys) indexed += std::exp(logit);
+    }
+    const double local = std::exp(trace->local_lse[asked * 2 + h]);
+    EXPECT_NEAR((local + indexed) / all, 1.0, 1e-4);
+  }
+}
+
+TEST(Trace, WhatIsNoDumpIsRefusedByName) {
+  const Dump dump;
+  EXPECT_EQ(MakeTrace({.name = "file:" + dump.path}).status().code(), StatusCode::kNotFound);
+  dump.Write();
+  EXPECT_EQ(MakeTrace({.name = "file:" + dump.path + "@2.0"}).status().code(),
+            StatusCode::kOutOfRange);
+  EXPECT_EQ(MakeTrace({.name = "file:" + dump.path, .query_count = 190}).status().code(),
+            StatusCode::kInvalidArgument)
+      << "asks for more queries than were recorded";
 }
 
 TEST(Trace, UnknownNamesAreRefusedWithTheKnownOnes) {
