@@ -3,6 +3,7 @@
 
 #include "common/config.h"
 #include "common/ucx_environment.h"
+#include "worker/serve/dump_trace.h"
 #include "worker/serve/generate.h"
 #include "worker/serve/interrupt.h"
 #include "worker/serve/options.h"
@@ -24,24 +25,34 @@ int Main(int argc, char** argv) {
   ConfigParser parser("icecache-worker",
                       "Runs a language model whose KV cache lives in an icecache-server.",
                       "icecache-worker generate --help\n"
-                      "icecache-worker recall --help");
+                      "icecache-worker recall --help\n"
+                      "icecache-worker dump-trace --help");
   GenerateOptions generate;
   RecallOptions recall;
+  DumpTraceOptions dump;
   AddGenerateCommand(parser, &generate);
   AddRecallCommand(parser, &recall);
+  AddDumpTraceCommand(parser, &dump);
   const Result<ConfigParser::Outcome> outcome = parser.Parse(argc, argv, kVersion);
   if (!outcome.ok()) return Fail(outcome.status());
   if (outcome->exit) {
     std::fputs(outcome->text.c_str(), stdout);
     return outcome->exit_code;
   }
-  if (outcome->command.empty()) {
-    return Fail(InvalidArgument("which command? generate or recall; see icecache-worker --help"));
+  const auto run = [](const WorkerOptions& worker, const auto& command) {
+    Status status = ApplyWorkerOptions(worker, "icecache-worker");
+    if (status.ok()) status = command();
+    return status;
+  };
+  Status status =
+      InvalidArgument("which command? generate, recall or dump-trace; see icecache-worker --help");
+  if (outcome->command == "generate") {
+    status = run(generate.worker, [&] { return RunGenerate(generate); });
+  } else if (outcome->command == "recall") {
+    status = run(recall.worker, [&] { return RunRecall(recall); });
+  } else if (outcome->command == "dump-trace") {
+    status = run(dump.worker, [&] { return RunDumpTrace(dump); });
   }
-  const bool is_generate = outcome->command == "generate";
-  const WorkerOptions& options = is_generate ? generate.worker : recall.worker;
-  Status status = ApplyWorkerOptions(options, "icecache-worker");
-  if (status.ok()) status = is_generate ? RunGenerate(generate) : RunRecall(recall);
   return status.ok() ? 0 : Fail(status);
 }
 

@@ -28,17 +28,19 @@ class PrefillAttention final : public LayerAttention {
         total_(total),
         options_(options),
         k_(size_t{total} * shape.kv_heads * shape.head_dim),
-        v_(k_.size()) {}
+        v_(k_.size()),
+        query_tokens_(std::min(options.query_tokens, total)) {}
 
   void BeginLayer() {
     rows_ = std::make_shared<LayerRows>(shape_, TokenPos(0), total_);
     energy_.assign(size_t{shape_.kv_heads} * shape_.head_dim, 0);
+    queries_.assign(size_t{query_tokens_} * shape_.query_heads * shape_.head_dim, 0);
   }
 
   FinishedLayer EndLayer(LayerId layer) {
     const uint32_t tokens = std::min(kEnergyTokens, total_);
     for (float& e : energy_) e /= static_cast<float>(tokens * shape_.group());
-    return {layer, std::move(rows_), std::move(energy_)};
+    return {layer, std::move(rows_), std::move(energy_), std::move(queries_)};
   }
 
   Status Attend(LayerId, TokenPos first, uint32_t tokens, const float* q, const float* k,
@@ -50,6 +52,7 @@ class PrefillAttention final : public LayerAttention {
     std::memcpy(v_block, v, tokens * row * sizeof(float));
     rows_->RoundAndStore(first.value, tokens, k_block, v_block);
     AddEnergy(first.value, tokens, q);
+    KeepQueries(first.value, tokens, q);
     Status stopped;
     const Status status =
         CausalAttention(shape_, CausalBlock{first.value, tokens, q, k_.data(), v_.data(), out},
@@ -75,12 +78,24 @@ class PrefillAttention final : public LayerAttention {
     }
   }
 
+  void KeepQueries(uint32_t first, uint32_t tokens, const float* q) {
+    const uint32_t begin = total_ - query_tokens_;
+    const size_t group = size_t{shape_.group()} * shape_.head_dim;
+    for (uint32_t t = std::max(first, begin); t < first + tokens; ++t) {
+      for (uint32_t h = 0; h < shape_.kv_heads; ++h) {
+        const float* const from = q + (size_t{t - first} * shape_.kv_heads + h) * group;
+        std::copy_n(from, group, queries_.data() + (size_t{h} * query_tokens_ + t - begin) * group);
+      }
+    }
+  }
+
   const ModelShape shape_;
   const uint32_t total_;
   const PrefillOptions& options_;
   std::vector<float> k_, v_;  // [total, kv_heads, head_dim]
+  const uint32_t query_tokens_;
   std::shared_ptr<LayerRows> rows_;
-  std::vector<float> energy_;
+  std::vector<float> energy_, queries_;
 };
 
 }  // namespace

@@ -20,6 +20,7 @@ namespace icecache {
 
 struct PrefillOptions {
   uint32_t threads = 0;  // of attention; 0: one per core
+  uint32_t query_tokens = 0;  // queries of so many last tokens are handed over, too
   // Called often (many times a second on small models): turns the reactor, says whether to go on.
   std::function<Status()> pump;
   std::function<void(uint64_t done, uint64_t total)> progress;  // in token-layers
@@ -31,6 +32,8 @@ struct FinishedLayer {
   // Mean square of the query elements of the last tokens, [kv_heads, head_dim]: which dimensions
   // queries use.
   std::vector<float> query_energy;
+  // Of the last query_tokens tokens (or all), scaled: [kv_heads, tokens, group, head_dim].
+  std::vector<float> queries;
 };
 
 // The final hidden state of the last token (for Model::Logits). INVALID_ARGUMENT for no tokens or

@@ -14,7 +14,16 @@
 
 namespace icecache {
 
-void AddWorkerOptions(ConfigParser& parser, WorkerOptions* o) {
+namespace {
+
+void AddOutputOptions(ConfigParser& parser, WorkerOptions* o) {
+  parser.Section("Output");
+  parser.Add("progress", &o->progress, "Progress bars even where stderr is no terminal");
+  parser.Add("log_level", &o->log_level, "debug, info, warn, error or off");
+  parser.Add("log_format", &o->log_format, "text or json");
+}
+
+void AddModelSection(ConfigParser& parser, WorkerOptions* o) {
   parser.Section("Model");
   parser.Add("model", &o->model,
              "Hugging Face model directory: config.json, model.safetensors, tokenizer.json", true);
@@ -25,7 +34,17 @@ void AddWorkerOptions(ConfigParser& parser, WorkerOptions* o) {
                : InvalidArgument("'" + o->kv_dtype + "', expected f16, bf16 or f32");
   });
   parser.Add("threads", &o->threads, "Compute threads; 0: one per core", 0, 1024);
+}
 
+}  // namespace
+
+void AddModelOptions(ConfigParser& parser, WorkerOptions* o) {
+  AddModelSection(parser, o);
+  AddOutputOptions(parser, o);
+}
+
+void AddWorkerOptions(ConfigParser& parser, WorkerOptions* o) {
+  AddModelSection(parser, o);
   parser.Section("Cache server");
   parser.Add("server", &o->server, "host:port of the server's control plane");
   parser.Add("tenant", &o->tenant, "Tenant; empty: the server's default one");
@@ -59,11 +78,7 @@ void AddWorkerOptions(ConfigParser& parser, WorkerOptions* o) {
              "Pages the worker keeps, in units of one selection's pages", 1, 64);
   parser.AddMillis("select_deadline", &o->select_deadline_ms,
                    "How long a layer step waits for the server before it goes on without");
-
-  parser.Section("Output");
-  parser.Add("progress", &o->progress, "Progress bars even where stderr is no terminal");
-  parser.Add("log_level", &o->log_level, "debug, info, warn, error or off");
-  parser.Add("log_format", &o->log_format, "text or json");
+  AddOutputOptions(parser, o);
 }
 
 Status ApplyWorkerOptions(const WorkerOptions& options, const char* program) {

@@ -44,6 +44,8 @@ struct WorkerOptions {
 };
 
 // Adds the settings to a command. `options` holds the defaults and outlives the parser.
+// AddModelOptions: those of a command that talks to no server.
+void AddModelOptions(ConfigParser& parser, WorkerOptions* options);
 void AddWorkerOptions(ConfigParser& parser, WorkerOptions* options);
 // What can only be judged after parsing, and logging as asked for.
 Status ApplyWorkerOptions(const WorkerOptions& options, const char* program);
