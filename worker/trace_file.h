@@ -40,6 +40,7 @@ struct TraceExtent {
   Status Validate() const;
 };
 
+// Writes slices in any order, each in pieces.
 class TraceWriter {
  public:
   // Makes the file. INVALID_ARGUMENT for a bad extent, UNAVAILABLE when it cannot be written.
@@ -67,6 +68,7 @@ struct TraceSlice {
   std::vector<float> queries;   // [query_count, group, head_dim]
 };
 
+// Reads one slice at a time.
 class TraceReader {
  public:
   // NOT_FOUND, or DATA_LOSS naming what in the header is wrong or how the size differs.
