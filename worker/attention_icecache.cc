@@ -77,6 +77,7 @@ Status AttentionIceCache::AttendToken(LayerId layer, const TokenCall& call) {
   stats_.select_wait += outcome.waiting;
   stats_.transfer += outcome.sending + outcome.handling;
   stats_.server_select_ns += outcome.server_select_ns;
+  stats_.slowest_select_ns += outcome.slowest_select_ns;
   const bool missing = std::any_of(heads_.begin(), heads_.end(),
                                    [](const Head& head) { return !head.missing.empty(); });
   if (!outcome.complete || missing) ++stats_.degraded_steps;

@@ -275,6 +275,8 @@ void CacheClient::OnSelectReply(const std::shared_ptr<SelectState>& state, Shard
   Status status = decoded.status();
   if (decoded.ok()) {
     state->outcome.server_select_ns += decoded->select_ns;
+    state->outcome.slowest_select_ns =
+        std::max(state->outcome.slowest_select_ns, decoded->select_ns);
     if (decoded->next_position < state->append_end) state->outcome.confirmed = false;
     ResolveMapped(*state, shard, &*decoded);
     status = ApplySelection(*state, heads, *decoded, &refetches);

@@ -73,7 +73,8 @@ struct SelectParams {
 struct SelectOutcome {
   bool complete = true;   // every shard answered in time and every bad page came again
   bool confirmed = true;  // every shard has the appended tokens
-  uint64_t server_select_ns = 0;
+  uint64_t server_select_ns = 0;   // summed over shards
+  uint64_t slowest_select_ns = 0;  // of the slowest shard
   Duration sending{0};   // making and sending the requests
   Duration waiting{0};   // idle until the last reply, without handling them
   Duration handling{0};  // decoding replies and running the sink

@@ -23,6 +23,7 @@ struct AttentionStats {
   uint64_t bad_pages = 0;         // failed verification and were fetched again or dropped
   uint64_t degraded_steps = 0;    // layer steps that went on without the answer of a shard
   uint64_t server_select_ns = 0;  // as the shards report, summed
+  uint64_t slowest_select_ns = 0;  // of a layer step the slowest shard's, summed over layer steps
   Duration select_wait{0};        // waiting for replies beyond the work done meanwhile
   Duration transfer{0};           // encoding, decoding, verifying, placing pages
   Duration attention{0};          // computing attention
@@ -33,6 +34,21 @@ struct AttentionStats {
   double hit_rate() const {
     const uint64_t pages = page_hits + page_misses;
     return pages == 0 ? 0 : static_cast<double>(page_hits) / static_cast<double>(pages);
+  }
+  AttentionStats& operator+=(const AttentionStats& o) {
+    for (const auto sum : {&AttentionStats::heads, &AttentionStats::attended_tokens,
+                           &AttentionStats::bytes_moved, &AttentionStats::page_hits,
+                           &AttentionStats::page_misses, &AttentionStats::mapped_pages,
+                           &AttentionStats::mapped_gone, &AttentionStats::remote_pages,
+                           &AttentionStats::bad_pages, &AttentionStats::degraded_steps,
+                           &AttentionStats::server_select_ns, &AttentionStats::slowest_select_ns}) {
+      this->*sum += o.*sum;
+    }
+    for (const auto sum : {&AttentionStats::select_wait, &AttentionStats::transfer,
+                           &AttentionStats::attention}) {
+      this->*sum += o.*sum;
+    }
+    return *this;
   }
 };
 

@@ -21,5 +21,6 @@ class BenchCommand {
 
 std::unique_ptr<BenchCommand> MakeSelectCommand();
 std::unique_ptr<BenchCommand> MakeFetchCommand();
+std::unique_ptr<BenchCommand> MakeDecodeCommand();
 
 }  // namespace icecache

@@ -11,6 +11,7 @@ int main(int argc, char** argv) {
   std::vector<std::unique_ptr<BenchCommand>> commands;
   commands.push_back(icecache::MakeSelectCommand());
   commands.push_back(icecache::MakeFetchCommand());
+  commands.push_back(icecache::MakeDecodeCommand());
 
   icecache::ConfigParser parser(
       "icecache-bench", "Measures the parts of icecache.",

@@ -36,6 +36,12 @@ struct TraceSpec {
   uint64_t seed = 1;
   double group_spread =
       -1;  // share of heads that look elsewhere than their group; < 0: the trace's own
+  // Calibrated traces of one model share the text (topics and types of tokens) and, from layer to
+  // layer, most of what a head looks for; keys, values and noise stay the trace's own. 0: from
+  // `seed`, like everything else.
+  uint64_t text_seed = 0;
+  uint64_t look_seed = 0;
+  bool local = true;  // false: leave local_lse and local_out empty, which saves a scan per query
 };
 
 struct Trace {

@@ -37,6 +37,8 @@ constexpr float kAgree = 0.7f;       // heads that share their group's topic
 constexpr float kJump = 0.07f;       // chance per step that attention moves to another topic
 constexpr float kTypeChange = 0.5f;  // the same for the token type
 constexpr float kDrift = 0.35f;      // AR(1) coefficient of a query's content
+constexpr float kSharedMeaning = 0.95f;  // with look_seed: correlation of what tokens mean
+constexpr float kLayerShift = 0.1f;  // with look_seed: chance that a head looks elsewhere after all
 
 class Generator {
  public:
@@ -44,6 +46,10 @@ class Generator {
       : spec_(spec),
         head_(head),
         random_(spec.seed),
+        own_text_(spec.text_seed),
+        own_look_(spec.look_seed),
+        text_(spec.text_seed == 0 ? random_ : own_text_),
+        look_(spec.look_seed == 0 ? random_ : own_look_),
         half_(spec.dim / 2),
         content_begin_((half_ * 52 + 63) / 64),
         content_(2 * (half_ - content_begin_)),
@@ -77,6 +83,8 @@ class Generator {
     topic_values_.resize(size_t{kTopics} * spec_.dim);
     random_.Fill(topics_.data(), topics_.size(), 1.0f);
     random_.Fill(types_.data(), types_.size(), 1.0f);
+    ShareVocabulary(&topics_);
+    ShareVocabulary(&types_);
     random_.Fill(topic_values_.data(), topic_values_.size(), 1.0f);
     constant_.assign(spec_.dim, 0.0f);
     query_constant_.assign(spec_.dim, 0.0f);
@@ -99,6 +107,14 @@ class Generator {
     for (double& z : zipf_) z /= sum;
   }
 
+  // The residual stream makes layers see much the same likenesses; a vocabulary of its own would let
+  // each layer find other tokens alike.
+  void ShareVocabulary(std::vector<float>* vectors) {
+    if (spec_.look_seed == 0) return;
+    const float own = std::sqrt(1 - kSharedMeaning * kSharedMeaning);
+    for (float& x : *vectors) x = kSharedMeaning * look_.Normal() + own * x;
+  }
+
   void DrawTokens() {
     const uint32_t total = spec_.keys + spec_.extra_keys;
     token_topic_.resize(total);
@@ -106,12 +122,12 @@ class Generator {
     uint32_t topic = 0, left = 0;
     for (uint32_t t = 0; t < total; ++t) {
       if (left == 0) {
-        topic = random_.Below(kTopics);
-        left = 32 + static_cast<uint32_t>(random_.Exponential(200.0f));
+        topic = text_.Below(kTopics);
+        left = 32 + static_cast<uint32_t>(text_.Exponential(200.0f));
       }
       --left;
       token_topic_[t] = topic;
-      const auto at = std::lower_bound(zipf_.begin(), zipf_.end(), random_.Uniform());
+      const auto at = std::lower_bound(zipf_.begin(), zipf_.end(), text_.Uniform());
       token_type_[t] = static_cast<uint32_t>(std::min<ptrdiff_t>(at - zipf_.begin(), kTypes - 1));
     }
   }
@@ -141,17 +157,20 @@ class Generator {
 
   // Attention moves to what some earlier token is about; old topics return as often as they occur.
   void Step(HeadState* state, const HeadState* leader, bool jump) {
-    const uint32_t seen = random_.Below(spec_.keys);
+    const uint32_t seen = look_.Below(spec_.keys);
     if (leader != nullptr) {
       state->topic = leader->topic;
-      if (random_.Chance(0.6f)) {
+      if (look_.Chance(0.6f)) {
         state->type = leader->type;
       } else {
         state->type = TypeWithin(state->topic, seen);
       }
     } else {
       if (jump) state->topic = token_topic_[seen];
-      if (jump || random_.Chance(kTypeChange)) state->type = TypeWithin(state->topic, seen);
+      if (jump || look_.Chance(kTypeChange)) state->type = TypeWithin(state->topic, seen);
+    }
+    if (leader != nullptr && spec_.look_seed != 0 && random_.Chance(kLayerShift)) {
+      state->type = TypeWithin(state->topic, random_.Below(spec_.keys));
     }
     const float* topic = topics_.data() + size_t{state->topic} * content_;
     const float* type = types_.data() + size_t{state->type} * content_;
@@ -181,13 +200,13 @@ class Generator {
     HeadState leader;
     std::vector<HeadState> heads(spec_.group);
     std::vector<bool> alone(spec_.group);
-    for (uint32_t h = 0; h < spec_.group; ++h) alone[h] = random_.Chance(spread_);
+    for (uint32_t h = 0; h < spec_.group; ++h) alone[h] = look_.Chance(spread_);
     std::vector<float> row(dim);
     for (uint32_t g = 0; g < groups; ++g) {
-      const bool jump = g == 0 || random_.Chance(kJump);
+      const bool jump = g == 0 || look_.Chance(kJump);
       Step(&leader, nullptr, jump);
       if (jump)
-        for (uint32_t h = 0; h < spec_.group; ++h) alone[h] = random_.Chance(spread_);
+        for (uint32_t h = 0; h < spec_.group; ++h) alone[h] = look_.Chance(spread_);
       for (uint32_t h = 0; h < spec_.group; ++h) {
         Step(&heads[h], alone[h] ? nullptr : &leader, jump);
         const size_t at = (size_t{g} * spec_.group + h) * dim;
@@ -253,6 +272,7 @@ class Generator {
     for (size_t i = 0; i < history; ++i)
       trace_.energy[i % dim] += base_[i] * base_[i] / static_cast<float>(kHistoryGroups * heads);
     trace_.queries.assign(base_.begin() + static_cast<ptrdiff_t>(history), base_.end());
+    if (!spec_.local) return;
     // Sinks have no value; the window is about the query's topic. Their logits follow from the
     // masses wanted.
     const size_t rows = size_t{spec_.query_count} * heads;
@@ -305,7 +325,9 @@ class Generator {
 
   const TraceSpec& spec_;
   const HeadClass head_;
-  TraceRandom random_;
+  TraceRandom random_, own_text_, own_look_;
+  TraceRandom& text_;  // what the tokens are
+  TraceRandom& look_;  // what the queries are after
   const uint32_t half_, content_begin_, content_;
   const float spread_;
   Trace trace_;
