@@ -23,7 +23,6 @@ namespace {
 namespace asio = boost::asio;
 using std::chrono::hours;
 using std::chrono::milliseconds;
-using std::chrono::seconds;
 
 // A socket poll is a system call (~0.4 us), a pump of shared memory is not (~0.05 us): while
 // polling busily, only every n-th turn looks at sockets and timers.
@@ -31,12 +30,11 @@ constexpr uint32_t kQuickTurns = 16;
 // A handler that posts itself again must not keep the pollables and timers waiting.
 constexpr int kHandlersPerTurn = 64;
 
-// Sleeps end after these although no descriptor became readable, because UCX wake-ups get lost (CMA
-// has none; shared memory between network namespaces has none). Ten wake-ups a second are below 0.1
-// % of a core.
-constexpr Duration kSafetyActive = milliseconds(10);
-constexpr Duration kSafetyIdle = milliseconds(100);
-constexpr Duration kActiveFor = seconds(1);
+// An armed pollable is pumped although its descriptor says nothing, because UCX wake-ups get lost
+// (CMA has none; shared memory between network namespaces has none): when it has been quiet for as
+// long again as before, within these bounds. Heartbeats every 200 ms make that 6 pumps each.
+constexpr Duration kSafetyMin = milliseconds(10);
+constexpr Duration kSafetyMax = milliseconds(100);
 constexpr Duration kPolledOnly = milliseconds(1);  // no descriptor, or silent work
 // Silent work: how long to poll on, giving the core away at each turn, before sleeping for
 // kPolledOnly. The peer may be waiting for this very core.
@@ -56,7 +54,11 @@ struct Watch {
   }
   Pollable* pollable;  // null once detached
   asio::posix::stream_descriptor descriptor;
-  bool waiting = false;
+  bool waiting = false;     // for the descriptor
+  bool hot = false;         // in Impl::hot: pumped at each turn
+  bool progressed = false;  // since quiet_since was last set
+  Duration quiet_since{0};  // real time
+  Duration next_pump{0};    // real time; of an armed one
 };
 
 }  // namespace
@@ -88,66 +90,107 @@ struct Reactor::Impl {
     return ran;
   }
 
+  void Heat(const std::shared_ptr<Watch>& watch) {
+    if (watch->hot || watch->pollable == nullptr) return;
+    watch->hot = true;
+    hot.push_back(watch);
+  }
+
   bool RunPollables() {
     bool ran = false;
-    for (size_t i = 0; i < watches.size(); ++i) {  // by index: handlers may attach and detach
-      const std::shared_ptr<Watch> watch = watches[i];
-      if (watch->pollable != nullptr) ran |= watch->pollable->Progress();
+    for (size_t i = 0; i < hot.size(); ++i) {  // by index: handlers may attach, wake and detach
+      Watch* watch = hot[i].get();
+      if (watch->pollable == nullptr || !watch->pollable->Progress()) continue;
+      watch->progressed = ran = true;
     }
     if (detached) {
-      std::erase_if(watches, [](const auto& w) { return w->pollable == nullptr; });
+      std::erase_if(hot, [](const auto& w) { return w->pollable == nullptr; });
       detached = false;
     }
     return ran;
   }
 
-  struct Turned {
-    bool ran = false;         // anything ran
-    bool progressed = false;  // a pollable did: worth polling busily for more
-  };
-  Turned Turn(bool full) {
-    Turned turned;
+  bool Turn(bool full) {
+    bool ran = false;
     if (full) {
-      turned.ran |= RunHandlers();
-      turned.ran |= RunTimers();
+      ran |= RunHandlers();
+      ran |= RunTimers();
     }
-    turned.progressed = RunPollables();
-    turned.ran |= turned.progressed;
-    return turned;
+    return RunPollables() || ran;
   }
 
-  bool HasSilentWork() const {
-    return std::any_of(watches.begin(), watches.end(), [](const auto& watch) {
-      return watch->pollable != nullptr && watch->pollable->has_silent_work();
-    });
+  // Arms the pollables that have been quiet for long enough. The answer: how the rest wants to be
+  // treated, the most urgent one first.
+  enum class Mood { kBusy, kYielding, kPolled, kAsleep };
+  Mood CoolDown(Duration now) {
+    Mood mood = Mood::kAsleep;
+    for (size_t i = 0; i < hot.size();) {
+      const Mood its = CoolDown(hot[i], now);
+      mood = std::min(mood, its);
+      if (its != Mood::kAsleep) {
+        ++i;
+        continue;
+      }
+      hot[i]->hot = false;
+      hot[i] = std::move(hot.back());
+      hot.pop_back();
+    }
+    return mood;
   }
 
-  // False: a pollable has work, do not sleep.
-  bool ArmAll() {
-    for (const auto& watch : watches) {
-      if (watch->pollable == nullptr || !watch->descriptor.is_open()) continue;
-      if (!watch->pollable->Arm()) return false;
-      if (watch->waiting) continue;
-      watch->waiting = true;
-      watch->descriptor.async_wait(asio::posix::stream_descriptor::wait_read,
-                                   [watch](const auto&) { watch->waiting = false; });
+  Mood CoolDown(const std::shared_ptr<Watch>& watch, Duration now) {
+    if (watch->pollable == nullptr) return Mood::kAsleep;
+    if (std::exchange(watch->progressed, false)) watch->quiet_since = now;
+    const Duration quiet = now - watch->quiet_since;
+    if (quiet < spin) return Mood::kBusy;
+    if (!watch->descriptor.is_open()) return Mood::kPolled;
+    const bool silent = watch->pollable->has_silent_work();
+    if (silent && quiet < kYieldFor) return Mood::kYielding;
+    if (!watch->pollable->Arm()) return Mood::kBusy;
+    watch->next_pump = now + (silent ? kPolledOnly : std::clamp(quiet, kSafetyMin, kSafetyMax));
+    first_pump = std::min(first_pump, watch->next_pump);
+    if (watch->waiting) return Mood::kAsleep;
+    watch->waiting = true;
+    watch->descriptor.async_wait(asio::posix::stream_descriptor::wait_read,
+                                 [this, watch](const auto& error) {
+                                   watch->waiting = false;
+                                   if (error || watch->hot) return;
+                                   watch->progressed = true;
+                                   Heat(watch);
+                                 });
+    return Mood::kAsleep;
+  }
+
+  // True when there was something to do.
+  bool PumpArmed(Duration now) {
+    if (now < first_pump) return false;
+    first_pump = Duration::max();
+    std::vector<std::shared_ptr<Watch>> due;  // Progress may change `watches`
+    for (const auto& [pollable, watch] : watches) {
+      if (watch->hot) continue;
+      if (watch->next_pump <= now) {
+        due.push_back(watch);
+      } else {
+        first_pump = std::min(first_pump, watch->next_pump);
+      }
     }
-    return true;
+    bool ran = false;
+    for (const auto& watch : due) {
+      if (watch->hot || watch->pollable == nullptr) continue;
+      watch->progressed = watch->pollable->Progress();
+      ran |= watch->progressed;
+      if (watch->progressed || CoolDown(watch, now) != Mood::kAsleep) Heat(watch);
+    }
+    return ran;
   }
 
   // Sleeps until something is ready or `deadline`. Timers may run up to 1 ms late after a sleep:
   // epoll counts in milliseconds.
-  void Sleep(TimePoint deadline, Duration idle_for) {
-    if (!ArmAll()) return;
-    const TimePoint now = clock.Now();
-    Duration wait = std::min(kSleepMax, deadline - now);
-    if (!timers.empty()) wait = std::min(wait, timers.begin()->first.first - now);
-    for (const auto& watch : watches) {
-      if (watch->pollable == nullptr) continue;
-      const bool polled = !watch->descriptor.is_open() || watch->pollable->has_silent_work();
-      const Duration safety = idle_for < kActiveFor ? kSafetyActive : kSafetyIdle;
-      wait = std::min(wait, polled ? kPolledOnly : safety);
-    }
+  void Sleep(TimePoint deadline, Duration now, bool polled) {
+    Duration wait = std::min(kSleepMax, polled ? kPolledOnly : first_pump - now);
+    const TimePoint clock_now = clock.Now();
+    wait = std::min(wait, deadline - clock_now);
+    if (!timers.empty()) wait = std::min(wait, timers.begin()->first.first - clock_now);
     if (wait > Duration(0)) io.run_one_for(wait);
   }
 
@@ -160,24 +203,22 @@ struct Reactor::Impl {
   }
 
   bool LoopBody(const std::function<bool()>* done, TimePoint deadline) {
-    Duration idle_since(-1);
     for (;; ++turn) {
       if (stop.load(std::memory_order_relaxed) && stop.exchange(false)) return false;
       if (done != nullptr && (*done)()) return true;
-      const bool full = turn % kQuickTurns == 0 || watches.empty() || posted.load() > 0;
+      const bool full = turn % kQuickTurns == 0 || hot.empty() || posted.load() > 0;
       if (full && clock.Now() >= deadline) return false;
-      const Turned turned = Turn(full);
-      if (turned.progressed) idle_since = Duration(-1);
-      if (turned.ran || !full)
-        continue;  // sockets and timers were not looked at: not known to be idle
+      const bool ran = Turn(full);
+      if (!full) continue;  // sockets and timers were not looked at: not known to be idle
       const Duration now = RealNow();
-      if (idle_since < Duration(0)) idle_since = now;
-      if (now - idle_since < spin && !watches.empty()) continue;
-      if (now - idle_since < kYieldFor && HasSilentWork()) {
+      if (PumpArmed(now) || ran) continue;
+      const Mood mood = CoolDown(now);
+      if (mood == Mood::kBusy) continue;
+      if (mood == Mood::kYielding) {
         ::sched_yield();
         continue;
       }
-      Sleep(deadline, now - idle_since);
+      Sleep(deadline, now, mood == Mood::kPolled);
       turn = kQuickTurns - 1;  // makes the next turn a full one
     }
   }
@@ -193,8 +234,10 @@ struct Reactor::Impl {
   std::map<std::pair<TimePoint, TimerId>, std::function<void()>> timers;
   std::unordered_map<TimerId, TimePoint> timer_times;
   TimerId next_timer = 1;
-  std::vector<std::shared_ptr<Watch>> watches;
-  bool detached = false;
+  std::unordered_map<Pollable*, std::shared_ptr<Watch>> watches;
+  std::vector<std::shared_ptr<Watch>> hot;
+  bool detached = false;                  // `hot` may hold watches without a pollable
+  Duration first_pump = Duration::max();  // no armed one is due before
   bool looping = false;
   // Counts on across calls: a caller of many short RunUntil must not starve sockets and timers.
   uint32_t turn = 0;
@@ -202,9 +245,7 @@ struct Reactor::Impl {
 
 Reactor::Reactor(const Clock& clock, Duration spin) : impl_(std::make_unique<Impl>(clock, spin)) {}
 
-Reactor::~Reactor() {
-  for (const auto& watch : impl_->watches) KV_CHECK(watch->pollable == nullptr);
-}
+Reactor::~Reactor() { KV_CHECK(impl_->watches.empty()); }
 
 const Clock& Reactor::clock() const { return impl_->clock; }
 boost::asio::io_context& Reactor::io() { return impl_->io; }
@@ -236,17 +277,27 @@ void Reactor::Cancel(TimerId id) {
 }
 
 void Reactor::Attach(Pollable* pollable) {
-  impl_->watches.push_back(std::make_shared<Watch>(pollable, impl_->io));
+  const auto watch = std::make_shared<Watch>(pollable, impl_->io);
+  KV_CHECK(impl_->watches.emplace(pollable, watch).second);
+  watch->progressed = true;
+  impl_->Heat(watch);
 }
 
 void Reactor::Detach(Pollable* pollable) {
-  for (const auto& watch : impl_->watches) {
-    if (watch->pollable != pollable) continue;
-    watch->pollable = nullptr;
-    boost::system::error_code ignored;
-    if (watch->descriptor.is_open()) watch->descriptor.close(ignored);
-    impl_->detached = true;  // removed by RunPollables, which may be running now
-  }
+  const auto node = impl_->watches.extract(pollable);
+  if (node.empty()) return;
+  Watch& watch = *node.mapped();
+  watch.pollable = nullptr;
+  boost::system::error_code ignored;
+  if (watch.descriptor.is_open()) watch.descriptor.close(ignored);
+  impl_->detached = true;  // leaves `hot` in RunPollables, which may be running now
+}
+
+void Reactor::Wake(Pollable* pollable) {
+  const auto it = impl_->watches.find(pollable);
+  if (it == impl_->watches.end()) return;
+  it->second->progressed = true;
+  impl_->Heat(it->second);
 }
 
 void Reactor::Run() { impl_->Loop(nullptr, TimePoint::max()); }
@@ -260,6 +311,9 @@ bool Reactor::RunUntil(const std::function<bool()>& done, TimePoint deadline) {
   return impl_->Loop(&done, deadline);
 }
 
-bool Reactor::Poll() { return impl_->Turn(true).ran; }
+bool Reactor::Poll() {
+  for (const auto& [pollable, watch] : impl_->watches) impl_->Heat(watch);
+  return impl_->Turn(true);
+}
 
 }  // namespace icecache

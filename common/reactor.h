@@ -4,9 +4,12 @@
 // Owned by main(); Run() is called on the one thread that owns everything attached to it. Only
 // Post() and Stop() may be called from other threads. Handlers run to completion and never block.
 //
-// Idle: after `spin` without progress of any pollable it arms their event descriptors and sleeps in
-// epoll; a safety timer pumps every 10 ms after activity and every 100 ms when there was none for a
-// second, since UCX wake-ups can be lost (CMA has none). Timers run up to 1 ms late after a sleep.
+// A pollable is hot or armed. A hot one is pumped at each turn; after `spin` without progress its
+// event descriptor is armed, and it costs nothing until the descriptor becomes readable or its
+// owner calls Wake. So a loop may have thousands of pollables, and only the busy ones take time.
+// When none is hot the loop sleeps in epoll. UCX wake-ups can be lost (CMA has none), so armed ones
+// are pumped too, after 10 ms at first and then at growing intervals, up to 100 ms. Timers run up
+// to 1 ms late after a sleep.
 #pragma once
 
 #include <cstdint>
@@ -61,6 +64,9 @@ class Reactor {
   // The pollable must Detach before it is destroyed. Owner's thread.
   void Attach(Pollable* pollable);
   void Detach(Pollable* pollable);
+  // Makes it hot. Required after anything that gives it work of which its descriptor, once armed,
+  // does not tell, such as posting a send. Cheap when it is hot already.
+  void Wake(Pollable* pollable);
 
   // Runs until Stop().
   void Run();

@@ -30,6 +30,7 @@ class FakeWorker : public Pollable {
     const uint64_t one = 1;
     if (fd_ >= 0) (void)!::write(fd_, &one, sizeof one);
   }
+  void AddSilently() { pending_.fetch_add(1); }  // a wake-up that got lost
   bool Progress() override {
     ++polls;
     if (pending_.load() == 0) return false;
@@ -221,6 +222,52 @@ TEST(Reactor, SilentWorkIsPolledEveryMillisecond) {
   // At the usual 10 ms between sleeps it would be 200 ms; a busy machine gets some slack.
   EXPECT_LT(clock->Now() - start, milliseconds(150));
   EXPECT_GE(clock->Now() - start, milliseconds(15)) << "busy polling without end";
+  reactor.Detach(&worker);
+}
+
+// Many connections, one of them busy: the others are armed and take no turns.
+TEST(Reactor, OnlyBusyPollablesArePumped) {
+  const auto clock = MakeSteadyClock();
+  Reactor reactor(*clock, Duration(0));
+  FakeWorker busy, quiet;
+  reactor.Attach(&busy);
+  reactor.Attach(&quiet);
+  reactor.RunUntil([&] { return quiet.arms > 0; }, clock->Now() + seconds(10));
+  const int polls = quiet.polls;
+  busy.Add();
+  busy.on_work = [&] { busy.Add(); };
+  EXPECT_TRUE(reactor.RunUntil([&] { return busy.done >= 5000; }, clock->Now() + seconds(10)));
+  EXPECT_LT(quiet.polls - polls, 1000);
+  // And they are heard all the same.
+  quiet.Add();
+  EXPECT_TRUE(reactor.RunUntil([&] { return quiet.done == 1; }, clock->Now() + seconds(10)));
+  reactor.Detach(&busy);
+  reactor.Detach(&quiet);
+}
+
+// Work that the descriptor does not tell of.
+TEST(Reactor, WakeMakesAnArmedPollableHot) {
+  const auto clock = MakeSteadyClock();
+  Reactor reactor(*clock, milliseconds(50));
+  FakeWorker worker;
+  reactor.Attach(&worker);
+  reactor.RunUntil([&] { return worker.arms > 0; }, clock->Now() + seconds(10));
+  const int polls = worker.polls;
+  reactor.Wake(&worker);
+  reactor.RunUntil([&] { return worker.polls > polls + 100; }, clock->Now() + milliseconds(40));
+  EXPECT_GT(worker.polls, polls + 100);
+  reactor.Detach(&worker);
+  reactor.Wake(&worker);  // nothing
+}
+
+TEST(Reactor, ArmedPollableIsPumpedThoughItsDescriptorSaysNothing) {
+  const auto clock = MakeSteadyClock();
+  Reactor reactor(*clock, Duration(0));
+  FakeWorker worker;
+  reactor.Attach(&worker);
+  reactor.RunUntil([&] { return worker.arms > 0; }, clock->Now() + seconds(10));
+  worker.AddSilently();
+  EXPECT_TRUE(reactor.RunUntil([&] { return worker.done == 1; }, clock->Now() + seconds(10)));
   reactor.Detach(&worker);
 }
 
