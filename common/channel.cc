@@ -10,6 +10,15 @@
 #include "common/wire/data_codec.h"
 
 namespace icecache {
+namespace {
+
+// A message counts as a sign of life when it has come completely. A large one on a slow link or a
+// crowded machine takes its time, so it is announced with what it may take at the slowest rate
+// worth waiting for.
+constexpr uint64_t kLargeBytes = 256 << 10;
+constexpr uint64_t kSlowestBytesPerSecond = 8 << 20;
+
+}  // namespace
 
 struct Channel::Impl : std::enable_shared_from_this<Channel::Impl> {
   Impl(Reactor& r, std::unique_ptr<Endpoint> e, ChannelOptions o)
@@ -142,6 +151,12 @@ bool Channel::Impl::EndCall(uint64_t id, Result<InMessage> result) {
 }
 
 void Channel::Impl::Send(OutMessage message) {
+  uint64_t bytes = message.meta.size();
+  for (const auto& part : message.body) bytes += part.size();
+  if (bytes >= kLargeBytes) {
+    SendHeartbeat(options.heartbeat_interval * options.heartbeat_misses +
+                  std::chrono::milliseconds(bytes * 1000 / kSlowestBytesPerSecond));
+  }
   last_sent = Now();
   endpoint->Send(std::move(message));
 }

@@ -296,6 +296,33 @@ TEST_F(ChannelTest, AnnouncedSilenceIsWaitedForAndNoLonger) {
   server_transport_.reset();
 }
 
+// Only complete messages are signs of life: without notice, a slow large one would look like
+// silence.
+TEST_F(ChannelTest, LargeMessagesAreAnnounced) {
+  struct Recorder : Endpoint {
+    explicit Recorder(std::vector<OutMessage>& s) : sent(s) {}
+    void Send(OutMessage message) override { sent.push_back(std::move(message)); }
+    void SetHandlers(std::function<void(const InMessage&)>, std::function<void(Status)>) override {}
+    void Close() override {}
+    uint64_t bytes_sent() const override { return 0; }
+    uint64_t bytes_queued() const override { return 0; }
+    std::string Describe() const override { return "recorder"; }
+    std::vector<OutMessage>& sent;
+  };
+  std::vector<OutMessage> sent;
+  Channel channel(reactor_, std::make_unique<Recorder>(sent));
+  const std::vector<std::byte> large(16u << 20);
+  OutMessage reply = Request();
+  reply.body.push_back(large);
+  channel.Reply(1, std::move(reply));
+  channel.Reply(2, Request());
+  ASSERT_EQ(sent.size(), 3u);
+  EXPECT_EQ(sent[0].kind, kKindHeartbeat);
+  EXPECT_EQ(sent[0].id, 1000u + 2000u);  // the usual second, and two for 16 MiB at 8 MiB/s
+  EXPECT_EQ(sent[1].id, 1u);
+  EXPECT_EQ(sent[2].id, 2u);
+}
+
 TEST_F(ChannelTest, PeersDeathEndsEveryCallOnce) {
   Connect();
   server_->SetHandler([](const InMessage&) {});
