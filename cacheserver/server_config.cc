@@ -138,7 +138,7 @@ Status CheckMemory(const ServerConfig& c, const Machine& machine) {
 
 // Each shard maps some of /dev/shm by itself, and each connection on this host as much again.
 Status CheckSharedMemoryRoom(const ServerConfig& c, const Machine& machine) {
-  const uint64_t needed = kUcxSharedBytesPerTransport * 2 * c.threads;
+  const uint64_t needed = kUcxSharedBytesPerWorker * 2 * c.threads;
   const bool shared =
       c.transports.empty() || UsesSharedMemory(c.transports);  // it is in the default
   if (!shared || machine.shm_available >= needed) return OkStatus();

@@ -15,124 +15,33 @@ namespace {
 static_assert(std::endian::native == std::endian::little,
               "MessageHeader travels as it lies in memory");
 
-// Up to this size a message is gathered by us and sent as one part: UCX's path for lists of parts
-// costs more than the copy.
-constexpr uint64_t kGatherBytesMax = 8192;
-// Smaller parts (positions of a page) are copied next to each other.
-constexpr size_t kSmallPartBytes = 512;
 constexpr size_t kSpareSendsMax = 64;
-constexpr size_t kSpareStagingBytesMax = 256 << 10;
+// One turn makes UCX progress at most this often before messages are delivered.
+constexpr int kProgressPerTurn = 4;
+// After the end of a connection UCX has this long to let go of its buffers by itself.
+constexpr auto kFinishMax = std::chrono::milliseconds(500);
 
 std::string UcxReason(ucs_status_t status) { return ucs_status_string(status); }
 
 }  // namespace
 
-// One message on its way out. UCX reads header, parts and what they point to until it calls back.
-struct UcxSend {
-  void Prepare(OutMessage m);
-  void Clear();
-  static void Callback(void* request, ucs_status_t status, void* user) {
-    ucp_request_free(request);
-    auto* send = static_cast<UcxSend*>(user);
-    send->connection->SendCompleted(send, status);
-  }
-
-  UcxConnection* connection = nullptr;
-  MessageHeader header{};
-  OutMessage message;
-  std::vector<std::byte> staging;
-  std::vector<ucp_dt_iov_t> parts;
-  uint64_t bytes = 0;  // of data, without the header
-  bool complete = false;
-
- private:
-  void AddPart(const std::byte* data, size_t size);
-};
-
-// One large message on its way in.
-struct UcxReceive {
-  static void Callback(void* request, ucs_status_t status, size_t, void* user) {
-    ucp_request_free(request);
-    auto* receive = static_cast<UcxReceive*>(user);
-    receive->connection->ReceiveCompleted(receive, status);
-  }
-  UcxConnection* connection = nullptr;
-  UcxReceived received;
-};
-// ---- values
-// ---------------------------------------------------------------------------------------
-
-UcxReceived& UcxReceived::operator=(UcxReceived&& other) noexcept {
-  std::swap(header, other.header);
-  std::swap(data, other.data);
-  std::swap(data_bytes, other.data_bytes);
-  std::swap(buffer, other.buffer);
-  std::swap(worker, other.worker);
-  return *this;
-}
-
-UcxReceived::~UcxReceived() {
-  if (worker != nullptr) ucp_am_data_release(worker, const_cast<std::byte*>(data));
-}
-
-UcxCore::UcxCore() : buffers(limits::kReceiveCacheBytesMax) {}
+UcxCore::UcxCore(Reactor& r) : reactor(r), buffers(limits::kReceiveCacheBytesMax) {}
 UcxCore::~UcxCore() = default;
 
-void UcxSend::AddPart(const std::byte* data, size_t size) {
-  if (!parts.empty()) {
-    ucp_dt_iov_t& last = parts.back();
-    if (static_cast<const std::byte*>(last.buffer) + last.length == data) {
-      last.length += size;
-      return;
-    }
+Status OpenUcxWorker(const UcxCore& core, ucp_worker_h* worker, int* event_fd) {
+  if (core.shared_memory) KV_RETURN_IF_ERROR(CheckSharedMemory(kUcxSharedBytesPerWorker));
+  ucp_worker_params_t params{};
+  params.field_mask = UCP_WORKER_PARAM_FIELD_THREAD_MODE;
+  params.thread_mode = UCS_THREAD_MODE_SINGLE;
+  ucs_status_t status = ucp_worker_create(core.context, &params, worker);
+  if (status == UCS_OK) {
+    status = ucp_worker_get_efd(*worker, event_fd);
+    if (status == UCS_OK) return OkStatus();
+    ucp_worker_destroy(std::exchange(*worker, nullptr));
   }
-  parts.push_back({const_cast<std::byte*>(data), size});
-}
-
-void UcxSend::Prepare(OutMessage m) {
-  KV_CHECK(m.meta.size() <= limits::kDataMetaBytesMax && m.body.size() <= limits::kBodyPartsMax);
-  message = std::move(m);
-  uint64_t body_bytes = 0, small_bytes = 0;
-  for (const auto& part : message.body) {
-    body_bytes += part.size();
-    if (part.size() < kSmallPartBytes) small_bytes += part.size();
-  }
-  KV_CHECK(body_bytes <= limits::kDataBodyBytesMax);
-  header = {kMessageMagic,
-            message.kind,
-            message.flags,
-            message.id,
-            0,
-            static_cast<uint32_t>(message.meta.size()),
-            static_cast<uint32_t>(body_bytes),
-            0};
-  message.meta.resize(PaddedMetaBytes(message.meta.size()));
-  bytes = message.meta.size() + body_bytes;
-
-  const bool gather = bytes <= kGatherBytesMax;
-  staging.resize(gather ? bytes : small_bytes);  // before any pointer into it is taken
-  std::byte* free_staging = staging.data();
-  const auto add = [&](std::span<const std::byte> part) {
-    if (part.empty()) return;
-    if (!gather && part.size() >= kSmallPartBytes) return AddPart(part.data(), part.size());
-    std::memcpy(free_staging, part.data(), part.size());
-    AddPart(free_staging, part.size());
-    free_staging += part.size();
-  };
-  if (gather) {
-    add(message.meta);
-  } else if (!message.meta.empty()) {
-    AddPart(message.meta.data(), message.meta.size());
-  }
-  for (const auto& part : message.body) add(part);
-  if (gather) message.body.clear();
-}
-
-void UcxSend::Clear() {
-  message = {};
-  parts.clear();
-  if (staging.capacity() > kSpareStagingBytesMax) staging = {};
-  complete = false;
+  *worker = nullptr;
+  return Unavailable("UCX cannot make a worker: " + UcxReason(status) +
+                     "; each takes 7 file descriptors (ulimit -n) and some of /dev/shm");
 }
 
 // ---- opening and closing
@@ -141,7 +50,28 @@ void UcxSend::Clear() {
 UcxConnection::UcxConnection(UcxCore& core, std::string peer)
     : core_(&core), peer_(std::move(peer)) {}
 
-UcxConnection::~UcxConnection() = default;
+UcxConnection::~UcxConnection() {
+  if (worker_ != nullptr) ucp_worker_destroy(worker_);  // it was never opened
+}
+
+Status UcxConnection::OpenWorker() {
+  KV_RETURN_IF_ERROR(OpenUcxWorker(*core_, &worker_, &event_fd_));
+  ucp_am_handler_param_t handler{};
+  handler.field_mask = UCP_AM_HANDLER_PARAM_FIELD_ID | UCP_AM_HANDLER_PARAM_FIELD_FLAGS |
+                       UCP_AM_HANDLER_PARAM_FIELD_CB | UCP_AM_HANDLER_PARAM_FIELD_ARG;
+  handler.flags = UCP_AM_FLAG_WHOLE_MSG;
+  handler.cb = &UcxConnection::OnMessage;
+  handler.arg = this;
+  // Under every id, although only kUcxMessageId is sent: UCX 1.13 crashes when messages of several
+  // fragments come under an id without a handler, so a peer's nonsense would end the process. Costs
+  // 1 ms and 1.5 MiB.
+  for (unsigned id = 0; id <= UINT16_MAX; ++id) {
+    handler.id = id;
+    const ucs_status_t status = ucp_worker_set_am_recv_handler(worker_, &handler);
+    if (status != UCS_OK) return Unavailable("setting a message handler: " + UcxReason(status));
+  }
+  return OkStatus();
+}
 
 Status UcxConnection::Open(Role role, ucp_ep_params_t params) {
   params.field_mask |= UCP_EP_PARAM_FIELD_ERR_HANDLER | UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE;
@@ -152,14 +82,13 @@ Status UcxConnection::Open(Role role, ucp_ep_params_t params) {
     connection->Fail(
         Unavailable("connection to " + connection->peer_ + " lost: " + UcxReason(status)));
   };
-  const ucs_status_t status = ucp_ep_create(core_->worker, &params, &endpoint_);
+  const ucs_status_t status = ucp_ep_create(worker_, &params, &endpoint_);
   if (status != UCS_OK) {
     endpoint_ = nullptr;
-    ended_ = true;
     return Unavailable("cannot connect to " + peer_ + ": " + UcxReason(status));
   }
-  core_->by_endpoint.emplace(endpoint_, this);
   core_->connections.emplace(this, shared_from_this());
+  core_->reactor.Attach(this);
   if (role == Role::kClient) SayHello();
   return OkStatus();
 }
@@ -170,38 +99,32 @@ void UcxConnection::SetHandlers(std::function<void(const InMessage&)> on_message
   handlers_ = std::make_shared<Handlers>(Handlers{std::move(on_message), std::move(on_closed)});
 }
 
-void UcxConnection::NeedAttention() {
-  if (core_ == nullptr || wants_attention_) return;
-  wants_attention_ = true;
-  core_->attention.push_back(shared_from_this());
-}
-
 void UcxConnection::Fail(Status status) {
   if (ended_ || !failure_.ok()) return;
   failure_ = std::move(status);
-  NeedAttention();
+  wants_attention_ = true;
 }
 
 void UcxConnection::Close() {
-  if (ended_) return;
-  End();
+  if (!ended_) End();
 }
 
 // Step 1 -> 2 of the lifecycle.
 void UcxConnection::End() {
   ended_ = true;
+  ended_at_ = std::chrono::steady_clock::now();
   handlers_ = nullptr;
   const auto dropped = std::move(queue_);
   queue_.clear();
   for (const auto& send : dropped) bytes_queued_ -= send->bytes;
   early_.clear();
+  ready_.clear();
   CloseEndpoint();
-  NeedAttention();  // to be removed when finished
+  core_->reactor.Wake(this);  // to be removed when finished
 }
 
 void UcxConnection::CloseEndpoint() {
   if (endpoint_ == nullptr) return;
-  core_->by_endpoint.erase(endpoint_);
   const ucp_ep_h endpoint = std::exchange(endpoint_, nullptr);
   ucp_request_param_t param{};
   param.op_attr_mask =
@@ -210,13 +133,68 @@ void UcxConnection::CloseEndpoint() {
   param.user_data = this;
   param.cb.send = [](void* request, ucs_status_t, void* self) {
     ucp_request_free(request);
-    auto* connection = static_cast<UcxConnection*>(self);
-    connection->closing_ = false;
-    connection->NeedAttention();
+    static_cast<UcxConnection*>(self)->closing_ = false;
   };
   closing_ = true;
   // NULL or an error (the peer was faster): closed.
   if (!UCS_PTR_IS_PTR(ucp_ep_close_nbx(endpoint, &param))) closing_ = false;
+}
+
+bool UcxConnection::Finished() const {
+  return ended_ && !closing_ && incomplete_sends_ == 0 && receiving_.empty();
+}
+
+// Step 2 -> 3. REQUIRES: somebody holds a reference, and no UCX frame is on the stack.
+void UcxConnection::Remove() {
+  core_->reactor.Detach(this);
+  ucp_worker_destroy(std::exchange(worker_, nullptr));
+  // With the worker gone nothing reads or writes the buffers of what never completed.
+  in_flight_.clear();
+  receiving_.clear();
+  released_pins_.clear();
+  bytes_queued_ = 0;
+  std::exchange(core_, nullptr)->connections.erase(this);
+}
+
+void UcxConnection::Drain(std::chrono::steady_clock::time_point until) {
+  if (core_ == nullptr) return;
+  Close();
+  while (!Finished() && std::chrono::steady_clock::now() < until) ucp_worker_progress(worker_);
+  Remove();
+}
+
+// ---- the loop
+// -------------------------------------------------------------------------------------
+
+bool UcxConnection::Progress() {
+  bool any = false;
+  // Stops at the first message: another look at the sockets (a system call) would delay it.
+  for (int i = 0; i < kProgressPerTurn && ready_.empty(); ++i) {
+    if (ucp_worker_progress(worker_) == 0) break;
+    any = true;
+  }
+  if (ready_.empty() && !wants_attention_ && released_pins_.empty() && !ended_) return any;
+  const auto self = shared_from_this();
+  KV_CHECK(!core_->delivering);
+  core_->delivering = true;
+  UcxCore& core = *core_;
+  // What arrives while handlers run is delivered in the next turn.
+  for (size_t n = ready_.size(); n > 0 && !ready_.empty(); --n) {
+    const UcxReceived received = std::move(ready_.front());
+    ready_.pop_front();
+    Deliver(received);
+  }
+  Tend();
+  std::exchange(released_pins_, {}).clear();
+  core.delivering = false;
+  if (Finished() || (ended_ && std::chrono::steady_clock::now() > ended_at_ + kFinishMax)) Remove();
+  return true;
+}
+
+bool UcxConnection::Arm() {
+  if (!ready_.empty() || wants_attention_ || !released_pins_.empty()) return false;
+  // Anything but OK and BUSY leaves the reactor's safety timer to pump.
+  return ucp_worker_arm(worker_) != UCS_ERR_BUSY;
 }
 
 void UcxConnection::Tend() {
@@ -231,22 +209,6 @@ void UcxConnection::Tend() {
   if (handlers != nullptr && handlers->on_closed) handlers->on_closed(failure_);
 }
 
-bool UcxConnection::Finished() const {
-  return ended_ && endpoint_ == nullptr && !closing_ && incomplete_sends_ == 0 &&
-         receiving_.empty();
-}
-
-void UcxConnection::Orphan() {
-  core_ = nullptr;
-  ended_ = true;
-  handlers_ = nullptr;
-  queue_.clear();
-  in_flight_.clear();
-  receiving_.clear();
-  early_.clear();
-  bytes_queued_ = 0;
-}
-
 // ---- out
 // ------------------------------------------------------------------------------------------
 
@@ -257,6 +219,7 @@ void UcxConnection::Send(OutMessage message) {
   bytes_queued_ += send->bytes;
   queue_.push_back(std::move(send));
   PumpQueue();
+  core_->reactor.Wake(this);
 }
 
 std::unique_ptr<UcxSend> UcxConnection::TakeSend() {
@@ -282,7 +245,7 @@ void UcxConnection::SayHello() {
 void UcxConnection::HearHello() {
   if (established_) return Fail(DataLoss("malformed message from " + peer_ + ": a second hello"));
   established_ = true;
-  NeedAttention();  // answers, and sends what waits
+  wants_attention_ = true;  // answers, and sends what waits
 }
 
 // Bounds what the peer may have to hold for order's sake, in messages and bytes.
@@ -307,7 +270,6 @@ void UcxConnection::Submit(std::unique_ptr<UcxSend> owned) {
   bytes_sent_ += send->bytes;
   in_flight_bytes_ += send->bytes;
   ++incomplete_sends_;
-  ++core_->incomplete_sends;
   in_flight_.push_back(std::move(owned));
 
   ucp_request_param_t param{};
@@ -337,10 +299,9 @@ void UcxConnection::Submit(std::unique_ptr<UcxSend> owned) {
 void UcxConnection::SendCompleted(UcxSend* send, ucs_status_t status) {
   send->complete = true;
   --incomplete_sends_;
-  --core_->incomplete_sends;
   bytes_queued_ -= send->bytes;
   // Freed by Progress(): what the pin's destructor does must not happen inside a callback.
-  if (send->message.pin != nullptr) core_->released_pins.push_back(std::move(send->message.pin));
+  if (send->message.pin != nullptr) released_pins_.push_back(std::move(send->message.pin));
   send->message = {};
   if (status != UCS_OK) {
     Fail(Unavailable("connection to " + peer_ + " lost while sending: " + UcxReason(status)));
@@ -352,11 +313,23 @@ void UcxConnection::SendCompleted(UcxSend* send, ucs_status_t status) {
     done->Clear();
     if (core_->spare_sends.size() < kSpareSendsMax) core_->spare_sends.push_back(std::move(done));
   }
-  if (ended_ || !queue_.empty()) NeedAttention();
+  if (!queue_.empty()) wants_attention_ = true;
 }
 
 // ---- in
 // -------------------------------------------------------------------------------------------
+
+ucs_status_t UcxConnection::OnMessage(void* user, const void* header, size_t header_bytes,
+                                      void* data, size_t data_bytes,
+                                      const ucp_am_recv_param_t* param) {
+  auto* self = static_cast<UcxConnection*>(user);
+  const bool rendezvous = (param->recv_attr & UCP_AM_RECV_ATTR_FLAG_RNDV) != 0;
+  const bool ours = self->endpoint_ != nullptr &&
+                    (param->recv_attr & UCP_AM_RECV_ATTR_FIELD_REPLY_EP) != 0 &&
+                    param->reply_ep == self->endpoint_;
+  if (!ours) return rendezvous ? UCS_ERR_CANCELED : UCS_OK;  // closed, or a stranger
+  return self->Receive(header, header_bytes, data, data_bytes, param->recv_attr);
+}
 
 ucs_status_t UcxConnection::Receive(const void* header_data, size_t header_bytes, void* data,
                                     size_t data_bytes, uint64_t attributes) {
@@ -399,7 +372,7 @@ ucs_status_t UcxConnection::ReceiveEager(const MessageHeader& header, void* data
   keep = keep && bytes > 0;
   if (keep) {
     received.data = static_cast<const std::byte*>(data);
-    received.worker = core_->worker;
+    received.worker = worker_;
   } else if (bytes > 0) {
     received.buffer = core_->buffers.Take(bytes);
     std::memcpy(received.buffer.data(), data, bytes);
@@ -428,8 +401,8 @@ ucs_status_t UcxConnection::ReceiveRendezvous(const MessageHeader& header, void*
   param.memory_type = UCS_MEMORY_TYPE_HOST;
   param.user_data = receive;
   param.cb.recv_am = &UcxReceive::Callback;
-  const ucs_status_ptr_t result = ucp_am_recv_data_nbx(
-      core_->worker, descriptor, receive->received.buffer.data(), bytes, &param);
+  const ucs_status_ptr_t result =
+      ucp_am_recv_data_nbx(worker_, descriptor, receive->received.buffer.data(), bytes, &param);
   if (UCS_PTR_IS_PTR(result)) return UCS_INPROGRESS;
   ReceiveCompleted(receive, result == nullptr ? UCS_OK : UCS_PTR_STATUS(result));
   return UCS_OK;
@@ -438,7 +411,7 @@ ucs_status_t UcxConnection::ReceiveRendezvous(const MessageHeader& header, void*
 void UcxConnection::ReceiveCompleted(UcxReceive* receive, ucs_status_t status) {
   const auto node = receiving_.extract(receive);
   UcxReceived received = std::move(receive->received);
-  if (ended_) return NeedAttention();  // perhaps this was the last one
+  if (ended_) return;
   if (status != UCS_OK) {
     held_bytes_ -= received.data_bytes;
     return Fail(
@@ -455,11 +428,10 @@ void UcxConnection::Enqueue(UcxReceived received) {
     }
     return;
   }
-  const auto self = shared_from_this();
-  core_->ready.emplace_back(self, std::move(received));
+  ready_.push_back(std::move(received));
   ++receive_sequence_;
   while (!early_.empty() && early_.begin()->first == receive_sequence_) {
-    core_->ready.emplace_back(self, std::move(early_.begin()->second));
+    ready_.push_back(std::move(early_.begin()->second));
     early_.erase(early_.begin());
     ++receive_sequence_;
   }

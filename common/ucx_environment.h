@@ -30,8 +30,8 @@ void ApplyUcxEnvironment();
 // container's default is 64 MiB). `directory` is for tests.
 Status CheckSharedMemory(uint64_t needed_bytes, const std::string& directory = "/dev/shm");
 
-// What one transport maps of /dev/shm by itself: two FIFOs and segments of the posix transport.
-inline constexpr uint64_t kUcxSharedBytesPerTransport = 8u << 20;
+// What one worker may take of /dev/shm: the FIFO and the segments of the posix transport.
+inline constexpr uint64_t kUcxSharedBytesPerWorker = 8u << 20;
 
 // True when the list of transports (the value of UCX_TLS) includes shared memory.
 bool UsesSharedMemory(std::string_view transports);

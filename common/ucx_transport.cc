@@ -1,5 +1,5 @@
-// The data plane over UCX: one context, one worker and at most one listener per transport, pumped
-// by its reactor. Connections: ucx_connection.h. Settings and their reasons: ucx_environment.h.
+// The data plane over UCX: one context per transport, a worker for its listener, and a worker for
+// each connection (ucx_connection.h says why). Settings and their reasons: ucx_environment.h.
 
 #include <arpa/inet.h>
 #include <netdb.h>
@@ -20,8 +20,6 @@
 namespace icecache {
 namespace {
 
-// One turn makes UCX progress at most this often before messages are delivered.
-constexpr int kProgressPerTurn = 4;
 constexpr auto kShutdownMax = std::chrono::milliseconds(500);
 
 Result<sockaddr_storage> Resolve(const HostPort& address, bool listen, socklen_t* length) {
@@ -73,9 +71,10 @@ class UcxEndpoint final : public Endpoint {
   const std::shared_ptr<UcxConnection> connection_;
 };
 
+// Pumps the listener's worker; connections are pumped by themselves.
 class UcxTransport final : public Transport, public Pollable {
  public:
-  explicit UcxTransport(Reactor& reactor) : reactor_(reactor) {}
+  explicit UcxTransport(Reactor& reactor) : core_(reactor) {}
   ~UcxTransport() override;
 
   Status Start(const UcxOptions& options);
@@ -88,31 +87,21 @@ class UcxTransport final : public Transport, public Pollable {
   bool Progress() override;
   int event_fd() const override { return event_fd_; }
   bool Arm() override;
-  // Shared memory does not tell a sender that its peer has made room.
-  bool has_silent_work() const override { return core_.incomplete_sends > 0; }
 
  private:
-  Status StartContext(const UcxOptions& options);
-  Status StartWorker();
+  void StopListening();
   void Accept(ucp_conn_request_h request);
-  bool DeliverReady();
-  bool TendConnections();
 
-  static ucs_status_t OnMessage(void* self, const void* header, size_t header_bytes, void* data,
-                                size_t data_bytes, const ucp_am_recv_param_t* param);
   static void OnConnection(ucp_conn_request_h request, void* self);
 
-  Reactor& reactor_;
-  ucp_context_h context_ = nullptr;
   UcxCore core_;
+  std::string description_;
+  ucp_worker_h worker_ = nullptr;  // the listener's; none without one
+  int event_fd_ = -1;
   ucp_listener_h listener_ = nullptr;
   std::string listening_;
-  std::string description_;
   std::function<void(std::unique_ptr<Endpoint>)> on_accept_;
   std::vector<ucp_conn_request_h> requests_;  // noted by UCX's callback, accepted by Progress
-  int event_fd_ = -1;
-  bool attached_ = false;
-  bool delivering_ = false;
 };
 
 Status Failed(const char* what, ucs_status_t status) {
@@ -120,21 +109,12 @@ Status Failed(const char* what, ucs_status_t status) {
 }
 
 Status UcxTransport::Start(const UcxOptions& options) {
-  KV_RETURN_IF_ERROR(StartContext(options));
-  KV_RETURN_IF_ERROR(StartWorker());
-  reactor_.Attach(this);
-  attached_ = true;
-  return OkStatus();
-}
-
-Status UcxTransport::StartContext(const UcxOptions& options) {
   const char* from_environment = std::getenv("UCX_TLS");
   const std::string transports = !options.transports.empty() ? options.transports
                                  : from_environment          ? from_environment
                                                              : "all";
-  if (UsesSharedMemory(transports)) {
-    KV_RETURN_IF_ERROR(CheckSharedMemory(kUcxSharedBytesPerTransport));
-  }
+  core_.shared_memory = UsesSharedMemory(transports);
+  if (core_.shared_memory) KV_RETURN_IF_ERROR(CheckSharedMemory(kUcxSharedBytesPerWorker));
   ucp_config_t* config = nullptr;
   ucs_status_t status = ucp_config_read(nullptr, nullptr, &config);
   if (status != UCS_OK) return Failed("reading the configuration", status);
@@ -145,7 +125,7 @@ Status UcxTransport::StartContext(const UcxOptions& options) {
   params.field_mask = UCP_PARAM_FIELD_FEATURES | UCP_PARAM_FIELD_NAME;
   params.features = UCP_FEATURE_AM | UCP_FEATURE_WAKEUP;
   params.name = "icecache";
-  if (status == UCS_OK) status = ucp_init(&params, config, &context_);
+  if (status == UCS_OK) status = ucp_init(&params, config, &core_.context);
   ucp_config_release(config);
   if (status != UCS_OK) {
     return Failed(
@@ -153,67 +133,32 @@ Status UcxTransport::StartContext(const UcxOptions& options) {
         status);
   }
   description_ = std::string("ucx ") + ucp_get_version_string() + ": transports " + transports +
-                 (UsesSharedMemory(transports) ? ", shared memory on one host and tcp between hosts"
-                                               : ", no shared memory");
-  return OkStatus();
-}
-
-Status UcxTransport::StartWorker() {
-  ucp_worker_params_t params{};
-  params.field_mask = UCP_WORKER_PARAM_FIELD_THREAD_MODE;
-  params.thread_mode = UCS_THREAD_MODE_SINGLE;
-  ucs_status_t status = ucp_worker_create(context_, &params, &core_.worker);
-  if (status != UCS_OK) return Failed("creating a worker", status);
-
-  ucp_am_handler_param_t handler{};
-  handler.field_mask = UCP_AM_HANDLER_PARAM_FIELD_ID | UCP_AM_HANDLER_PARAM_FIELD_FLAGS |
-                       UCP_AM_HANDLER_PARAM_FIELD_CB | UCP_AM_HANDLER_PARAM_FIELD_ARG;
-  handler.flags = UCP_AM_FLAG_WHOLE_MSG;
-  handler.cb = &UcxTransport::OnMessage;
-  handler.arg = this;
-  // Under every id, although only kUcxMessageId is sent: UCX 1.13 crashes when messages of several
-  // fragments come under an id without a handler, so a peer's nonsense would end the process. Costs
-  // 1 ms and 1.5 MiB.
-  for (unsigned id = 0; id <= UINT16_MAX; ++id) {
-    handler.id = id;
-    status = ucp_worker_set_am_recv_handler(core_.worker, &handler);
-    if (status != UCS_OK) return Failed("setting the message handler", status);
-  }
-
-  status = ucp_worker_get_efd(core_.worker, &event_fd_);
-  if (status != UCS_OK) return Failed("getting the event descriptor", status);
+                 (core_.shared_memory ? ", shared memory on one host and tcp between hosts"
+                                      : ", no shared memory");
   return OkStatus();
 }
 
 UcxTransport::~UcxTransport() {
-  KV_CHECK(!delivering_);  // a transport is not destroyed by its own handlers
-  if (attached_) reactor_.Detach(this);
+  KV_CHECK(!core_.delivering);  // a transport is not destroyed by its own handlers
+  StopListening();
+  const auto until = std::chrono::steady_clock::now() + kShutdownMax;
+  const auto connections = core_.connections;  // Drain removes
+  for (const auto& [pointer, connection] : connections) connection->Close();
+  for (const auto& [pointer, connection] : connections) connection->Drain(until);
+  if (core_.context != nullptr) ucp_cleanup(core_.context);
+}
+
+void UcxTransport::StopListening() {
+  if (worker_ == nullptr) return;
+  core_.reactor.Detach(this);
   if (listener_ != nullptr) {
     for (const ucp_conn_request_h request : requests_) ucp_listener_reject(listener_, request);
     ucp_listener_destroy(listener_);
   }
-  core_.ready.clear();
-  core_.attention.clear();
-  const auto connections = core_.connections;  // Close does not remove, but keeps them in order
-  for (const auto& [pointer, connection] : connections) connection->Close();
-  if (core_.worker != nullptr) {
-    const auto until = std::chrono::steady_clock::now() + kShutdownMax;
-    const auto unfinished = [&] {
-      for (const auto& [pointer, connection] : connections) {
-        if (!connection->Finished()) return true;
-      }
-      return false;
-    };
-    while (unfinished() && std::chrono::steady_clock::now() < until) {
-      ucp_worker_progress(core_.worker);
-    }
-    core_.ready.clear();
-    ucp_worker_destroy(core_.worker);
-    core_.worker = nullptr;
-  }
-  // After the worker is gone nothing reads the buffers of sends that never completed.
-  for (const auto& [pointer, connection] : connections) connection->Orphan();
-  if (context_ != nullptr) ucp_cleanup(context_);
+  ucp_worker_destroy(worker_);
+  worker_ = nullptr;
+  listener_ = nullptr;
+  requests_.clear();
 }
 
 Result<std::string> UcxTransport::Listen(const std::string& address,
@@ -223,15 +168,18 @@ Result<std::string> UcxTransport::Listen(const std::string& address,
   socklen_t length = 0;
   KV_ASSIGN_OR_RETURN(const sockaddr_storage storage, Resolve(parsed, true, &length));
 
+  KV_RETURN_IF_ERROR(OpenUcxWorker(core_, &worker_, &event_fd_));
+  core_.reactor.Attach(this);
   ucp_listener_params_t params{};
   params.field_mask = UCP_LISTENER_PARAM_FIELD_SOCK_ADDR | UCP_LISTENER_PARAM_FIELD_CONN_HANDLER;
   params.sockaddr.addr = reinterpret_cast<const sockaddr*>(&storage);
   params.sockaddr.addrlen = length;
   params.conn_handler.cb = &UcxTransport::OnConnection;
   params.conn_handler.arg = this;
-  const ucs_status_t status = ucp_listener_create(core_.worker, &params, &listener_);
+  const ucs_status_t status = ucp_listener_create(worker_, &params, &listener_);
   if (status != UCS_OK) {
     listener_ = nullptr;
+    StopListening();
     return Unavailable("cannot listen at " + address + ": " + ucs_status_string(status) +
                        "; choose another port (0: any free one), or stop the process that has it");
   }
@@ -255,6 +203,7 @@ Result<std::unique_ptr<Endpoint>> UcxTransport::Connect(const std::string& addre
   params.sockaddr.addr = reinterpret_cast<const sockaddr*>(&storage);
   params.sockaddr.addrlen = length;
   const auto connection = std::make_shared<UcxConnection>(core_, FormatHostPort(parsed));
+  KV_RETURN_IF_ERROR(connection->OpenWorker());
   KV_RETURN_IF_ERROR(connection->Open(UcxConnection::Role::kClient, params));
   return std::unique_ptr<Endpoint>(std::make_unique<UcxEndpoint>(connection));
 }
@@ -277,69 +226,29 @@ void UcxTransport::Accept(ucp_conn_request_h request) {
   params.field_mask = UCP_EP_PARAM_FIELD_CONN_REQUEST;
   params.conn_request = request;
   const auto connection = std::make_shared<UcxConnection>(core_, peer);
-  if (const Status status = connection->Open(UcxConnection::Role::kServer, params); !status.ok()) {
+  Status status = connection->OpenWorker();
+  if (!status.ok()) {
+    ucp_listener_reject(listener_, request);
+  } else {
+    status = connection->Open(UcxConnection::Role::kServer, params);  // rejects it on failure
+  }
+  if (!status.ok()) {
     return LogWarn("connection not accepted", {{"peer", peer}, {"reason", status.ToString()}});
   }
   on_accept_(std::make_unique<UcxEndpoint>(connection));
 }
 
-ucs_status_t UcxTransport::OnMessage(void* self, const void* header, size_t header_bytes,
-                                     void* data, size_t data_bytes,
-                                     const ucp_am_recv_param_t* param) {
-  UcxCore& core = static_cast<UcxTransport*>(self)->core_;
-  const bool rendezvous = (param->recv_attr & UCP_AM_RECV_ATTR_FLAG_RNDV) != 0;
-  const bool has_endpoint = (param->recv_attr & UCP_AM_RECV_ATTR_FIELD_REPLY_EP) != 0;
-  const auto found = has_endpoint ? core.by_endpoint.find(param->reply_ep) : core.by_endpoint.end();
-  if (found == core.by_endpoint.end()) return rendezvous ? UCS_ERR_CANCELED : UCS_OK;  // closed
-  return found->second->Receive(header, header_bytes, data, data_bytes, param->recv_attr);
-}
-
-bool UcxTransport::DeliverReady() {
-  if (core_.ready.empty()) return false;
-  // What arrives while handlers run is delivered in the next turn.
-  for (size_t n = core_.ready.size(); n > 0; --n) {
-    const auto [connection, received] = std::move(core_.ready.front());
-    core_.ready.pop_front();
-    connection->Deliver(received);
-  }
-  return true;
-}
-
-bool UcxTransport::TendConnections() {
-  if (core_.attention.empty()) return false;
-  const auto connections = std::exchange(core_.attention, {});
-  for (const auto& connection : connections) {
-    connection->Tend();
-    if (connection->Finished()) core_.connections.erase(connection.get());
-  }
-  return true;
-}
-
 bool UcxTransport::Progress() {
-  KV_CHECK(!delivering_);
-  delivering_ = true;
-  bool any = false;
-  // Stops at the first message: another look at the sockets (a system call) would delay it.
-  for (int i = 0; i < kProgressPerTurn && core_.ready.empty(); ++i) {
-    if (ucp_worker_progress(core_.worker) == 0) break;
-    any = true;
-  }
-  if (!requests_.empty()) {
-    any = true;
-    for (const ucp_conn_request_h request : std::exchange(requests_, {})) Accept(request);
-  }
-  any |= DeliverReady();
-  any |= TendConnections();
-  if (!core_.released_pins.empty()) std::exchange(core_.released_pins, {}).clear();
-  delivering_ = false;
-  return any;
+  const bool any = ucp_worker_progress(worker_) != 0;
+  if (requests_.empty()) return any;
+  KV_CHECK(!core_.delivering);
+  core_.delivering = true;
+  for (const ucp_conn_request_h request : std::exchange(requests_, {})) Accept(request);
+  core_.delivering = false;
+  return true;
 }
 
-bool UcxTransport::Arm() {
-  if (!requests_.empty() || !core_.ready.empty() || !core_.attention.empty()) return false;
-  // Anything but OK and BUSY leaves the reactor's safety timer to pump.
-  return ucp_worker_arm(core_.worker) != UCS_ERR_BUSY;
-}
+bool UcxTransport::Arm() { return requests_.empty() && ucp_worker_arm(worker_) != UCS_ERR_BUSY; }
 
 }  // namespace
 

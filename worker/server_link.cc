@@ -9,7 +9,7 @@ namespace icecache {
 
 Result<std::unique_ptr<ServerLink>> ServerLink::Connect(const ServerLinkOptions& options) {
   if (UsesSharedMemory(options.ucx.transports)) {
-    KV_RETURN_IF_ERROR(CheckSharedMemory(kUcxSharedBytesPerTransport));
+    KV_RETURN_IF_ERROR(CheckSharedMemory(kUcxSharedBytesPerWorker));
   }
   std::unique_ptr<ServerLink> link(new ServerLink());
   link->interrupted_ = options.control.interrupted;
