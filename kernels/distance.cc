@@ -90,37 +90,29 @@ HWY_INLINE void Dot8x1(const float* q, const typename Rows::Element* rows, uint3
   hn::StoreU(Sum4(d, s4, s5, s6, s7), d4, scores + 4);
 }
 
-// 2 rows, 4 queries: a converted row is used four times. score_stride separates queries.
-template <class Rows>
-HWY_INLINE void Dot2x4(const float* q, const typename Rows::Element* rows, uint32_t dim,
-                       float* scores, size_t score_stride) {
+// Queries that meet four rows at a time: their sums fill half of the registers.
+constexpr uint32_t kTileQueries = HWY_MAX_BYTES >= 64 ? 4 : 2;
+
+// 4 rows, kQueries queries: a converted row is used kQueries times. score_stride separates queries.
+template <class Rows, uint32_t kQueries>
+HWY_INLINE void DotTile(const float* q, const typename Rows::Element* rows, uint32_t dim,
+                        float* scores, size_t score_stride) {
   const Tag d;
   const size_t lanes = hn::Lanes(d);
-  const float* q1 = q + dim;
-  const float* q2 = q1 + dim;
-  const float* q3 = q2 + dim;
-  Vec a0 = hn::Zero(d), a1 = a0, a2 = a0, a3 = a0, b0 = a0, b1 = a0, b2 = a0, b3 = a0;
+  Vec sum[kQueries][4];
+  for (auto& of_query : sum)
+    for (Vec& s : of_query) s = hn::Zero(d);
   for (size_t j = 0; j < dim; j += lanes) {
-    const Vec ra = Rows::Load(d, rows + j);
-    const Vec rb = Rows::Load(d, rows + dim + j);
-    const Vec x0 = hn::LoadU(d, q + j), x1 = hn::LoadU(d, q1 + j);
-    a0 = hn::MulAdd(x0, ra, a0);
-    b0 = hn::MulAdd(x0, rb, b0);
-    a1 = hn::MulAdd(x1, ra, a1);
-    b1 = hn::MulAdd(x1, rb, b1);
-    const Vec x2 = hn::LoadU(d, q2 + j), x3 = hn::LoadU(d, q3 + j);
-    a2 = hn::MulAdd(x2, ra, a2);
-    b2 = hn::MulAdd(x2, rb, b2);
-    a3 = hn::MulAdd(x3, ra, a3);
-    b3 = hn::MulAdd(x3, rb, b3);
+    Vec row[4];
+    for (size_t r = 0; r < 4; ++r) row[r] = Rows::Load(d, rows + r * dim + j);
+    for (size_t i = 0; i < kQueries; ++i) {
+      const Vec x = hn::LoadU(d, q + i * dim + j);
+      for (size_t r = 0; r < 4; ++r) sum[i][r] = hn::MulAdd(x, row[r], sum[i][r]);
+    }
   }
-  const hn::Full128<float> d4;
-  HWY_ALIGN float out[8];
-  hn::Store(Sum4(d, a0, a1, a2, a3), d4, out);
-  hn::Store(Sum4(d, b0, b1, b2, b3), d4, out + 4);
-  for (size_t i = 0; i < 4; ++i) {
-    scores[i * score_stride] = out[i];
-    scores[i * score_stride + 1] = out[4 + i];
+  for (size_t i = 0; i < kQueries; ++i) {
+    hn::StoreU(Sum4(d, sum[i][0], sum[i][1], sum[i][2], sum[i][3]), hn::Full128<float>(),
+               scores + i * score_stride);
   }
 }
 
@@ -149,15 +141,16 @@ template <class Rows>
 HWY_INLINE void DotBlock(const float* queries, uint32_t group, const typename Rows::Element* rows,
                          uint32_t row_count, uint32_t dim, float* scores, size_t score_stride) {
   uint32_t q = 0;
-  for (; q + 4 <= group; q += 4) {
+  for (; q + kTileQueries <= group; q += kTileQueries) {
     const float* x = queries + size_t{q} * dim;
     float* s = scores + q * score_stride;
     uint32_t r = 0;
-    for (; r + 2 <= row_count; r += 2)
-      Dot2x4<Rows>(x, rows + size_t{r} * dim, dim, s + r, score_stride);
+    for (; r + 4 <= row_count; r += 4)
+      DotTile<Rows, kTileQueries>(x, rows + size_t{r} * dim, dim, s + r, score_stride);
     if (r < row_count)
-      for (uint32_t i = 0; i < 4; ++i)
-        Dot4x1<Rows>(x + size_t{i} * dim, rows + size_t{r} * dim, 1, dim, s + i * score_stride + r);
+      for (uint32_t i = 0; i < kTileQueries; ++i)
+        Dot4x1<Rows>(x + size_t{i} * dim, rows + size_t{r} * dim, row_count - r, dim,
+                     s + i * score_stride + r);
   }
   for (; q < group; ++q) {
     const float* x = queries + size_t{q} * dim;
@@ -303,6 +296,10 @@ void F16ToF32Target(const std::byte* from, size_t count, float* to) {
   Convert<F16Rows>(reinterpret_cast<const hwy::float16_t*>(from), count, to);
 }
 
+void BF16ToF32Target(const std::byte* from, size_t count, float* to) {
+  Convert<BF16Rows>(reinterpret_cast<const uint16_t*>(from), count, to);
+}
+
 void F32ToF16Target(const float* from, size_t count, std::byte* to) {
   const Tag d;
   const hn::Rebind<hwy::float16_t, Tag> d16;
@@ -384,6 +381,7 @@ namespace icecache {
 HWY_EXPORT(DotRowsTarget);
 HWY_EXPORT(AddWeightedRowsTarget);
 HWY_EXPORT(F16ToF32Target);
+HWY_EXPORT(BF16ToF32Target);
 HWY_EXPORT(F32ToF16Target);
 HWY_EXPORT(ExpShiftedTarget);
 HWY_EXPORT(MaxOfTarget);
@@ -405,15 +403,8 @@ void AddWeightedRows(const float* weights, size_t weight_stride, uint32_t group,
 
 void ToF32(const std::byte* from, DType dtype, size_t count, float* to) {
   if (dtype == DType::kF16) return HWY_DYNAMIC_DISPATCH(F16ToF32Target)(from, count, to);
-  if (dtype == DType::kF32) {
-    if (count > 0) std::memcpy(to, from, count * sizeof(float));
-    return;
-  }
-  for (size_t i = 0; i < count; ++i) {
-    uint16_t bits;
-    std::memcpy(&bits, from + 2 * i, 2);
-    to[i] = BF16ToF32(bits);
-  }
+  if (dtype == DType::kBF16) return HWY_DYNAMIC_DISPATCH(BF16ToF32Target)(from, count, to);
+  if (count > 0) std::memcpy(to, from, count * sizeof(float));
 }
 
 void FromF32(const float* from, size_t count, DType dtype, std::byte* to) {
@@ -422,8 +413,12 @@ void FromF32(const float* from, size_t count, DType dtype, std::byte* to) {
     if (count > 0) std::memcpy(to, from, count * sizeof(float));
     return;
   }
-  for (size_t i = 0; i < count; ++i) {
-    const uint16_t bits = F32ToBF16(from[i]);
+  for (size_t i = 0; i < count; ++i) {  // F32ToBF16, here for the compiler to vectorise
+    uint32_t u;
+    std::memcpy(&u, from + i, 4);
+    const bool nan = (u & 0x7fffffffu) > 0x7f800000u;
+    const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+    const auto bits = static_cast<uint16_t>(nan ? (u >> 16) | 0x40u : rounded);
     std::memcpy(to + 2 * i, &bits, 2);
   }
 }

@@ -13,8 +13,6 @@
 #define ICECACHE_KERNELS_NEAREST_ONCE
 namespace icecache {
 inline constexpr uint32_t kPanel = 16;  // columns of a panel
-inline constexpr uint32_t kRowTile =
-    6;  // 6 rows x 16 columns = 12 AVX2 accumulators of 16 registers
 }  // namespace icecache
 #endif
 
@@ -40,24 +38,58 @@ HWY_INLINE void PrefetchRows(const RowTable& rows, size_t begin, size_t end, uin
 
 constexpr size_t kLanes = HWY_MIN(static_cast<size_t>(kPanel), HWY_MAX_BYTES / sizeof(float));
 constexpr int kVecs = static_cast<int>(kPanel / kLanes);
+// What meets in registers: 6 rows x 16 columns are 12 of AVX2's 16 registers. 8 rows x 32 columns
+// are half of AVX-512's, and need ten loads for sixteen multiply-adds.
+constexpr uint32_t kRowTile = HWY_MAX_BYTES >= 64 ? 8 : 6;
+constexpr int kPanelTile = HWY_MAX_BYTES >= 64 ? 2 : 1;
 
-// Scores of kRows rows with one panel of centroids.
-template <int kRows>
-HWY_INLINE void ScorePanel(const float* panel, uint32_t dim, const float* const* rows,
-                           hn::Vec<Floats> (*acc)[kVecs]) {
+size_t PanelFloats(const CentroidPanels& panels) { return size_t{panels.dim() + 1} * kPanel; }
+
+// Scores of kRows rows with kPanels panels of centroids, panel_floats apart.
+template <int kRows, int kPanels>
+HWY_INLINE void ScorePanels(const float* panel, size_t panel_floats, uint32_t dim,
+                            const float* const* rows, hn::Vec<Floats> (*acc)[kPanels * kVecs]) {
   const Floats d;
-  for (int v = 0; v < kVecs; ++v) {
-    const auto bias = hn::LoadU(d, panel + v * kLanes);
+  constexpr int kAll = kPanels * kVecs;
+  const auto at = [&](int v) { return panel + v / kVecs * panel_floats + v % kVecs * kLanes; };
+  for (int v = 0; v < kAll; ++v) {
+    const auto bias = hn::LoadU(d, at(v));
     for (int r = 0; r < kRows; ++r) acc[r][v] = bias;
   }
   panel += kPanel;
   for (uint32_t j = 0; j < dim; ++j, panel += kPanel) {
     // Rows outermost: one broadcast lives at a time, so that accumulators keep their registers.
-    hn::Vec<Floats> c[kVecs];
-    for (int v = 0; v < kVecs; ++v) c[v] = hn::LoadU(d, panel + v * kLanes);
+    hn::Vec<Floats> c[kAll];
+    for (int v = 0; v < kAll; ++v) c[v] = hn::LoadU(d, at(v));
     for (int r = 0; r < kRows; ++r) {
       const auto x = hn::Set(d, rows[r][j]);
-      for (int v = 0; v < kVecs; ++v) acc[r][v] = hn::MulAdd(x, c[v], acc[r][v]);
+      for (int v = 0; v < kAll; ++v) acc[r][v] = hn::MulAdd(x, c[v], acc[r][v]);
+    }
+  }
+}
+
+// The largest score so far of each of some rows, lane by lane, and its column.
+template <int kRows>
+struct Best {
+  hn::Vec<Floats> top[kRows];
+  hn::Vec<Ints> where[kRows];
+};
+
+template <int kRows, int kPanels>
+HWY_INLINE void NearestOfPanels(const CentroidPanels& panels, uint32_t column,
+                                const float* const* rows, Best<kRows>* best) {
+  [[maybe_unused]] const Floats d;  // GCC 12 does not see the uses in the loops
+  const Ints di;
+  hn::Vec<Floats> acc[kRows][kPanels * kVecs];
+  const size_t panel_floats = PanelFloats(panels);
+  ScorePanels<kRows, kPanels>(panels.data() + column / kPanel * panel_floats, panel_floats,
+                              panels.dim(), rows, acc);
+  for (int v = 0; v < kPanels * kVecs; ++v) {
+    const auto index = hn::Iota(di, static_cast<int32_t>(column + v * kLanes));
+    for (int r = 0; r < kRows; ++r) {
+      const auto better = hn::Gt(acc[r][v], best->top[r]);
+      best->top[r] = hn::IfThenElse(better, acc[r][v], best->top[r]);
+      best->where[r] = hn::IfThenElse(hn::RebindMask(di, better), index, best->where[r]);
     }
   }
 }
@@ -68,31 +100,21 @@ HWY_INLINE void NearestTile(const CentroidPanels& panels, const float* const* ro
                             float* score) {
   const Floats d;
   const Ints di;
-  hn::Vec<Floats> top[kRows];
-  hn::Vec<Ints> where[kRows];
+  Best<kRows> found;
   for (int r = 0; r < kRows; ++r) {
-    top[r] = hn::Set(d, std::numeric_limits<float>::lowest());
-    where[r] = hn::Zero(di);
+    found.top[r] = hn::Set(d, std::numeric_limits<float>::lowest());
+    found.where[r] = hn::Zero(di);
   }
-  const size_t panel_floats = size_t{panels.dim() + 1} * kPanel;
-  const float* panel = panels.data();
-  for (uint32_t column = 0; column < panels.count(); column += kPanel, panel += panel_floats) {
-    hn::Vec<Floats> acc[kRows][kVecs];
-    ScorePanel<kRows>(panel, panels.dim(), rows, acc);
-    for (int v = 0; v < kVecs; ++v) {
-      const auto index = hn::Iota(di, static_cast<int32_t>(column + v * kLanes));
-      for (int r = 0; r < kRows; ++r) {
-        const auto better = hn::Gt(acc[r][v], top[r]);
-        top[r] = hn::IfThenElse(better, acc[r][v], top[r]);
-        where[r] = hn::IfThenElse(hn::RebindMask(di, better), index, where[r]);
-      }
-    }
-  }
+  uint32_t column = 0;
+  for (; column + (kPanelTile - 1) * kPanel < panels.count(); column += kPanelTile * kPanel)
+    NearestOfPanels<kRows, kPanelTile>(panels, column, rows, &found);
+  for (; column < panels.count(); column += kPanel)
+    NearestOfPanels<kRows, 1>(panels, column, rows, &found);
   for (int r = 0; r < kRows; ++r) {
-    const float value = hn::GetLane(hn::MaxOfLanes(d, top[r]));
-    const auto ties = hn::RebindMask(di, hn::Eq(top[r], hn::Set(d, value)));
+    const float value = hn::GetLane(hn::MaxOfLanes(d, found.top[r]));
+    const auto ties = hn::RebindMask(di, hn::Eq(found.top[r], hn::Set(d, value)));
     const auto lowest =
-        hn::IfThenElse(ties, where[r], hn::Set(di, std::numeric_limits<int32_t>::max()));
+        hn::IfThenElse(ties, found.where[r], hn::Set(di, std::numeric_limits<int32_t>::max()));
     const int32_t index = hn::GetLane(hn::MinOfLanes(di, lowest));
     best[r] = static_cast<uint32_t>(index) < panels.count() ? static_cast<uint32_t>(index) : 0;
     if (score != nullptr) score[r] = value;
@@ -118,10 +140,11 @@ void NearestImpl(const CentroidPanels& panels, const RowTable& rows, size_t row_
 template <int kRows>
 HWY_INLINE void ScoresTile(const CentroidPanels& panels, const float* const* rows,
                            size_t padded_count, float* scores) {
-  const size_t panel_floats = size_t{panels.dim() + 1} * kPanel;
+  const size_t panel_floats = PanelFloats(panels);
   for (uint32_t column = 0; column < panels.count(); column += kPanel) {
     hn::Vec<Floats> acc[kRows][kVecs];
-    ScorePanel<kRows>(panels.data() + column / kPanel * panel_floats, panels.dim(), rows, acc);
+    ScorePanels<kRows, 1>(panels.data() + column / kPanel * panel_floats, panel_floats,
+                          panels.dim(), rows, acc);
     for (int r = 0; r < kRows; ++r) {
       float* to = scores + padded_count * r + column;
       for (int v = 0; v < kVecs; ++v) hn::StoreU(acc[r][v], Floats(), to + v * kLanes);

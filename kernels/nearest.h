@@ -1,7 +1,7 @@
 // Nearest-centroid assignment as a matrix product, for building the index.
 //
-// argmin |x - c|^2 = argmax x.c - |c|^2 / 2: centroids are packed in panels of 16 columns, six rows
-// meet a panel in registers, and the best column is kept on the way, so that no score need be
+// argmin |x - c|^2 = argmax x.c - |c|^2 / 2: centroids are packed in panels of 16 columns, a few rows
+// meet a panel or two in registers, and the best column is kept on the way, so that no score need be
 // stored. Runs near the peak of one core's fused multiply-adds for dim >= 32.
 #pragma once
 

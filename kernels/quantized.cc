@@ -3,7 +3,7 @@
 #include "kernels/quantized.h"
 
 #include <algorithm>
-#include <cmath>
+#include <bit>
 #include <cstring>
 
 #include "common/limits.h"
@@ -48,35 +48,43 @@ HWY_INLINE IntVec BroadcastQuad(const int8_t* quad) {
   return hn::Set(Int32s(), bits);
 }
 
-// dots[r][16] of kRows query digit rows (row_stride bytes apart) with one block. Few rows leave
-// registers for the whole block, so that a query's bytes are broadcast once for all of it.
+// Blocks that are scored together. Each sum is one chain of dpbusd (5 cycles each, two start per
+// cycle), so that ten or more chains must run side by side; the two-instruction forms have shorter
+// chains and fewer registers.
 template <int kRows>
-HWY_INLINE void DotBlock(const uint8_t* block, const int8_t* query, size_t row_stride, uint32_t dim,
-                         int32_t (*dots)[kBlockRows]) {
+constexpr int kBlocksTogether = HWY_TARGET == HWY_AVX3_DL ? (kRows <= 4 ? 4 : 2) : 1;
+
+// dots[b][r][16] of kRows query digit rows (row_stride bytes apart) with kBlocks blocks. Few rows
+// leave registers for whole blocks, so that a query's bytes are broadcast once for all of them.
+template <int kRows, int kBlocks>
+HWY_INLINE void DotBlocks(const uint8_t* const* blocks, const int8_t* query, size_t row_stride,
+                          uint32_t dim, int32_t (*dots)[kRows][kBlockRows]) {
   const Int32s d32;
   const hn::ScalableTag<uint8_t> d8;
   constexpr size_t kLanes = HWY_MAX_BYTES / sizeof(int32_t);
   constexpr int kParts = static_cast<int>(kBlockRows / kLanes);
   constexpr int kTogether = kRows <= 4 ? kParts : 1;
+  constexpr int kVecs = kTogether * kBlocks;
   for (int part = 0; part < kParts; part += kTogether) {
-    const uint8_t* at = block + part * kLanes * 4;
-    IntVec acc[kRows][kTogether];
+    IntVec acc[kRows][kVecs];
     for (auto& row : acc) {
       for (auto& sum : row) sum = hn::Zero(d32);
     }
-    for (uint32_t j = 0; j < dim; j += 4, at += kBlockRows * 4) {
-      IntVec bytes[kTogether];
-      for (int p = 0; p < kTogether; ++p) {
-        bytes[p] = hn::BitCast(d32, hn::LoadU(d8, at + p * kLanes * 4));
+    for (uint32_t j = 0; j < dim; j += 4) {
+      const size_t at = size_t{j} * kBlockRows + part * kLanes * 4;
+      IntVec bytes[kVecs];
+      for (int v = 0; v < kVecs; ++v) {
+        const uint8_t* from = blocks[v / kTogether] + at + v % kTogether * kLanes * 4;
+        bytes[v] = hn::BitCast(d32, hn::LoadU(d8, from));
       }
       for (int r = 0; r < kRows; ++r) {
         const IntVec quad = BroadcastQuad(query + r * row_stride + j);
-        for (int p = 0; p < kTogether; ++p) acc[r][p] = Dot4(acc[r][p], bytes[p], quad);
+        for (int v = 0; v < kVecs; ++v) acc[r][v] = Dot4(acc[r][v], bytes[v], quad);
       }
     }
     for (int r = 0; r < kRows; ++r) {
-      for (int p = 0; p < kTogether; ++p) {
-        hn::StoreU(acc[r][p], d32, dots[r] + (part + p) * kLanes);
+      for (int v = 0; v < kVecs; ++v) {
+        hn::StoreU(acc[r][v], d32, dots[v / kTogether][r] + (part + v % kTogether) * kLanes);
       }
     }
   }
@@ -84,14 +92,19 @@ HWY_INLINE void DotBlock(const uint8_t* block, const int8_t* query, size_t row_s
 #else
 
 template <int kRows>
-void DotBlock(const uint8_t* block, const int8_t* query, size_t row_stride, uint32_t dim,
-              int32_t (*dots)[kBlockRows]) {
-  for (int r = 0; r < kRows; ++r) {
-    std::fill_n(dots[r], kBlockRows, 0);
-    for (uint32_t j = 0; j < dim; ++j) {
-      const int32_t q = query[r * row_stride + j];
-      const uint8_t* at = block + (j / 4) * kBlockRows * 4 + j % 4;
-      for (uint32_t lane = 0; lane < kBlockRows; ++lane) dots[r][lane] += q * at[lane * 4];
+constexpr int kBlocksTogether = 1;
+
+template <int kRows, int kBlocks>
+void DotBlocks(const uint8_t* const* blocks, const int8_t* query, size_t row_stride, uint32_t dim,
+               int32_t (*dots)[kRows][kBlockRows]) {
+  for (int b = 0; b < kBlocks; ++b) {
+    for (int r = 0; r < kRows; ++r) {
+      std::fill_n(dots[b][r], kBlockRows, 0);
+      for (uint32_t j = 0; j < dim; ++j) {
+        const int32_t q = query[r * row_stride + j];
+        const uint8_t* at = blocks[b] + (j / 4) * kBlockRows * 4 + j % 4;
+        for (uint32_t lane = 0; lane < kBlockRows; ++lane) dots[b][r][lane] += q * at[lane * 4];
+      }
     }
   }
 }
@@ -120,31 +133,46 @@ HWY_INLINE FloatVec Exp(FloatVec x) {
   return hn::IfThenZeroElse(tiny, hn::Mul(p, hn::BitCast(d, bits)));
 }
 
-// The kHeads heads from `head` on; kDigits rows each.
+// The kHeads heads from `head` on, kDigits rows each, against kBlocks blocks.
+template <int kHeads, int kDigits, int kBlocks>
+HWY_INLINE void ScoreTile(const QuantizedQueries& q, uint32_t head, const uint8_t* const* blocks,
+                          const float* const* scales, const float* base, float* out,
+                          size_t out_stride) {
+  alignas(64) int32_t dots[kBlocks][kHeads * kDigits][kBlockRows];
+  const Floats d;
+  const hn::Rebind<int32_t, Floats> di;
+  DotBlocks<kHeads * kDigits, kBlocks>(blocks, q.row(head), q.dim(), q.dim(), dots);
+  for (int h = 0; h < kHeads; ++h) {
+    const auto step = hn::Set(d, q.step(head + h));
+    const auto shift = hn::Set(d, base[head + h]);
+    const auto bias = hn::Set(di, q.bias(head + h));
+    for (int b = 0; b < kBlocks; ++b) {
+      float* to = out + (head + h) * out_stride + b * kBlockRows;
+      for (size_t lane = 0; lane < kBlockRows; lane += hn::Lanes(d)) {
+        auto sum = hn::LoadU(di, dots[b][h * kDigits] + lane);
+        if constexpr (kDigits == 2) {
+          sum = hn::Add(hn::ShiftLeft<6>(sum), hn::LoadU(di, dots[b][h * 2 + 1] + lane));
+        }
+        const auto dot = hn::Mul(hn::ConvertTo(d, hn::Sub(sum, bias)), step);
+        hn::StoreU(hn::MulAdd(dot, hn::LoadU(d, scales[b] + lane), shift), d, to + lane);
+      }
+    }
+  }
+}
+
 template <int kHeads, int kDigits>
 void ScoreHeads(const QuantizedQueries& q, uint32_t head, const uint8_t* const* blocks,
                 const float* const* scales, uint32_t count, const float* base, float* out,
                 size_t out_stride) {
-  constexpr int kRows = kHeads * kDigits;
-  alignas(64) int32_t dots[kRows][kBlockRows];
-  const Floats d;
-  const hn::Rebind<int32_t, Floats> di;
-  for (uint32_t i = 0; i < count; ++i) {
-    DotBlock<kRows>(blocks[i], q.row(head), q.dim(), q.dim(), dots);
-    for (int h = 0; h < kHeads; ++h) {
-      const auto step = hn::Set(d, q.step(head + h));
-      const auto shift = hn::Set(d, base[head + h]);
-      const auto bias = hn::Set(di, q.bias(head + h));
-      float* to = out + (head + h) * out_stride + size_t{i} * kBlockRows;
-      for (size_t lane = 0; lane < kBlockRows; lane += hn::Lanes(d)) {
-        auto sum = hn::LoadU(di, dots[h * kDigits] + lane);
-        if constexpr (kDigits == 2) {
-          sum = hn::Add(hn::ShiftLeft<6>(sum), hn::LoadU(di, dots[h * 2 + 1] + lane));
-        }
-        const auto dot = hn::Mul(hn::ConvertTo(d, hn::Sub(sum, bias)), step);
-        hn::StoreU(hn::MulAdd(dot, hn::LoadU(d, scales[i] + lane), shift), d, to + lane);
-      }
-    }
+  constexpr int kTogether = kBlocksTogether<kHeads * kDigits>;
+  uint32_t i = 0;
+  for (; i + kTogether <= count; i += kTogether) {
+    ScoreTile<kHeads, kDigits, kTogether>(q, head, blocks + i, scales + i, base,
+                                          out + size_t{i} * kBlockRows, out_stride);
+  }
+  for (; i < count; ++i) {
+    ScoreTile<kHeads, kDigits, 1>(q, head, blocks + i, scales + i, base,
+                                  out + size_t{i} * kBlockRows, out_stride);
   }
 }
 
@@ -177,7 +205,7 @@ template <int kHeads>
 void SketchHeads(const QuantizedQueries& q, uint32_t head, const SketchPage* pages, uint32_t count,
                  const float* centre, size_t centre_stride, float* weights, float* sum,
                  float* top) {
-  alignas(64) int32_t dots[kHeads][kBlockRows];
+  alignas(64) int32_t dots[1][kHeads][kBlockRows];
   const Floats d;
   const hn::Rebind<int32_t, Floats> di;
   for (uint32_t i = 0; i < count; ++i) {
@@ -186,7 +214,7 @@ void SketchHeads(const QuantizedQueries& q, uint32_t head, const SketchPage* pag
       for (uint32_t line = 0; line < q.dim() * kBlockRows; line += 64)
         hwy::Prefetch(pages[i + 4].block + line);
     }
-    DotBlock<kHeads>(page.block, q.row(head), q.dim(), q.dim(), dots);
+    DotBlocks<kHeads, 1>(&page.block, q.row(head), q.dim(), q.dim(), dots);
     const auto fill = hn::Set(di, static_cast<int32_t>(page.fill));
     for (int h = 0; h < kHeads; ++h) {
       const size_t at = (head + h) * centre_stride + i;
@@ -196,7 +224,7 @@ void SketchHeads(const QuantizedQueries& q, uint32_t head, const SketchPage* pag
       auto total = hn::Zero(d);
       auto best = hn::Zero(d);
       for (size_t lane = 0; lane < kBlockRows; lane += hn::Lanes(d)) {
-        const auto dot = hn::ConvertTo(d, hn::Sub(hn::Load(di, dots[h] + lane), bias));
+        const auto dot = hn::ConvertTo(d, hn::Sub(hn::Load(di, dots[0][h] + lane), bias));
         auto w = Exp(hn::MulAdd(dot, step, shift));
         const auto valid = hn::Lt(hn::Iota(di, static_cast<int32_t>(lane)), fill);
         w = hn::IfThenElseZero(hn::RebindMask(d, valid), w);
@@ -232,24 +260,34 @@ void ScoreSketchesImpl(const QuantizedQueries& q, const SketchPage* pages, uint3
   }
 }
 
-// 16 dims of kHeads heads in registers while the rows stream by.
-template <int kHeads>
-HWY_INLINE void AddRowsHeads(const float* weights, size_t stride, const int8_t* const* rows,
-                             uint32_t count, uint32_t dim, float* out) {
+// kVecs vectors of dims of kHeads heads in registers while the rows stream by.
+template <int kHeads, int kVecs>
+HWY_INLINE uint32_t AddRowsHeads(uint32_t j, const float* weights, size_t stride,
+                                 const int8_t* const* rows, uint32_t count, uint32_t dim,
+                                 float* out) {
   const Floats d;
   const hn::Rebind<int8_t, Floats> d8;
   const hn::Rebind<int32_t, Floats> d32;
-  const size_t lanes = hn::Lanes(d);
-  for (uint32_t j = 0; j < dim; j += static_cast<uint32_t>(lanes)) {
-    FloatVec acc[kHeads];
-    for (int h = 0; h < kHeads; ++h) acc[h] = hn::LoadU(d, out + size_t{dim} * h + j);
+  const auto lanes = static_cast<uint32_t>(hn::Lanes(d));
+  for (; j + kVecs * lanes <= dim; j += kVecs * lanes) {
+    FloatVec acc[kHeads][kVecs];
+    for (int h = 0; h < kHeads; ++h)
+      for (int v = 0; v < kVecs; ++v)
+        acc[h][v] = hn::LoadU(d, out + size_t{dim} * h + j + v * lanes);
     for (uint32_t i = 0; i < count; ++i) {
-      const auto x = hn::ConvertTo(d, hn::PromoteTo(d32, hn::LoadU(d8, rows[i] + j)));
-      for (int h = 0; h < kHeads; ++h)
-        acc[h] = hn::MulAdd(hn::Set(d, weights[h * stride + i]), x, acc[h]);
+      FloatVec x[kVecs];
+      for (int v = 0; v < kVecs; ++v)
+        x[v] = hn::ConvertTo(d, hn::PromoteTo(d32, hn::LoadU(d8, rows[i] + j + v * lanes)));
+      for (int h = 0; h < kHeads; ++h) {
+        const auto w = hn::Set(d, weights[h * stride + i]);
+        for (int v = 0; v < kVecs; ++v) acc[h][v] = hn::MulAdd(w, x[v], acc[h][v]);
+      }
     }
-    for (int h = 0; h < kHeads; ++h) hn::StoreU(acc[h], d, out + size_t{dim} * h + j);
+    for (int h = 0; h < kHeads; ++h)
+      for (int v = 0; v < kVecs; ++v)
+        hn::StoreU(acc[h][v], d, out + size_t{dim} * h + j + v * lanes);
   }
+  return j;
 }
 
 void AddInt8RowsImpl(const float* weights, size_t stride, uint32_t group, const int8_t* const* rows,
@@ -257,14 +295,19 @@ void AddInt8RowsImpl(const float* weights, size_t stride, uint32_t group, const 
   constexpr uint32_t kTile = 64;
   for (uint32_t first = 0; first < count; first += kTile) {
     const uint32_t n = std::min(kTile, count - first);
+    const int8_t* const* tile = rows + first;
     uint32_t head = 0;
     for (; head + 4 <= group; head += 4) {
-      AddRowsHeads<4>(weights + head * stride + first, stride, rows + first, n, dim,
-                      out + size_t{head} * dim);
+      const float* w = weights + head * stride + first;
+      float* to = out + size_t{head} * dim;
+      AddRowsHeads<4, 1>(AddRowsHeads<4, 2>(0, w, stride, tile, n, dim, to), w, stride, tile, n,
+                         dim, to);
     }
     for (; head < group; ++head) {
-      AddRowsHeads<1>(weights + head * stride + first, stride, rows + first, n, dim,
-                      out + size_t{head} * dim);
+      const float* w = weights + head * stride + first;
+      float* to = out + size_t{head} * dim;
+      AddRowsHeads<1, 1>(AddRowsHeads<1, 4>(0, w, stride, tile, n, dim, to), w, stride, tile, n,
+                         dim, to);
     }
   }
 }
@@ -276,10 +319,11 @@ size_t IndicesAtLeastImpl(const float* x, size_t count, float bound, uint32_t* o
   const auto limit = hn::Set(d, bound);
   size_t found = 0, i = 0;
   for (; i + lanes <= count; i += lanes) {
-    const auto mask = hn::Ge(hn::LoadU(d, x + i), limit);
-    if (hn::AllFalse(d, mask)) continue;
-    found += hn::CompressStore(hn::Iota(du, static_cast<uint32_t>(i)), hn::RebindMask(du, mask), du,
-                               out + found);
+    // No branch, which would be foretold wrongly half of the time; and to a register and then to
+    // memory: compressing into memory is microcode on some CPUs.
+    const auto mask = hn::RebindMask(du, hn::Ge(hn::LoadU(d, x + i), limit));
+    hn::StoreU(hn::Compress(hn::Iota(du, static_cast<uint32_t>(i)), mask), du, out + found);
+    found += hn::CountTrue(du, mask);
   }
   for (; i < count; ++i) {
     if (x[i] >= bound) out[found++] = static_cast<uint32_t>(i);
@@ -355,18 +399,23 @@ void QuantizedQueries::Assign(const float* queries, uint32_t group, uint32_t dim
   const int32_t range = digits == 2 ? 63 * 64 + 31 : 63;
   for (uint32_t g = 0; g < group; ++g) {
     const float* q = queries + size_t{g} * dim;
-    float top = 0;
-    bool finite = true;
+    uint32_t top_bits = 0;  // of |q|: integers order like floats that are not negative
     for (uint32_t j = 0; j < dim; ++j) {
-      finite = finite && std::isfinite(q[j]);
-      top = std::max(top, std::fabs(q[j]));
+      top_bits = std::max(top_bits, std::bit_cast<uint32_t>(q[j]) & 0x7fffffffu);
     }
+    const bool finite = top_bits < 0x7f800000u;
+    const auto top = std::bit_cast<float>(top_bits);
     const float inverse = finite && top > 1e-30f ? static_cast<float>(range) / top : 0.0f;
     step_[g] = inverse > 0 ? top / static_cast<float>(range) : 0.0f;
-    int8_t* high = rows_.data() + size_t{g} * digits * dim;
     int32_t sum = 0;
+    if (inverse == 0) {
+      std::fill_n(rows_.data() + size_t{g} * digits * dim, size_t{digits} * dim, int8_t{0});
+      bias_[g] = 0;
+      continue;
+    }
+    int8_t* high = rows_.data() + size_t{g} * digits * dim;
     for (uint32_t j = 0; j < dim; ++j) {
-      const int32_t x = inverse > 0 ? static_cast<int32_t>(std::lrintf(q[j] * inverse)) : 0;
+      const int32_t x = RoundToInt(q[j] * inverse);
       sum += x;
       if (digits == 2) {
         const int32_t top_digit = (x + 32) >> 6;

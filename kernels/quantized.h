@@ -18,6 +18,13 @@ namespace icecache {
 
 inline constexpr uint32_t kBlockRows = 16;
 
+// To nearest, ties to even, for |x| < 2^22: adding 1.5 * 2^23 leaves no bits for a fraction.
+// Vectorises, which lrintf does not.
+inline int32_t RoundToInt(float x) {
+  constexpr float kShift = 12582912.0f;
+  return static_cast<int32_t>((x + kShift) - kShift);
+}
+
 // Symmetric quantisation of row[dim] to int8 with scale max|x| / 127: q = round(x / scale). A row
 // of zeros has scale 0. Returns the scale.
 float QuantizeRow(const float* row, uint32_t dim, int8_t* q);

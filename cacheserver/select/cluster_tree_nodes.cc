@@ -166,7 +166,7 @@ void WriteSketch(Tree& tree, uint32_t page, const PageRows& rows, const float* m
   for (uint32_t r = 0; r < rows.count; ++r) {
     int8_t q[kSketchDims];
     for (uint32_t i = 0; i < kSketchDims; ++i)
-      q[i] = static_cast<int8_t>(std::lrintf(delta[r][i] * inverse));
+      q[i] = static_cast<int8_t>(RoundToInt(delta[r][i] * inverse));
     PackBlockRow(q, kSketchDims, r, block);
   }
   tree.pages[page].sketch_scale = inverse > 0 ? scale : 0.0f;

@@ -5,6 +5,7 @@
 
 #include "cacheserver/select/cluster_tree_search.h"
 #include "kernels/distance.h"
+#include "kernels/page_mass.h"
 
 namespace icecache::cluster_tree {
 
@@ -184,6 +185,34 @@ void Search::AddItem(const int8_t* row, float scale) {
   }
 }
 
+// Pages of some weight are valued at their own means; their masses become 0.
+void Search::AddHeavyPages(const AttentionStateRef& states) {
+  found_.resize(slots_ + kBlockRows);
+  const size_t found = IndicesAtLeast(share_.data(), slots_, kTinyShare, found_.data());
+  const size_t item = item_rows_.size();
+  item_rows_.resize(item + found);
+  found_scale_.resize(found);
+  for (size_t f = 0; f < found; ++f) {
+    const uint32_t page = PageOf(found_[f]);
+    item_rows_[item + f] = tree_->values.signed_row(page);
+    found_scale_[f] = tree_->pages[page].value_scale;
+  }
+  for (uint32_t g = 0; g < group_; ++g) {
+    float* mass = mass_.data() + size_t{g} * slots_;
+    float* weights = item_weights_.data() + g * items_max_ + item;
+    const float weight = weight_[g];
+    float sum = 0;
+    for (size_t f = 0; f < found; ++f) {
+      const float w = mass[found_[f]] * weight;
+      mass[found_[f]] = 0;
+      weights[f] = w * found_scale_[f];
+      sum += w;
+    }
+    states.denom[g] += sum;
+    item_sum_[g] += sum;
+  }
+}
+
 // Everything else: mass times mean value, of pages, and of supers for tiny pages and for what was
 // not scanned.
 void Search::AddEstimates(const AttentionStateRef& states) {
@@ -193,29 +222,14 @@ void Search::AddEstimates(const AttentionStateRef& states) {
     for (uint32_t g = 0; g < group_; ++g) mass_[size_t{g} * slots_ + candidates_[c]] = 0;
     share_[candidates_[c]] = 0;
   }
-  for (uint32_t b = 0; b < blocks_.size(); ++b) {
-    const uint32_t first = b * kBlockRows;
-    const uint32_t super = tree_->super_of_block[blocks_[b]];
-    if (Max16(share_.data() + first) < kTinyShare) {
-      for (uint32_t g = 0; g < group_; ++g) {
-        super_mass_[size_t{g} * supers + super] += Sum16(mass_.data() + size_t{g} * slots_ + first);
-      }
-      continue;
-    }
-    for (uint32_t i = first; i < first + kBlockRows; ++i) {
-      if (share_[i] < kTinyShare) {
-        for (uint32_t g = 0; g < group_; ++g) {
-          super_mass_[size_t{g} * supers + super] += mass_[size_t{g} * slots_ + i];
-        }
-        continue;
-      }
-      for (uint32_t g = 0; g < group_; ++g) {
-        weight_scratch_[g] = mass_[size_t{g} * slots_ + i] * weight_[g];
-        states.denom[g] += weight_scratch_[g];
-      }
-      const uint32_t page = PageOf(i);
-      AddItem(tree_->values.signed_row(page), tree_->pages[page].value_scale);
-    }
+  AddHeavyPages(states);
+  block_sums_.resize(blocks_.size());
+  for (uint32_t g = 0; g < group_; ++g) {
+    const float* mass = mass_.data() + size_t{g} * slots_;
+    float* rest = super_mass_.data() + size_t{g} * supers;
+    SumBlocks(mass, blocks_.size(), block_sums_.data());
+    for (size_t b = 0; b < blocks_.size(); ++b)
+      rest[tree_->super_of_block[blocks_[b]]] += block_sums_[b];
   }
   for (uint32_t s = 0; s < supers; ++s) {
     float any = 0;
@@ -228,9 +242,11 @@ void Search::AddEstimates(const AttentionStateRef& states) {
   }
   AddInt8Rows(item_weights_.data(), items_max_, group_, item_rows_.data(),
               static_cast<uint32_t>(item_rows_.size()), dim_, states.out);
+  const float* mean = tree_->basis.value_mean.data();
   for (uint32_t g = 0; g < group_; ++g) {
-    for (uint32_t j = 0; j < dim_; ++j)
-      states.row(g)[j] += item_sum_[g] * tree_->basis.value_mean[j];
+    const float sum = item_sum_[g];
+    float* to = states.row(g);
+    for (uint32_t j = 0; j < dim_; ++j) to[j] += sum * mean[j];
   }
 }
 

@@ -3,8 +3,10 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 
 #include "kernels/distance.h"
+#include "kernels/page_mass.h"
 
 namespace icecache::cluster_tree {
 
@@ -15,21 +17,28 @@ constexpr float kOptimism = 3.0f;          // standard deviations granted to an 
 constexpr float kNegligibleShare = 2e-4f;  // of the mass: not worth a sketch even if optimistic
 constexpr float kTopOfPage = 1.5f;  // standard deviations of the best of 16 above the mean, about
 
-// Variance of z inside pages as these queries see it, relative to the metric, as a factor on
-// spreads.
-template <typename Dims>
-float SpreadFactor(const Basis& basis, const float* scaled, const Dims& use) {
-  double seen = 0, metric = 0, plain = 0, plain_metric = 0;
-  for (size_t j = 0; j < basis.weight.size(); ++j) {
-    if (!use(j)) continue;
-    const double q2 = double{scaled[j]} * scaled[j];
-    seen += q2 * basis.page_variance[j];
-    metric += double{basis.weight[j]} * basis.page_variance[j];
-    plain += q2;
-    plain_metric += basis.weight[j];
+// Sum over j of use[j] * x[j] * y[j]; dim is a multiple of 16.
+float WeightedDot(const float* use, const float* x, const float* y, size_t dim) {
+  float lanes[16] = {};
+  for (size_t j = 0; j < dim; j += 16) {
+    for (size_t i = 0; i < 16; ++i) lanes[i] += use[j + i] * x[j + i] * y[j + i];
   }
-  const double ratio = metric > 0 ? seen / metric : plain_metric > 0 ? plain / plain_metric : 0.0;
-  return static_cast<float>(std::min(std::sqrt(ratio), 1e15));
+  return std::accumulate(lanes, lanes + 16, 0.0f);
+}
+
+// Variance of z inside pages as a query sees it, relative to the metric, as a factor on spreads.
+// Counts the dimensions with use[j] = 1.
+float SpreadFactor(const Basis& basis, const float* square, const float* use) {
+  const size_t dim = basis.weight.size();
+  const float* variance = basis.page_variance.data();
+  const float metric = WeightedDot(use, basis.weight.data(), variance, dim);
+  if (metric > 0) {
+    const float seen = WeightedDot(use, square, variance, dim);
+    return std::min(std::sqrt(seen / metric), 1e15f);
+  }
+  const float plain = WeightedDot(use, square, use, dim);
+  const float plain_metric = WeightedDot(use, basis.weight.data(), use, dim);
+  return plain_metric > 0 ? std::min(std::sqrt(plain / plain_metric), 1e15f) : 0.0f;
 }
 
 }  // namespace
@@ -55,7 +64,10 @@ void Search::Run(const Tree& tree, const ClusterTreeOptions& options, const Sele
   ScanSupers();
   ScanPages();
   sketch_slot_.clear();
-  if (tree.basis.sketched() && !read_all_) Sketch();
+  if (tree.basis.sketched() && !read_all_) {
+    Sketch();
+    Totals();
+  }
   Shares();
   Candidates();
   ReadCandidates();
@@ -73,27 +85,28 @@ void Search::Prepare() {
   total_.resize(group_);
   indexed_.resize(group_);
   local_.resize(group_);
+  float square[limits::kHeadDimMax], use[limits::kHeadDimMax];
+  std::fill_n(use, dim_, 1.0f);
+  const auto factor = [&](const float* z) {
+    for (uint32_t j = 0; j < dim_; ++j) square[j] = z[j] * z[j];
+    return SpreadFactor(basis, square, use);
+  };
   for (uint32_t g = 0; g < group_; ++g) {
     const float* q = request_->queries + size_t{g} * dim_;
     float* to = scaled_.data() + size_t{g} * dim_;
-    double base = 0;
-    for (uint32_t j = 0; j < dim_; ++j) {
-      to[j] = q[j] * basis.scale[j];
-      base += double{q[j]} * basis.mean[j];
-    }
-    base_[g] = Sane(static_cast<float>(base));
-    rho_[g] = SpreadFactor(basis, to, [](size_t) { return true; });
+    for (uint32_t j = 0; j < dim_; ++j) to[j] = q[j] * basis.scale[j];
+    base_[g] = Sane(WeightedDot(use, q, basis.mean.data(), dim_));
+    rho_[g] = factor(to);
   }
   coarse_.Assign(scaled_.data(), group_, dim_, 2);
   if (!basis.sketched()) return;
   picked_.resize(size_t{group_} * kSketchDims);
-  bool in_sketch[limits::kHeadDimMax] = {};
-  for (uint32_t j : basis.sketch_dims) in_sketch[j] = true;
+  for (uint32_t j : basis.sketch_dims) use[j] = 0;
   for (uint32_t g = 0; g < group_; ++g) {
     const float* from = scaled_.data() + size_t{g} * dim_;
     for (uint32_t i = 0; i < kSketchDims; ++i)
       picked_[g * kSketchDims + i] = from[basis.sketch_dims[i]];
-    rest_rho_[g] = SpreadFactor(basis, from, [&](size_t j) { return !in_sketch[j]; });
+    rest_rho_[g] = factor(from);
   }
   fine_.Assign(picked_.data(), group_, kSketchDims, 1);
 }
@@ -168,22 +181,14 @@ void Search::ScanPages() {
               static_cast<uint32_t>(blocks_.size()), base_.data(), centre_.data(), slots_);
   const uint32_t supers = tree_->super_count();
   for (uint32_t g = 0; g < group_; ++g) {
-    const float rho = rho_[g];
-    for (size_t b = 0; b < blocks_.size(); ++b) {
-      const float* spread = nodes.spread.data() + size_t{blocks_[b]} * kBlockRows;
-      const float* log_count = nodes.log_count.data() + size_t{blocks_[b]} * kBlockRows;
-      float* centre = centre_.data() + size_t{g} * slots_ + b * kBlockRows;
-      float* mass = mass_.data() + size_t{g} * slots_ + b * kBlockRows;
-      for (uint32_t lane = 0; lane < kBlockRows; ++lane) {
-        centre[lane] = Sane(centre[lane]);
-        mass[lane] = centre[lane] + SpreadGain(spread[lane] * rho) + log_count[lane];
-      }
-    }
     float* mass = mass_.data() + size_t{g} * slots_;
     float* rest = super_mass_.data() + size_t{g} * supers;
-    ref_[g] = std::max(MaxOf(mass, slots_), MaxOf(rest, supers));
-    ExpShifted(mass, slots_, ref_[g], mass);
-    ExpShifted(rest, supers, ref_[g], rest);
+    const float top = EstimateLogMasses(blocks_.data(), blocks_.size(), nodes.spread.data(),
+                                        nodes.log_count.data(), rho_[g],
+                                        centre_.data() + size_t{g} * slots_, mass);
+    ref_[g] = std::max(top, MaxOf(rest, supers));
+    const float sum = ExpShifted(mass, slots_, ref_[g], mass);
+    SetTotals(g, sum + ExpShifted(rest, supers, ref_[g], rest));
   }
 }
 
@@ -243,37 +248,48 @@ void Search::Sketch() {
   }
 }
 
-// indexed_, total_, share_ and rank_ from the masses as they stand.
-void Search::Shares() {
+// indexed_ and total_ of head g, whose masses sum to `indexed`.
+void Search::SetTotals(uint32_t g, float indexed) {
+  indexed_[g] = std::max(indexed, 1e-30f);
+  local_[g] = request_->local_lse == nullptr
+                  ? 0.0f
+                  : std::exp(std::min(Sane(request_->local_lse[g]) - ref_[g], 80.0f));
+  total_[g] = indexed_[g] + local_[g];
+}
+
+// The same after masses have changed.
+void Search::Totals() {
   const uint32_t supers = tree_->super_count();
-  share_.assign(slots_, 0.0f);
-  rank_.assign(slots_, 0.0f);
+  block_sums_.resize(blocks_.size());
   for (uint32_t g = 0; g < group_; ++g) {
-    const float* mass = mass_.data() + size_t{g} * slots_;
-    double sum = 0;
-    for (uint32_t i = 0; i < slots_; i += kBlockRows) {
-      float block = 0;
-      for (uint32_t lane = 0; lane < kBlockRows; ++lane) block += mass[i + lane];
-      sum += block;
-    }
-    for (uint32_t s = 0; s < supers; ++s) sum += super_mass_[size_t{g} * supers + s];
-    local_[g] = request_->local_lse == nullptr
-                    ? 0.0f
-                    : std::exp(std::min(Sane(request_->local_lse[g]) - ref_[g], 80.0f));
-    indexed_[g] = std::max(static_cast<float>(sum), 1e-30f);
-    total_[g] = indexed_[g] + local_[g];
-    const float of_total = 1.0f / total_[g];
-    const float of_indexed = 1.0f / indexed_[g];
-    const bool sum_heads = request_->rank == GroupRank::kMassSum;
-    for (uint32_t i = 0; i < slots_; ++i) {
-      const float x = mass[i] * of_total;
-      share_[i] = std::max(share_[i], mass[i] * of_indexed);
-      rank_[i] = sum_heads ? rank_[i] + x : std::max(rank_[i], x);
-    }
+    SumBlocks(mass_.data() + size_t{g} * slots_, blocks_.size(), block_sums_.data());
+    const float* rest = super_mass_.data() + size_t{g} * supers;
+    const double sum = std::accumulate(block_sums_.begin(), block_sums_.end(), 0.0);
+    SetTotals(g, static_cast<float>(std::accumulate(rest, rest + supers, sum)));
   }
 }
 
-// Leaves the `count` slots of largest rank in candidates_, best first; empty slots never.
+// share_ from the masses as they stand.
+void Search::Shares() {
+  share_.resize(slots_);
+  for (uint32_t g = 0; g < group_; ++g) {
+    MaxScaled(mass_.data() + size_t{g} * slots_, slots_, 1.0f / indexed_[g], g == 0, share_.data());
+  }
+}
+
+// rank_ by the request's rule.
+void Search::Rank() {
+  rank_.resize(slots_);
+  if (request_->rank == GroupRank::kMaxToken) return RankByToken();
+  const bool sum_heads = request_->rank == GroupRank::kMassSum;
+  for (uint32_t g = 0; g < group_; ++g) {
+    (sum_heads ? AddScaled : MaxScaled)(mass_.data() + size_t{g} * slots_, slots_, 1.0f / total_[g],
+                                        g == 0, rank_.data());
+  }
+}
+
+// Leaves the `count` slots of largest rank in candidates_, best first when a mass is wanted; empty
+// slots never.
 void Search::TopSlots(const std::vector<float>& rank, uint32_t count) {
   candidates_.clear();
   if (count == 0) return;
@@ -283,13 +299,8 @@ void Search::TopSlots(const std::vector<float>& rank, uint32_t count) {
   const size_t groups = (blocks_.size() + depth - 1) / depth * kBlockRows;
   float bound = kMinusInfinity;
   if (groups > count) {
-    maxima_.assign(groups, kMinusInfinity);
-    for (size_t b = 0; b < blocks_.size(); ++b) {
-      float* top = maxima_.data() + b / depth * kBlockRows;
-      const float* block = rank.data() + b * kBlockRows;
-      for (uint32_t lane = 0; lane < kBlockRows; ++lane)
-        top[lane] = std::max(top[lane], block[lane]);
-    }
+    maxima_.resize(groups);
+    MaxOfBlockGroups(rank.data(), blocks_.size(), depth, maxima_.data());
     std::nth_element(maxima_.begin(), maxima_.begin() + (count - 1), maxima_.end(),
                      std::greater<>());
     bound = maxima_[count - 1];
@@ -304,7 +315,7 @@ void Search::TopSlots(const std::vector<float>& rank, uint32_t count) {
     std::nth_element(order_.begin(), order_.begin() + count, order_.end());
     order_.resize(count);
   }
-  std::sort(order_.begin(), order_.end());
+  if (request_->min_mass > 0) std::sort(order_.begin(), order_.end());
   for (const auto& [negative, slot] : order_) candidates_.push_back(slot);
 }
 
@@ -322,33 +333,26 @@ uint32_t Search::PagesByEstimate() const {
   return n;
 }
 
-void Search::Candidates() {
-  if (request_->rank == GroupRank::kMaxToken) {
-    // Estimated best token of a page, from its sketch or from its spread.
-    rank_.assign(slots_, 0.0f);
-    spare_.resize(slots_);
-    for (uint32_t g = 0; g < group_; ++g) {
-      const float inverse = 1.0f / total_[g];
-      const float reach = kTopOfPage * rho_[g];
-      for (size_t b = 0; b < blocks_.size(); ++b) {
-        const float* centre = centre_.data() + size_t{g} * slots_ + b * kBlockRows;
-        const float* spread = tree_->leaves.spread.data() + size_t{blocks_[b]} * kBlockRows;
-        const float* log_count = tree_->leaves.log_count.data() + size_t{blocks_[b]} * kBlockRows;
-        float* to = spare_.data() + b * kBlockRows;
-        for (uint32_t lane = 0; lane < kBlockRows; ++lane) {
-          // An empty slot must not count among the best: it would push a page out of the answer.
-          const float top = std::min(centre[lane] + reach * spread[lane] - ref_[g], 60.0f);
-          to[lane] = log_count[lane] == kMinusInfinity ? kMinusInfinity : top;
-        }
-      }
-      ExpShifted(spare_.data(), slots_, 0.0f, spare_.data());
-      if (tree_->basis.sketched() && !read_all_) {
-        const size_t count = sketch_slot_.size();
-        for (size_t m = 0; m < count; ++m) spare_[sketch_slot_[m]] = sketch_top_[g * count + m];
-      }
-      for (uint32_t i = 0; i < slots_; ++i) rank_[i] = std::max(rank_[i], spare_[i] * inverse);
+// rank_ = log of the estimated best token of a page, from its sketch or from its spread.
+void Search::RankByToken() {
+  const NodeTable& nodes = tree_->leaves;
+  spare_.resize(slots_);
+  for (uint32_t g = 0; g < group_; ++g) {
+    float* rank = g == 0 ? rank_.data() : spare_.data();
+    EstimateTops(blocks_.data(), blocks_.size(), nodes.spread.data(), nodes.log_count.data(),
+                 kTopOfPage * rho_[g], -std::log(total_[g]) - ref_[g],
+                 centre_.data() + size_t{g} * slots_, rank);
+    const size_t count = sketch_slot_.size();
+    for (size_t m = 0; m < count; ++m) {
+      const float top = sketch_top_[g * count + m] / total_[g];
+      rank[sketch_slot_[m]] = top > 0 ? std::log(top) : -100.0f;
     }
+    if (g > 0) MaxScaled(rank, slots_, 1.0f, false, rank_.data());
   }
+}
+
+void Search::Candidates() {
+  Rank();
   uint32_t extra = tree_->basis.sketched() ? options_->rerank_pages_sketch : options_->rerank_pages;
   extra = read_all_ ? tree_->page_count() : std::min(extra, request_->read_cap / kPageRows);
   TopSlots(rank_, std::min(tree_->page_count(), max_pages_ + extra));
@@ -365,6 +369,8 @@ void Search::Rescale(uint32_t g, float ref, float shrink) {
   for (uint32_t i = 0; i < slots_; ++i) mass_[size_t{g} * slots_ + i] *= shrink;
   for (size_t i = 0; i < weights; ++i) sketch_weight_[g * weights + i] *= shrink;
   for (size_t s = 0; s < supers; ++s) super_mass_[g * supers + s] *= shrink;
+  indexed_[g] *= shrink;
+  local_[g] *= shrink;
   ref_[g] = ref;
 }
 
@@ -388,30 +394,41 @@ void Search::ReadCandidates() {
     out_->tokens_read += page.fill;
     DotRows(request_->queries, group_, page.k, kv_->dtype, page.fill, dim_,
             logits_.data() + size_t{c} * kPageRows, stride);
-    for (uint32_t g = 0; g < group_; ++g) {
-      float* row = logits_.data() + g * stride + size_t{c} * kPageRows;
-      for (uint32_t t = 0; t < page.fill; ++t) row[t] = Sane(row[t]);
-    }
   }
+  bool resum = false;
   for (uint32_t g = 0; g < group_; ++g) {
     float* row = logits_.data() + g * stride;
     float* mass = mass_.data() + size_t{g} * slots_;
+    for (size_t t = 0; t < stride; ++t) row[t] = Sane(row[t]);
     const float ref = std::max(ref_[g], MaxOf(row, stride));
     if (ref > ref_[g]) Rescale(g, ref, std::exp(ref_[g] - ref));
     ExpShifted(row, stride, ref, row);
+    double gain = 0;
     for (uint32_t c = 0; c < count; ++c) {
       const float sum = Sum16(row + size_t{c} * kPageRows);
       const float top = Max16(row + size_t{c} * kPageRows);
       float& estimate = mass[candidates_[c]];
       candidate_mass_[size_t{g} * count + c] = candidate_read_[c] != 0 ? sum : estimate;
       candidate_top_[size_t{g} * count + c] = candidate_read_[c] != 0 ? top : estimate;
+      gain += double{candidate_mass_[size_t{g} * count + c]} - estimate;
       estimate = candidate_mass_[size_t{g} * count + c];
     }
+    // Where estimates were far too high, the difference has no digits left.
+    const double indexed = indexed_[g] + gain;
+    resum = resum || indexed < 0.01 * indexed_[g];
+    indexed_[g] = std::max(static_cast<float>(indexed), 1e-30f);
+    total_[g] = indexed_[g] + local_[g];
+  }
+  if (resum) Totals();
+  for (uint32_t c = 0; c < count; ++c) {
+    float share = 0;
+    for (uint32_t g = 0; g < group_; ++g)
+      share = std::max(share, candidate_mass_[size_t{g} * count + c] / indexed_[g]);
+    share_[candidates_[c]] = share;
   }
 }
 
 void Search::Choose() {
-  Shares();
   const auto count = static_cast<uint32_t>(candidates_.size());
   const bool by_token = request_->rank == GroupRank::kMaxToken;
   order_.clear();
@@ -426,15 +443,17 @@ void Search::Choose() {
     order_.emplace_back(rank, c);
     rows_unchosen += candidate_read_[c] != 0 ? tree_->pages[PageOf(candidates_[c])].count : 0;
   }
-  std::sort(order_.begin(), order_.end(), [&](const auto& a, const auto& b) {
-    return a.first != b.first ? a.first > b.first
-                              : PageOf(candidates_[a.second]) < PageOf(candidates_[b.second]);
-  });
+  const uint32_t taken = std::min(count, max_pages_);
+  std::partial_sort(
+      order_.begin(), order_.begin() + taken, order_.end(), [&](const auto& a, const auto& b) {
+        return a.first != b.first ? a.first > b.first
+                                  : PageOf(candidates_[a.second]) < PageOf(candidates_[b.second]);
+      });
   candidate_chosen_.assign(count, 0);
   float missing = 0, covered = 0;
   for (uint32_t g = 0; g < group_; ++g) missing += indexed_[g] / total_[g];
   const float allowed = (1.0f - request_->min_mass) * static_cast<float>(group_);
-  for (uint32_t n = 0; n < std::min(count, max_pages_); ++n) {
+  for (uint32_t n = 0; n < taken; ++n) {
     // A page that was read may stay behind only within the cap on exact reads.
     if (request_->min_mass > 0 && missing <= allowed && rows_unchosen <= request_->read_cap) break;
     const uint32_t c = order_[n].second;

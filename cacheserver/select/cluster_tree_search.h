@@ -36,7 +36,11 @@ class Search {
   void ScanPages();
   void Sketch();
   void ChooseSketched();
+  void SetTotals(uint32_t g, float indexed);
+  void Totals();
   void Shares();
+  void Rank();
+  void RankByToken();
   void Candidates();
   void ReadCandidates();
   void Rescale(uint32_t g, float ref, float shrink);
@@ -56,6 +60,7 @@ class Search {
   void AddFixedTokens(const AttentionStateRef& states);
   void AddEstimates(const AttentionStateRef& states);
   void AddItem(const int8_t* row, float scale);
+  void AddHeavyPages(const AttentionStateRef& states);
 
   const Tree* tree_ = nullptr;
   const ClusterTreeOptions* options_ = nullptr;
@@ -77,13 +82,16 @@ class Search {
   std::vector<const uint8_t*> block_keys_;
   std::vector<const float*> block_scales_;
   std::vector<float> centre_, mass_;  // [group][slots_]
-  std::vector<float> share_;          // [slots_] of a head's indexed mass, largest over the group
+  // [slots_] share of a head's indexed mass, largest over the group; that of pages which nobody has
+  // read is by the totals as they were estimated.
+  std::vector<float> share_;
   std::vector<float> rank_;           // [slots_] by the request's rule, of total_
   std::vector<float> super_mass_;     // [group][supers]: mass to be valued at the super's mean
   std::vector<uint8_t> super_scanned_;
   std::vector<std::pair<float, uint32_t>> order_;
   std::vector<float> spare_, maxima_;
   std::vector<uint32_t> found_;
+  std::vector<float> found_scale_, block_sums_;
 
   std::vector<SketchPage> sketch_pages_;
   std::vector<uint32_t> sketch_slot_;  // scanned slot of each sketched page
@@ -135,6 +143,9 @@ inline float Max16(const float* x) {
 }
 
 // Keeps logits finite and ordered whatever the rows hold.
-inline float Sane(float x) { return x > -1e30f ? (x < 1e30f ? x : 1e30f) : -1e30f; }
+inline float Sane(float x) {
+  x = x > -1e30f ? x : -1e30f;  // one after the other: nested, they would not vectorise
+  return x < 1e30f ? x : 1e30f;
+}
 
 }  // namespace icecache::cluster_tree
