@@ -1,7 +1,5 @@
 #include "cacheserver/control_service.h"
 
-#include <boost/asio/read.hpp>
-#include <boost/asio/write.hpp>
 #include <deque>
 #include <map>
 #include <utility>
@@ -56,19 +54,28 @@ struct ControlService::Impl {
 class ControlService::Connection : public std::enable_shared_from_this<Connection> {
  public:
   Connection(Impl& impl, tcp::socket socket, ConnectionId id)
-      : impl_(&impl), socket_(std::move(socket)), id_(id), heard_(impl.reactor.clock().Now()) {
+      : impl_(&impl),
+        stream_(std::move(socket), impl.options.tls),
+        id_(id),
+        heard_(impl.reactor.clock().Now()) {
     error_code ignored;
-    socket_.set_option(tcp::no_delay(true), ignored);
-    const tcp::endpoint peer = socket_.remote_endpoint(ignored);
+    stream_.socket().set_option(tcp::no_delay(true), ignored);
+    const tcp::endpoint peer = stream_.socket().remote_endpoint(ignored);
     peer_ = ignored ? "?" : EndpointText(peer);
   }
 
-  void Start() { ReadHeader(); }
+  void Start() {
+    stream_.HandshakeAsServer([self = shared_from_this()](const error_code& error) {
+      if (self->impl_ == nullptr) return;
+      if (error) return self->Refuse("TLS: " + error.message());
+      self->ReadHeader();
+    });
+  }
 
   // The owner goes away: nothing may touch it after this.
   void Abandon() {
     impl_ = nullptr;
-    CloseSocket();
+    stream_.Close();
   }
 
   // impl_->connections loses it: call nothing of it afterwards except through a shared_ptr.
@@ -77,7 +84,7 @@ class ControlService::Connection : public std::enable_shared_from_this<Connectio
     LogDebug("control connection closed", {{"peer", peer_}, {"reason", reason}});
     Impl* impl = std::exchange(impl_, nullptr);
     impl->requests_open -= open_;
-    CloseSocket();
+    stream_.Close();
     impl->Remove(id_);
     if (tenant_) impl->contexts.EndConnection(id_);
   }
@@ -99,12 +106,6 @@ class ControlService::Connection : public std::enable_shared_from_this<Connectio
  private:
   TimePoint made_at() const { return heard_; }  // before Hello nothing moves heard_
 
-  void CloseSocket() {
-    error_code ignored;
-    socket_.shutdown(tcp::socket::shutdown_both, ignored);
-    socket_.close(ignored);
-  }
-
   void Refuse(const std::string& reason) {
     impl_->refused.Add();
     LogInfo("control connection refused", {{"peer", peer_}, {"reason", reason}});
@@ -113,7 +114,7 @@ class ControlService::Connection : public std::enable_shared_from_this<Connectio
 
   void ReadHeader() {
     auto self = shared_from_this();
-    asio::async_read(socket_, asio::buffer(header_), [self](const error_code& error, size_t) {
+    stream_.Read(header_, [self](const error_code& error) {
       if (self->impl_ == nullptr) return;
       if (error) return self->Close(error.message());
       Result<size_t> bytes = wire::FrameBytes(header_span(self->header_));
@@ -131,13 +132,11 @@ class ControlService::Connection : public std::enable_shared_from_this<Connectio
     frame_.resize(frame_bytes);
     std::copy(header_.begin(), header_.end(), frame_.begin());
     auto self = shared_from_this();
-    asio::async_read(socket_,
-                     asio::buffer(frame_.data() + header_.size(), frame_bytes - header_.size()),
-                     [self](const error_code& error, size_t) {
-                       if (self->impl_ == nullptr) return;
-                       if (error) return self->Close(error.message());
-                       self->HandleFrame();
-                     });
+    stream_.Read(std::span(frame_).subspan(header_.size()), [self](const error_code& error) {
+      if (self->impl_ == nullptr) return;
+      if (error) return self->Close(error.message());
+      self->HandleFrame();
+    });
   }
 
   // Answers as far as possible and ends the connection: after a bad frame the stream has no next
@@ -198,7 +197,8 @@ class ControlService::Connection : public std::enable_shared_from_this<Connectio
       heard_ = impl_->reactor.clock().Now();
       LogInfo("worker connected", {{"peer", peer_},
                                    {"tenant", impl_->tenants.Get(*tenant_).name},
-                                   {"client", hello->client}});
+                                   {"client", hello->client},
+                                   {"tls", impl_->options.tls ? stream_.Describe() : "no"}});
       wire::HelloReply reply;
       reply.version = kServerVersion;
       reply.shards = ReachableShards();
@@ -212,10 +212,10 @@ class ControlService::Connection : public std::enable_shared_from_this<Connectio
   }
 
   // A shard that listens on all addresses is reached at the one that this peer has reached us at.
-  std::vector<std::string> ReachableShards() const {
+  std::vector<std::string> ReachableShards() {
     std::vector<std::string> shards = impl_->options.shards;
     error_code error;
-    const tcp::endpoint local = socket_.local_endpoint(error);
+    const tcp::endpoint local = stream_.socket().local_endpoint(error);
     for (std::string& address : shards) {
       Result<HostPort> parsed = ParseHostPort(address);
       if (error || !parsed.ok() || (parsed->host != "0.0.0.0" && parsed->host != "::")) continue;
@@ -235,19 +235,18 @@ class ControlService::Connection : public std::enable_shared_from_this<Connectio
 
   void WriteNext() {
     auto self = shared_from_this();
-    asio::async_write(socket_, asio::buffer(queue_.front()),
-                      [self](const error_code& error, size_t) {
-                        if (self->impl_ == nullptr) return;
-                        if (error) return self->Close(error.message());
-                        self->queued_bytes_ -= self->queue_.front().size();
-                        self->queue_.pop_front();
-                        if (!self->queue_.empty()) return self->WriteNext();
-                        if (self->closing_) self->Close("refused");
-                      });
+    stream_.Write(queue_.front(), [self](const error_code& error) {
+      if (self->impl_ == nullptr) return;
+      if (error) return self->Close(error.message());
+      self->queued_bytes_ -= self->queue_.front().size();
+      self->queue_.pop_front();
+      if (!self->queue_.empty()) return self->WriteNext();
+      if (self->closing_) self->Close("refused");
+    });
   }
 
   Impl* impl_;  // nullptr: closed
-  tcp::socket socket_;
+  ControlStream stream_;
   const ConnectionId id_;
   std::string peer_;
   std::optional<TenantId> tenant_;  // set by Hello

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "cacheserver/context_service.h"
+#include "common/control_stream.h"
 #include "common/reactor.h"
 
 namespace icecache {
@@ -21,6 +22,7 @@ struct ControlServiceOptions {
   std::vector<std::string> shards;  // data-plane addresses, in the order of the shards
   Duration lease_time = limits::kLeaseTime;
   uint32_t heartbeat_ms = static_cast<uint32_t>(limits::kHeartbeatInterval.count());
+  std::shared_ptr<TlsContext> tls;  // nullptr: in the clear
 };
 
 class ControlService {

@@ -135,6 +135,11 @@ int Serve(ParsedServerConfig parsed, const Machine& machine) {
     if (!tenants.ok()) return Fail(tenants.status());
     parts.tenants = *std::move(tenants);
   }
+  if (!config.tls_cert.empty()) {
+    Result<std::shared_ptr<TlsContext>> tls = TlsContext::Server(config.tls_cert, config.tls_key);
+    if (!tls.ok()) return Fail(tls.status());
+    parts.tls = *std::move(tls);
+  }
   Result<std::unique_ptr<Server>> started = Server::Start(std::move(parts));
   if (!started.ok()) return Fail(started.status());
   Server& server = **started;
@@ -151,6 +156,7 @@ int Serve(ParsedServerConfig parsed, const Machine& machine) {
                     {"shards", std::to_string(config.threads)},
                     {"build_threads", std::to_string(config.build_threads)},
                     {"tenants", config.token_file.empty() ? "default only" : config.token_file},
+                    {"control_tls", config.tls_cert.empty() ? "no" : "yes"},
                     {"transports", server.transport_description()},
                     {"version", kServerVersion}});
   NotifySupervisor("READY=1");

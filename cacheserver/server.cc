@@ -152,6 +152,7 @@ Status Server::StartControl() {
   options.shards = data_addresses();
   options.lease_time = std::chrono::milliseconds(config.lease_ms);
   options.heartbeat_ms = config.heartbeat_ms;
+  options.tls = parts_.tls;
   std::vector<ShardGroup::Member> members;
   for (const auto& shard : shards_) members.push_back({&shard->reactor, shard->shard.get()});
   control_ = std::make_unique<ControlPlane>(*this, std::move(members), std::move(options));

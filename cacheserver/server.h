@@ -19,6 +19,7 @@
 #include "cacheserver/context/tenant.h"
 #include "cacheserver/server_config.h"
 #include "common/clock.h"
+#include "common/control_stream.h"
 #include "common/metrics.h"
 #include "common/reactor.h"
 #include "common/status.h"
@@ -30,6 +31,7 @@ struct ServerParts {
   ServerConfig config;
   std::string merged_config;  // for /config
   TenantTable tenants = TenantTable::Open();
+  std::shared_ptr<TlsContext> tls;  // of the control plane; nullptr: in the clear
   // Makes the transport of one shard, on its thread.
   std::function<Result<std::unique_ptr<Transport>>(Reactor&)> make_transport;
   Duration spin = Duration::zero();  // of every shard's reactor

@@ -107,6 +107,19 @@ Status CheckHost(const ServerConfig& c) {
                          "context; give --token-file FILE, or --host 127.0.0.1");
 }
 
+// Secrets and tickets travel on the control plane.
+Status CheckTls(const ServerConfig& c) {
+  if (c.tls_cert.empty() != c.tls_key.empty()) {
+    return InvalidArgument(
+        "tls-cert and tls-key belong together: give both PEM files, or neither for no TLS");
+  }
+  if (IsLoopbackHost(c.host) || !c.tls_cert.empty() || c.allow_plaintext) return OkStatus();
+  return InvalidArgument(
+      "host " + c.host +
+      " is not loopback and the control plane would carry secrets in the clear; give --tls-cert "
+      "FILE and --tls-key FILE, or --allow-plaintext where the network itself is trusted");
+}
+
 Status CheckHttpHost(const ServerConfig& c) {
   if (IsLoopbackHost(c.http_host) || !c.token_file.empty()) return OkStatus();
   return InvalidArgument("http-host " + c.http_host +
@@ -179,7 +192,8 @@ constexpr char kDescription[] =
 constexpr char kExamples[] =
     "icecache-server --memory-size 16GiB\n"
     "icecache-server --config /etc/icecache/server.toml --check-config\n"
-    "icecache-server --host 0.0.0.0 --token-file /etc/icecache/tokens.toml\n"
+    "icecache-server --host 0.0.0.0 --token-file /etc/icecache/tokens.toml --tls-cert server.pem "
+    "--tls-key server.key\n"
     "icecache-server --port 0 --http-port 0 --port-file /tmp/ports.json\n"
     "ICECACHE_LOG_LEVEL=debug icecache-server --print-config";
 
@@ -202,6 +216,11 @@ void AddKeys(ConfigParser& parser, ServerConfig& c) {
              "what UCX may use (UCX_TLS), as posix,cma,tcp,self; must contain tcp");
   parser.Add("token_file", &c.token_file,
              "TOML file of tenants and hashed secrets; reloaded on SIGHUP");
+  parser.Add("tls_cert", &c.tls_cert,
+             "PEM file with this server's certificate and its chain: TLS on the control plane");
+  parser.Add("tls_key", &c.tls_key, "PEM file with the certificate's private key");
+  parser.Add("allow_plaintext", &c.allow_plaintext,
+             "serve other hosts without TLS: secrets travel in the clear");
   parser.AddMillis("lease_ms", &c.lease_ms, "how long a silent worker keeps its contexts");
   parser.AddMillis("heartbeat_ms", &c.heartbeat_ms,
                    "how often workers are told to renew their leases");
@@ -214,6 +233,8 @@ void AddKeys(ConfigParser& parser, ServerConfig& c) {
 
 void AddChecks(ConfigParser& parser, ServerConfig& c, const Machine& machine) {
   parser.AddCheck("host", [&c] { return CheckHost(c); });
+  for (const char* key : {"host", "tls_cert", "tls_key"})
+    parser.AddCheck(key, [&c] { return CheckTls(c); });
   parser.AddCheck("http_host", [&c] { return CheckHttpHost(c); });
   parser.AddCheck("memory_size", [&c, &machine] { return CheckMemory(c, machine); });
   parser.AddCheck("data_dir", [&c] { return CheckDataDir(c); });
@@ -295,6 +316,7 @@ Result<ParsedServerConfig> ParseServerConfig(int argc, const char* const* argv,
 
 Status CheckServerConfig(const ServerConfig& c, const Machine& machine) {
   KV_RETURN_IF_ERROR(CheckHost(c));
+  KV_RETURN_IF_ERROR(CheckTls(c));
   KV_RETURN_IF_ERROR(CheckHttpHost(c));
   KV_RETURN_IF_ERROR(CheckMemory(c, machine));
   KV_RETURN_IF_ERROR(CheckSharedMemoryRoom(c, machine));

@@ -29,6 +29,9 @@ struct ServerConfig {
   uint32_t build_threads = 1;
   std::string transports;  // UCX_TLS; empty: the default of common/transport.h
   std::string token_file;
+  std::string tls_cert;  // PEM; empty: the control plane is in the clear
+  std::string tls_key;
+  bool allow_plaintext = false;  // beyond loopback without TLS
   uint32_t lease_ms = 0;
   uint32_t heartbeat_ms = 0;
   uint32_t drain_timeout_ms = 0;
@@ -67,8 +70,8 @@ Result<ParsedServerConfig> ParseServerConfig(int argc, const char* const* argv,
                                              const Machine& machine,
                                              ConfigParser::Environment environment = {});
 
-// Refuses what cannot work: a non-loopback address without a token file (INVALID_ARGUMENT), more
-// memory than the machine or its control group has, a small /dev/shm, a low `ulimit -l` for RDMA
+// Refuses what cannot work: a non-loopback address without a token file or without TLS
+// (INVALID_ARGUMENT; TLS may be waived), more memory than the machine or its control group has, a small /dev/shm, a low `ulimit -l` for RDMA
 // (RESOURCE_EXHAUSTED).
 Status CheckServerConfig(const ServerConfig& config, const Machine& machine);
 

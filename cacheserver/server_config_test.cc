@@ -93,6 +93,13 @@ TEST(ServerConfig, OpenAddressNeedsATokenFile) {
   config.host = "0.0.0.0";
   EXPECT_THAT(CheckServerConfig(config, kMachine).message(), HasSubstr("--token-file"));
   config.token_file = "tokens.toml";
+  EXPECT_THAT(CheckServerConfig(config, kMachine).message(), HasSubstr("--tls-cert"));
+  config.allow_plaintext = true;
+  EXPECT_TRUE(CheckServerConfig(config, kMachine).ok());
+  config.allow_plaintext = false;
+  config.tls_cert = "server.pem";
+  EXPECT_THAT(CheckServerConfig(config, kMachine).message(), HasSubstr("tls-key"));
+  config.tls_key = "server.key";
   EXPECT_TRUE(CheckServerConfig(config, kMachine).ok());
   config = DefaultServerConfig(kMachine);
   config.http_host = "::";

@@ -13,7 +13,7 @@
 #include "common/reactor.h"
 #include "common/transport.h"
 #include "worker/cache_client.h"
-#include "worker/control_client.h"
+#include "common/control_client.h"
 
 namespace icecache {
 

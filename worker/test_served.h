@@ -10,7 +10,7 @@
 
 #include "worker/cache_client.h"
 #include "worker/layer_upload.h"
-#include "worker/test_loop.h"
+#include "common/test_loop.h"
 #include "worker/test_rows.h"
 #include "worker/test_shard.h"
 

@@ -24,7 +24,7 @@
 #include "common/ucx_environment.h"
 #include "tests/chaos/document.h"
 #include "tests/support/process.h"
-#include "worker/control_client.h"
+#include "common/control_client.h"
 
 namespace icecache::chaos {
 namespace {

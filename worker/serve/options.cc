@@ -48,6 +48,8 @@ void AddWorkerOptions(ConfigParser& parser, WorkerOptions* o) {
   parser.Section("Cache server");
   parser.Add("server", &o->server, "host:port of the server's control plane");
   parser.Add("tenant", &o->tenant, "Tenant; empty: the server's default one");
+  parser.Add("tls_ca", &o->tls_ca,
+             "Speak TLS on the control plane and trust this PEM file of certificates, or `system`");
   parser.AddSecret("secret", &o->secret, "The tenant's secret (better in ICECACHE_SECRET)");
   parser.Add("transports", &o->transports, "UCX_TLS of the data plane; empty: posix,cma,tcp,self");
 
@@ -108,6 +110,7 @@ Result<std::unique_ptr<ServerLink>> ConnectToServer(const WorkerOptions& options
   link.control.address = options.server;
   link.control.tenant = options.tenant;
   link.control.secret = options.secret;
+  link.control.tls_ca = options.tls_ca;
   link.control.interrupted = Interrupted;
   link.cache.interrupted = Interrupted;
   KV_ASSIGN_OR_RETURN(link.cache.reply_mode, ParseReplyMode(options.reply_mode));

@@ -24,6 +24,7 @@ struct WorkerOptions {
   std::string server = "127.0.0.1:7400";
   std::string tenant;
   std::string secret;
+  std::string tls_ca;
   std::string transports;
   std::string reply_mode = "auto";
 

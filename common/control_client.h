@@ -1,4 +1,5 @@
-// ControlClient: the worker's side of the control plane, a TCP connection with framed messages.
+// ControlClient: the client's side of the control plane, a TCP connection with framed messages,
+// under TLS where asked for. Workers and icecachectl use it.
 // Calls are synchronous on the reactor and bounded by a deadline; leases are renewed in the
 // background as long as the reactor turns.
 //
@@ -25,6 +26,7 @@ struct ControlClientOptions {
   std::string tenant;  // empty: the server's default tenant
   std::string secret;
   std::string client = "icecache-worker";  // for the server's logs
+  std::string tls_ca;  // PEM file of trusted certificates, or "system"; empty: no TLS
   Duration deadline = limits::kControlDeadline;
   std::function<bool()> interrupted;  // asked while waiting; true ends waits with CANCELLED
 };

@@ -1,18 +1,17 @@
-#include "worker/control_client.h"
+#include "common/control_client.h"
 
 #include <algorithm>
 #include <array>
 #include <boost/asio/connect.hpp>
 #include <boost/asio/io_context.hpp>
 #include <boost/asio/ip/tcp.hpp>
-#include <boost/asio/read.hpp>
-#include <boost/asio/write.hpp>
 #include <deque>
 #include <map>
 #include <optional>
 #include <utility>
 
 #include "common/address.h"
+#include "common/control_stream.h"
 
 namespace icecache {
 namespace {
@@ -28,7 +27,7 @@ constexpr Duration kSilenceMin = std::chrono::seconds(3);
 }  // namespace
 
 struct ControlClient::Impl : std::enable_shared_from_this<ControlClient::Impl> {
-  Impl(Reactor& r, const ControlClientOptions& o) : reactor(r), options(o), socket(r.io()) {}
+  Impl(Reactor& r, const ControlClientOptions& o) : reactor(r), options(o) {}
 
   using Done = std::function<void(Result<wire::ControlReply>)>;
 
@@ -46,29 +45,27 @@ struct ControlClient::Impl : std::enable_shared_from_this<ControlClient::Impl> {
   }
 
   void WriteNext() {
-    asio::async_write(socket, asio::buffer(out.front()),
-                      [self = shared_from_this()](const error_code& error, size_t) {
-                        if (!self->lost.ok()) return;
-                        if (error) {
-                          self->Lose(error.message());
-                          return;
-                        }
-                        self->out.pop_front();
-                        if (!self->out.empty()) self->WriteNext();
-                      });
+    stream->Write(out.front(), [self = shared_from_this()](const error_code& error) {
+      if (!self->lost.ok()) return;
+      if (error) {
+        self->Lose(error.message());
+        return;
+      }
+      self->out.pop_front();
+      if (!self->out.empty()) self->WriteNext();
+    });
   }
 
   void ReadNext() {
     in.resize(wire::kFrameHeaderBytes);
-    asio::async_read(socket, asio::buffer(in),
-                     [self = shared_from_this()](const error_code& error, size_t) {
-                       if (!self->lost.ok()) return;
-                       if (error) {
-                         self->Lose(error.message());
-                         return;
-                       }
-                       self->ReadBody();
-                     });
+    stream->Read(in, [self = shared_from_this()](const error_code& error) {
+      if (!self->lost.ok()) return;
+      if (error) {
+        self->Lose(error.message());
+        return;
+      }
+      self->ReadBody();
+    });
   }
 
   void ReadBody() {
@@ -79,15 +76,15 @@ struct ControlClient::Impl : std::enable_shared_from_this<ControlClient::Impl> {
       return;
     }
     in.resize(*bytes);
-    asio::async_read(socket, asio::buffer(in) + wire::kFrameHeaderBytes,
-                     [self = shared_from_this()](const error_code& error, size_t) {
-                       if (!self->lost.ok()) return;
-                       if (error) {
-                         self->Lose(error.message());
-                         return;
-                       }
-                       self->Dispatch();
-                     });
+    stream->Read(std::span(in).subspan(wire::kFrameHeaderBytes),
+                 [self = shared_from_this()](const error_code& error) {
+                   if (!self->lost.ok()) return;
+                   if (error) {
+                     self->Lose(error.message());
+                     return;
+                   }
+                   self->Dispatch();
+                 });
   }
 
   void Dispatch() {
@@ -113,7 +110,8 @@ struct ControlClient::Impl : std::enable_shared_from_this<ControlClient::Impl> {
   void Lose(const std::string& reason) {
     if (!lost.ok()) return;
     lost = Unavailable("cache server " + options.address + ": connection lost: " + reason +
-                       "; is icecache-server still running?");
+                       "; is icecache-server still running" +
+                       (options.tls_ca.empty() ? ", and without TLS (--tls-ca)?" : "?"));
     Shut();
     auto ended = std::move(waiting);
     waiting.clear();
@@ -122,8 +120,7 @@ struct ControlClient::Impl : std::enable_shared_from_this<ControlClient::Impl> {
 
   void Shut() {
     reactor.Cancel(renew_timer);
-    error_code ignored;
-    socket.close(ignored);
+    if (stream != nullptr) stream->Close();
   }
 
   // A renewal answers for the server's life too. A tick after our own long computation counts one
@@ -167,14 +164,26 @@ struct ControlClient::Impl : std::enable_shared_from_this<ControlClient::Impl> {
     asio::ip::tcp::resolver resolver(reactor.io());
     const auto endpoints = resolver.resolve(where.host, std::to_string(where.port), error);
     if (error) return refused(error.message());
+    std::shared_ptr<TlsContext> tls;
+    if (!options.tls_ca.empty()) {
+      KV_ASSIGN_OR_RETURN(tls, TlsContext::Client(options.tls_ca));
+    }
+    stream = std::make_unique<ControlStream>(asio::ip::tcp::socket(reactor.io()), std::move(tls));
     const auto result = std::make_shared<std::optional<error_code>>();
     asio::async_connect(
-        socket, endpoints,
+        stream->socket(), endpoints,
         [self = shared_from_this(), result](const error_code& e, const auto&) { *result = e; });
     KV_RETURN_IF_ERROR(Wait([&] { return result->has_value(); }, "connect"));
     if (**result) return refused((**result).message());
-    socket.set_option(asio::ip::tcp::no_delay(true), error);
-    return OkStatus();
+    stream->socket().set_option(asio::ip::tcp::no_delay(true), error);
+    result->reset();
+    stream->HandshakeAsClient(
+        where.host, [self = shared_from_this(), result](const error_code& e) { *result = e; });
+    KV_RETURN_IF_ERROR(Wait([&] { return result->has_value(); }, "the TLS handshake"));
+    if (!**result) return OkStatus();
+    return Unauthenticated("cache server " + options.address + ": TLS: " + (**result).message() +
+                           "; does it serve TLS, with a certificate for " + where.host +
+                           " that --tls-ca " + options.tls_ca + " vouches for?");
   }
 
   // One request and its reply. `Reply` is the alternative that is expected.
@@ -193,7 +202,7 @@ struct ControlClient::Impl : std::enable_shared_from_this<ControlClient::Impl> {
 
   Reactor& reactor;
   const ControlClientOptions options;
-  asio::ip::tcp::socket socket;
+  std::unique_ptr<ControlStream> stream;
   wire::HelloReply hello;
   Status lost;
   uint64_t next_id = 1;

@@ -1,4 +1,4 @@
-#include "worker/control_client.h"
+#include "common/control_client.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -9,7 +9,7 @@
 #include <boost/asio/read.hpp>
 #include <boost/asio/write.hpp>
 
-#include "worker/test_loop.h"
+#include "common/test_loop.h"
 
 namespace icecache {
 namespace {
