@@ -2,8 +2,8 @@
 //
 // Every call adds to AttentionStates, so calls over disjoint token sets in any order give the same
 // result as one call over their union, up to rounding. Logits beyond a quarter of the largest float
-// saturate. All implementations pass tests/conformance/attention_backend_suite.h against the float64
-// reference.
+// saturate. All implementations pass tests/conformance/attention_backend_suite.h against the
+// float64 reference.
 #pragma once
 
 #include <cstdint>
@@ -17,20 +17,35 @@
 
 namespace icecache {
 
+// One query group and a set of tokens: rows, pages, or both. states += attention over them.
+struct AttentionItem {
+  const float* queries = nullptr;  // [states.heads, states.head_dim], scaled
+  AttentionStateRef states;
+  TokenRows rows;                 // count 0: none
+  PagedKv kv;                     // what `pages` are pages of
+  std::span<const PageId> pages;  // each must be in memory (k != nullptr)
+};
+
 class AttentionBackend {
  public:
   virtual ~AttentionBackend() = default;
-  virtual const char* name() const = 0;  // "cpu" | "reference" | "cuda"
+  virtual const char* name() const = 0;  // "cpu" | "reference" | "cuda" | "emulated"
 
-  // states[group] += attention of queries[group, head_dim] (scaled) over rows.
-  // REQUIRES: states.head_dim == rows.head_dim, states.heads == group.
-  virtual void AttendRows(const float* queries, const TokenRows& rows,
-                          const AttentionStateRef& states) = 0;
+  // All items at once: on a GPU they are one launch, so a layer's heads belong into one call. Items
+  // may share states. REQUIRES: one head_dim and dtype over all items. An error (of a GPU) leaves
+  // states as they were.
+  virtual Status Attend(std::span<const AttentionItem> items) = 0;
 
-  // states[group] += attention over the pages named. Pages with k == nullptr are a programmer's
-  // error.
-  virtual void AttendPages(const float* queries, const PagedKv& kv, std::span<const PageId> pages,
-                           const AttentionStateRef& states) = 0;
+  // The brief form for one group where the backend cannot fail, which is to say: on the CPU.
+  void AttendRows(const float* queries, const TokenRows& rows, const AttentionStateRef& states) {
+    const AttentionItem item{queries, states, rows, {}, {}};
+    KV_CHECK(Attend({&item, 1}).ok());
+  }
+  void AttendPages(const float* queries, const PagedKv& kv, std::span<const PageId> pages,
+                   const AttentionStateRef& states) {
+    const AttentionItem item{queries, states, {}, kv, pages};
+    KV_CHECK(Attend({&item, 1}).ok());
+  }
 };
 
 // SIMD on the calling thread; no allocation after the first call at a size. Not thread-safe:

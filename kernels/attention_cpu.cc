@@ -63,8 +63,16 @@ class CpuAttention final : public AttentionBackend {
  public:
   const char* name() const override { return "cpu"; }
 
-  void AttendRows(const float* queries, const TokenRows& rows,
-                  const AttentionStateRef& states) override {
+  Status Attend(std::span<const AttentionItem> items) override {
+    for (const AttentionItem& item : items) {
+      if (item.rows.count > 0) AddRows(item.queries, item.rows, item.states);
+      if (!item.pages.empty()) AddPages(item.queries, item.kv, item.pages, item.states);
+    }
+    return OkStatus();
+  }
+
+ private:
+  void AddRows(const float* queries, const TokenRows& rows, const AttentionStateRef& states) {
     KV_CHECK(states.head_dim == rows.head_dim && states.heads <= limits::kGroupMax);
     for (uint32_t r = 0; r < rows.count; r += kBlockRows) {
       const size_t at = r * rows.row_bytes();
@@ -73,8 +81,8 @@ class CpuAttention final : public AttentionBackend {
     }
   }
 
-  void AttendPages(const float* queries, const PagedKv& kv, std::span<const PageId> pages,
-                   const AttentionStateRef& states) override {
+  void AddPages(const float* queries, const PagedKv& kv, std::span<const PageId> pages,
+                const AttentionStateRef& states) {
     KV_CHECK(states.head_dim == kv.head_dim && states.heads <= limits::kGroupMax);
     std::array<Run, kPagesPerBlock> runs;
     for (size_t begin = 0; begin < pages.size(); begin += kPagesPerBlock) {
@@ -92,7 +100,6 @@ class CpuAttention final : public AttentionBackend {
     }
   }
 
- private:
   void AttendBlock(const float* queries, DType dtype, std::span<const Run> runs,
                    const AttentionStateRef& states) {
     const uint32_t dim = states.head_dim;

@@ -67,8 +67,16 @@ class ReferenceAttention final : public AttentionBackend {
  public:
   const char* name() const override { return "reference"; }
 
-  void AttendRows(const float* queries, const TokenRows& rows,
-                  const AttentionStateRef& states) override {
+  Status Attend(std::span<const AttentionItem> items) override {
+    for (const AttentionItem& item : items) {
+      if (item.rows.count > 0) AddRows(item.queries, item.rows, item.states);
+      if (!item.pages.empty()) AddPages(item.queries, item.kv, item.pages, item.states);
+    }
+    return OkStatus();
+  }
+
+ private:
+  void AddRows(const float* queries, const TokenRows& rows, const AttentionStateRef& states) {
     KV_CHECK(states.head_dim == rows.head_dim);
     for (uint32_t h = 0; h < states.heads; ++h) {
       Accumulator sum(rows.head_dim);
@@ -80,8 +88,8 @@ class ReferenceAttention final : public AttentionBackend {
     }
   }
 
-  void AttendPages(const float* queries, const PagedKv& kv, std::span<const PageId> pages,
-                   const AttentionStateRef& states) override {
+  void AddPages(const float* queries, const PagedKv& kv, std::span<const PageId> pages,
+                const AttentionStateRef& states) {
     KV_CHECK(states.head_dim == kv.head_dim);
     for (uint32_t h = 0; h < states.heads; ++h) {
       Accumulator sum(kv.head_dim);
