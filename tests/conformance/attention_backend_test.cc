@@ -1,3 +1,7 @@
+#include <cstdio>
+#include <utility>
+
+#include "kernels/gpu/attention_gpu.h"
 #include "tests/conformance/attention_backend_suite.h"
 
 namespace icecache {
@@ -8,6 +12,42 @@ INSTANTIATE_TEST_SUITE_P(Cpu, AttentionBackendSuite,
 // The reference runs its own suite too: pages, rows and merges must agree with each other.
 INSTANTIATE_TEST_SUITE_P(Reference, AttentionBackendSuite,
                          testing::Values(BackendCase{"reference", MakeReferenceAttention}));
+
+// A backend with the device that it borrows.
+class OwnedGpuAttention final : public AttentionBackend {
+ public:
+  explicit OwnedGpuAttention(std::unique_ptr<gpu::Device> device)
+      : device_(std::move(device)), backend_(gpu::MakeGpuAttention(*device_, nullptr)) {}
+  const char* name() const override { return backend_->name(); }
+  Status Attend(std::span<const AttentionItem> items) override { return backend_->Attend(items); }
+
+ private:
+  const std::unique_ptr<gpu::Device> device_;
+  const std::unique_ptr<AttentionBackend> backend_;
+};
+
+std::unique_ptr<AttentionBackend> MakeEmulated(gpu::ThreadOrder order) {
+  gpu::EmulatedDeviceOptions options;
+  options.order = order;
+  return std::make_unique<OwnedGpuAttention>(gpu::MakeEmulatedDevice(options));
+}
+
+std::unique_ptr<AttentionBackend> MakeCuda() {
+  auto device = gpu::MakeCudaDevice({});
+  if (!device.ok()) {  // the suite skips
+    std::fprintf(stderr, "cuda: %s\n", device.status().ToString().c_str());
+    return nullptr;
+  }
+  return std::make_unique<OwnedGpuAttention>(std::move(*device));
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Emulated, AttentionBackendSuite,
+    testing::Values(
+        BackendCase{"ascending", [] { return MakeEmulated(gpu::ThreadOrder::kAscending); }},
+        BackendCase{"descending", [] { return MakeEmulated(gpu::ThreadOrder::kDescending); }}));
+INSTANTIATE_TEST_SUITE_P(Cuda, AttentionBackendSuite,
+                         testing::Values(BackendCase{"cuda", MakeCuda}));
 
 }  // namespace
 }  // namespace icecache

@@ -1,0 +1,217 @@
+#include "kernels/gpu/attention_gpu.h"
+
+#include <algorithm>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "kernels/gpu/device_frames.h"
+
+namespace icecache::gpu {
+namespace {
+
+constexpr uint32_t kSplitsMax = 64;
+constexpr uint32_t kPagesPerSplitMin = 8;  // two per warp: less is all overhead
+constexpr size_t kAlignment = 16;
+
+size_t Aligned(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
+class GpuAttention final : public AttentionBackend {
+ public:
+  GpuAttention(Device& device, DeviceFrames* frames)
+      : device_(device),
+        frames_(frames),
+        name_(device.info().name.substr(0, device.info().name.find(':'))) {}
+
+  const char* name() const override { return name_.c_str(); }
+
+  Status Attend(std::span<const AttentionItem> items) override {
+    Plan(items);
+    if (tasks_.empty()) return OkStatus();
+    KV_RETURN_IF_ERROR(Stage(items));
+    if (frames_ != nullptr) KV_RETURN_IF_ERROR(frames_->QueueCopies());
+    Queue();
+    KV_RETURN_IF_ERROR(device_.Synchronize());
+    AddResults(items);
+    return OkStatus();
+  }
+
+ private:
+  // One page of a task: where its rows are, and where they go in the staging memory.
+  struct Source {
+    PageView host;
+    size_t staged = 0;  // offset of K, then V; not used when the frame is on the device
+    const std::byte* device_k = nullptr;
+    const std::byte* device_v = nullptr;
+  };
+
+  // The offsets of the parts of the staging memory.
+  struct Layout {
+    size_t queries = 0, tasks = 0, pages = 0, rows = 0, bytes = 0;
+  };
+
+  void Plan(std::span<const AttentionItem> items);
+  void AddPage(const PageView& page, size_t row_bytes);
+  Status Stage(std::span<const AttentionItem> items);
+  void Queue();
+  void AddResults(std::span<const AttentionItem> items);
+
+  Device& device_;
+  DeviceFrames* const frames_;
+  const std::string name_;
+
+  // Of the call at hand.
+  DType dtype_ = DType::kF16;
+  uint32_t head_dim_ = 0;
+  uint32_t heads_ = 0;
+  std::vector<AttendTask> tasks_;
+  std::vector<size_t> item_of_;  // per task
+  std::vector<Source> sources_;
+  size_t staged_bytes_ = 0;
+  uint32_t splits_ = 1;
+  Layout layout_;
+
+  DeviceMemory pinned_, staged_;  // the same layout on both sides
+  DeviceMemory states_;           // [splits + 1] x states
+  DeviceMemory results_;          // pinned: states
+};
+
+void GpuAttention::AddPage(const PageView& page, size_t row_bytes) {
+  Source source{page, staged_bytes_, nullptr, nullptr};
+  if (frames_ != nullptr) {
+    source.device_k = frames_->OnDevice(page.k);
+    source.device_v = frames_->OnDevice(page.v);
+  }
+  if (source.device_k == nullptr || source.device_v == nullptr) {
+    source.device_k = source.device_v = nullptr;
+    staged_bytes_ += 2 * page.fill * row_bytes;
+  }
+  sources_.push_back(source);
+}
+
+void GpuAttention::Plan(std::span<const AttentionItem> items) {
+  tasks_.clear();
+  item_of_.clear();
+  sources_.clear();
+  heads_ = 0;
+  staged_bytes_ = 0;
+  for (size_t i = 0; i < items.size(); ++i) {
+    const AttentionItem& item = items[i];
+    if (item.rows.count == 0 && item.pages.empty()) continue;
+    const DType dtype = item.rows.count > 0 ? item.rows.dtype : item.kv.dtype;
+    KV_CHECK(item.states.heads <= kTaskRows);
+    KV_CHECK(tasks_.empty() || (dtype == dtype_ && item.states.head_dim == head_dim_));
+    dtype_ = dtype;
+    head_dim_ = item.states.head_dim;
+    AttendTask task;
+    task.head = heads_;
+    task.rows = item.states.heads;
+    task.page_begin = static_cast<uint32_t>(sources_.size());
+    const size_t row_bytes = size_t{head_dim_} * DTypeBytes(dtype);
+    for (uint32_t r = 0; r < item.rows.count; r += limits::kPageTokens) {
+      const uint32_t fill = std::min(limits::kPageTokens, item.rows.count - r);
+      AddPage({item.rows.k + r * row_bytes, item.rows.v + r * row_bytes, fill}, row_bytes);
+    }
+    for (const PageId id : item.pages) {
+      KV_CHECK(id.value < item.kv.page_count);
+      const PageView& page = item.kv.pages[id.value];
+      KV_CHECK(page.k != nullptr && page.fill <= limits::kPageTokens);
+      AddPage(page, row_bytes);
+    }
+    task.page_end = static_cast<uint32_t>(sources_.size());
+    heads_ += task.rows;
+    tasks_.push_back(task);
+    item_of_.push_back(i);
+  }
+}
+
+Status GpuAttention::Stage(std::span<const AttentionItem> items) {
+  layout_.queries = 0;
+  layout_.tasks = Aligned(size_t{heads_} * head_dim_ * sizeof(float));
+  layout_.pages = layout_.tasks + Aligned(tasks_.size() * sizeof(AttendTask));
+  layout_.rows = layout_.pages + Aligned(sources_.size() * sizeof(PageView));
+  layout_.bytes = layout_.rows + staged_bytes_;
+  KV_RETURN_IF_ERROR(DeviceMemory::Grow(device_, MemoryKind::kPinned, layout_.bytes, &pinned_));
+  KV_RETURN_IF_ERROR(DeviceMemory::Grow(device_, MemoryKind::kDevice, layout_.bytes, &staged_));
+  for (size_t t = 0; t < tasks_.size(); ++t) {
+    const size_t floats = size_t{tasks_[t].rows} * head_dim_;
+    std::memcpy(pinned_.data<float>(layout_.queries) + size_t{tasks_[t].head} * head_dim_,
+                items[item_of_[t]].queries, floats * sizeof(float));
+  }
+  std::memcpy(pinned_.data(layout_.tasks), tasks_.data(), tasks_.size() * sizeof(AttendTask));
+  auto* const pages = pinned_.data<PageView>(layout_.pages);
+  for (size_t p = 0; p < sources_.size(); ++p) {
+    const Source& source = sources_[p];
+    if (source.device_k != nullptr) {
+      pages[p] = {source.device_k, source.device_v, source.host.fill};
+      continue;
+    }
+    const size_t bytes = source.host.fill * size_t{head_dim_} * DTypeBytes(dtype_);
+    const size_t at = layout_.rows + source.staged;
+    std::memcpy(pinned_.data(at), source.host.k, bytes);
+    std::memcpy(pinned_.data(at + bytes), source.host.v, bytes);
+    pages[p] = {staged_.data(at), staged_.data(at + bytes), source.host.fill};
+  }
+  uint32_t pages_max = 0;
+  for (const AttendTask& task : tasks_) {
+    pages_max = std::max(pages_max, task.page_end - task.page_begin);
+  }
+  const size_t state_bytes = AttentionStates::FlatFloats(heads_, head_dim_) * sizeof(float);
+  splits_ = SplitsFor(device_.info().processors, static_cast<uint32_t>(tasks_.size()), pages_max);
+  KV_RETURN_IF_ERROR(
+      DeviceMemory::Grow(device_, MemoryKind::kDevice, (splits_ + 1) * state_bytes, &states_));
+  return DeviceMemory::Grow(device_, MemoryKind::kPinned, state_bytes, &results_);
+}
+
+void GpuAttention::Queue() {
+  device_.Copy(staged_.data(), pinned_.data(), layout_.bytes);
+  AttendArgs args;
+  args.queries = staged_.data<float>(layout_.queries);
+  args.tasks = staged_.data<AttendTask>(layout_.tasks);
+  args.pages = staged_.data<PageView>(layout_.pages);
+  args.states = states_.data<float>();
+  args.dtype = dtype_;
+  args.task_count = static_cast<uint32_t>(tasks_.size());
+  args.heads = heads_;
+  args.group = args.query_heads = kTaskRows;  // a task's rows are neighbours
+  args.head_dim = head_dim_;
+  args.splits = splits_;
+  device_.Launch(args);
+  const size_t floats = AttentionStates::FlatFloats(heads_, head_dim_);
+  const float* state = args.states;
+  if (args.splits > 1) {
+    MergeArgs merge;
+    merge.terms[0] = {args.states, args.splits};
+    merge.term_count = 1;
+    merge.heads = heads_;
+    merge.head_dim = head_dim_;
+    merge.state = args.states + args.splits * floats;
+    device_.Launch(merge);
+    state = merge.state;
+  }
+  device_.Copy(results_.data(), state, floats * sizeof(float));
+}
+
+void GpuAttention::AddResults(std::span<const AttentionItem> items) {
+  float* const max = results_.data<float>();
+  float* const denom = max + heads_;
+  float* const out = denom + heads_;
+  for (size_t t = 0; t < tasks_.size(); ++t) {
+    const size_t head = tasks_[t].head;
+    MergeStates({tasks_[t].rows, head_dim_, max + head, denom + head, out + head * head_dim_},
+                items[item_of_[t]].states);
+  }
+}
+
+}  // namespace
+
+uint32_t SplitsFor(uint32_t processors, uint32_t tasks, uint32_t pages) {
+  const uint32_t wanted = 2 * processors / std::max(1u, tasks);
+  return std::clamp(std::min(wanted, pages / kPagesPerSplitMin), 1u, kSplitsMax);
+}
+
+std::unique_ptr<AttentionBackend> MakeGpuAttention(Device& device, DeviceFrames* frames) {
+  return std::make_unique<GpuAttention>(device, frames);
+}
+
+}  // namespace icecache::gpu

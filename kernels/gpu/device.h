@@ -1,0 +1,119 @@
+// Device: memory and a queue of work on a GPU, or on its emulator. The seam between what is
+// computed (kernels/gpu/*.h, the model, attention) and the CUDA runtime.
+//
+// Work is queued and runs in order; host code goes on. Host memory that a Copy or a kernel reads or
+// writes must not be touched before Synchronize. Errors of queued work stick and come out of the
+// next Synchronize, so callers queue without checking. The emulated device runs nothing before
+// Synchronize: code that reads or overwrites too early fails there, always.
+//
+// One thread at a time. Implementations pass tests/conformance/device_suite.h.
+#pragma once
+
+#include <cstddef>
+#include <functional>
+#include <memory>
+#include <string>
+#include <utility>
+
+#include "common/status.h"
+#include "kernels/gpu/dispatch.h"
+#include "kernels/gpu/emulator.h"
+
+namespace icecache::gpu {
+
+enum class MemoryKind : uint8_t {
+  kDevice,  // the GPU's own
+  kPinned,  // the host's, page-locked and readable by kernels at the same address
+};
+
+struct DeviceInfo {
+  std::string name;               // "cuda: NVIDIA H100 80GB HBM3" | "emulated"
+  uint32_t processors = 1;        // streaming multiprocessors
+  uint64_t memory_bytes_max = 0;  // what Allocate(kDevice) gives in all
+};
+
+// Identifies recorded work.
+struct RecordingId {
+  uint32_t value = UINT32_MAX;
+};
+
+class Device {
+ public:
+  virtual ~Device() = default;
+  virtual const DeviceInfo& info() const = 0;
+
+  // 256-byte aligned, content undefined. RESOURCE_EXHAUSTED with the sizes when it does not fit
+  // below memory_bytes_max. Free waits for queued work.
+  virtual Result<std::byte*> Allocate(MemoryKind kind, size_t bytes) = 0;
+  virtual void Free(MemoryKind kind, std::byte* memory) = 0;
+  virtual uint64_t bytes_in_use(MemoryKind kind) const = 0;
+
+  // Between any two kinds of memory, also pageable host memory (slower).
+  virtual void Copy(void* to, const void* from, size_t bytes) = 0;
+  virtual void Launch(const KernelCall& call) = 0;
+
+  // Records what `work` queues instead of running it, to be queued as a whole by Replay: one launch
+  // (a CUDA graph) instead of many. Only pinned and device memory in it.
+  virtual Result<RecordingId> Record(const std::function<void()>& work) = 0;
+  virtual void Replay(RecordingId recording) = 0;
+
+  // Waits for everything queued; the first error since the last call.
+  virtual Status Synchronize() = 0;
+};
+
+// Owning memory of a device. Moves; frees at its end.
+class DeviceMemory {
+ public:
+  DeviceMemory() = default;
+  ~DeviceMemory() { Reset(); }
+  DeviceMemory(DeviceMemory&& other) noexcept { *this = std::move(other); }
+  DeviceMemory& operator=(DeviceMemory&& other) noexcept {
+    if (this == &other) return *this;
+    Reset();
+    device_ = std::exchange(other.device_, nullptr);
+    kind_ = other.kind_;
+    data_ = std::exchange(other.data_, nullptr);
+    bytes_ = std::exchange(other.bytes_, 0);
+    return *this;
+  }
+
+  static Result<DeviceMemory> Allocate(Device& device, MemoryKind kind, size_t bytes);
+  // Makes room for at least `bytes`; content is lost when it grows.
+  static Status Grow(Device& device, MemoryKind kind, size_t bytes, DeviceMemory* memory);
+
+  template <typename T = std::byte>
+  T* data(size_t byte_offset = 0) const {
+    return reinterpret_cast<T*>(data_ + byte_offset);
+  }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  void Reset() {
+    if (data_ != nullptr) device_->Free(kind_, data_);
+    data_ = nullptr;
+    bytes_ = 0;
+  }
+
+  Device* device_ = nullptr;
+  MemoryKind kind_ = MemoryKind::kDevice;
+  std::byte* data_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+struct EmulatedDeviceOptions {
+  ThreadOrder order = ThreadOrder::kAscending;
+  uint64_t memory_bytes_max = uint64_t{8} << 30;
+};
+
+// The CPU as a slow, strict GPU (emulator.h).
+std::unique_ptr<Device> MakeEmulatedDevice(const EmulatedDeviceOptions& options);
+
+struct CudaDeviceOptions {
+  int index = 0;
+  uint64_t memory_bytes_max = 0;  // 0: nine tenths of what is free now
+};
+
+// UNAVAILABLE says why there is none: built without CUDA, no driver, no GPU, one that is too old.
+Result<std::unique_ptr<Device>> MakeCudaDevice(const CudaDeviceOptions& options);
+
+}  // namespace icecache::gpu

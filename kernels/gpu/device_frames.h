@@ -1,0 +1,52 @@
+// DeviceFrames: page frames that exist twice, in pinned host memory and on the device, at the same
+// offsets. A page is verified in its host frame and then copied; attention on the device reads the
+// copy. So nothing unverified reaches attention, and a page that stays costs the bus nothing.
+//
+//   1. AllocateChunk   host memory; the device's twin comes with it
+//   2. write a host frame, MarkDirty the bytes
+//   3. QueueCopies     before attention: one launch gathers all dirty bytes over the bus
+//
+// Bounded by the device's memory (--gpu-memory). One thread.
+#pragma once
+
+#include <cstddef>
+#include <map>
+#include <vector>
+
+#include "kernels/gpu/device.h"
+
+namespace icecache::gpu {
+
+class DeviceFrames {
+ public:
+  explicit DeviceFrames(Device& device) : device_(device) {}
+
+  // Host memory that lives as long as this object. RESOURCE_EXHAUSTED when either side is full.
+  Result<std::byte*> AllocateChunk(size_t bytes);
+
+  // Host bytes of a chunk were written. Spans of 16-byte aligned ends are fastest.
+  void MarkDirty(const std::byte* host, size_t bytes);
+
+  // Queues the copy of everything dirty. The host bytes must not change before the next
+  // Synchronize.
+  Status QueueCopies();
+
+  // The device's twin of host memory; null when it is in no chunk.
+  const std::byte* OnDevice(const std::byte* host) const;
+
+  uint64_t bytes() const { return bytes_; }
+
+ private:
+  struct Chunk {
+    DeviceMemory host, twin;
+  };
+  const Chunk* Find(const std::byte* host) const;
+
+  Device& device_;
+  std::map<const std::byte*, Chunk> chunks_;  // by first host byte
+  uint64_t bytes_ = 0;
+  std::vector<CopySpan> dirty_;
+  DeviceMemory spans_;  // pinned: the list that is being copied
+};
+
+}  // namespace icecache::gpu

@@ -1,0 +1,10 @@
+// In place of device_cuda.cu where icecache is built without CUDA.
+#include "kernels/gpu/device.h"
+
+namespace icecache::gpu {
+
+Result<std::unique_ptr<Device>> MakeCudaDevice(const CudaDeviceOptions&) {
+  return Unavailable("this program was built without CUDA (no nvcc, or ICECACHE_CUDA=OFF)");
+}
+
+}  // namespace icecache::gpu
