@@ -44,7 +44,13 @@ class ClusterTree final : public SelectionPolicy {
     visit("page_fill",
           pages > 0 ? static_cast<double>(tree_.tokens) / (pages * limits::kPageTokens) : 0.0);
     visit("sketched", tree_.basis.sketched() ? 1.0 : 0.0);
-    visit("page_spread", tree_.basis.page_spread);
+    visit("page_spread_built", tree_.basis.page_spread);
+    double moment = 0;  // pages get less pure as a slice grows: when it is time to cluster anew
+    for (const cluster_tree::Page& page : tree_.pages) {
+      moment +=
+          double{tree_.leaves.spread[page.slot]} * tree_.leaves.spread[page.slot] * page.count;
+    }
+    visit("page_spread", tree_.tokens > 0 ? moment / static_cast<double>(tree_.tokens) : 0.0);
   }
 
  private:

@@ -123,9 +123,15 @@ struct Tree {
 
 // Rows of one page on their way into a summary: z[16, dim] and v[16, dim] in f32.
 struct PageRows {
-  explicit PageRows(uint32_t head_dim)
-      : dim(head_dim), z(kPageRows * head_dim), v(kPageRows * head_dim) {}
-  uint32_t dim, count = 0;
+  PageRows() = default;
+  explicit PageRows(uint32_t head_dim) { Reset(head_dim); }
+  void Reset(uint32_t head_dim) {
+    dim = head_dim;
+    count = 0;
+    z.resize(size_t{kPageRows} * head_dim);
+    v.resize(size_t{kPageRows} * head_dim);
+  }
+  uint32_t dim = 0, count = 0;
   std::vector<float> z, v;
 
   // Appends a stored row, in the basis' coordinates.
