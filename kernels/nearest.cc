@@ -85,7 +85,8 @@ HWY_INLINE void NearestOfPanels(const CentroidPanels& panels, uint32_t column,
   ScorePanels<kRows, kPanels>(panels.data() + column / kPanel * panel_floats, panel_floats,
                               panels.dim(), rows, acc);
   for (int v = 0; v < kPanels * kVecs; ++v) {
-    const auto index = hn::Iota(di, static_cast<int32_t>(column + v * kLanes));
+    const auto index =
+        hn::Add(hn::Iota(di, 0), hn::Set(di, static_cast<int32_t>(column + v * kLanes)));
     for (int r = 0; r < kRows; ++r) {
       const auto better = hn::Gt(acc[r][v], best->top[r]);
       best->top[r] = hn::IfThenElse(better, acc[r][v], best->top[r]);

@@ -317,12 +317,15 @@ size_t IndicesAtLeastImpl(const float* x, size_t count, float bound, uint32_t* o
   const hn::Rebind<uint32_t, Floats> du;
   const size_t lanes = hn::Lanes(d);
   const auto limit = hn::Set(d, bound);
+  const auto step = hn::Set(du, static_cast<uint32_t>(lanes));
+  auto index = hn::Iota(du, 0);  // counted up: made anew, GCC would build it lane by lane
   size_t found = 0, i = 0;
   for (; i + lanes <= count; i += lanes) {
     // No branch, which would be foretold wrongly half of the time; and to a register and then to
     // memory: compressing into memory is microcode on some CPUs.
     const auto mask = hn::RebindMask(du, hn::Ge(hn::LoadU(d, x + i), limit));
-    hn::StoreU(hn::Compress(hn::Iota(du, static_cast<uint32_t>(i)), mask), du, out + found);
+    hn::StoreU(hn::Compress(index, mask), du, out + found);
+    index = hn::Add(index, step);
     found += hn::CountTrue(du, mask);
   }
   for (; i < count; ++i) {

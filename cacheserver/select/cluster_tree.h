@@ -33,10 +33,11 @@ struct ClusterTreeOptions {
 
   Layout layout = Layout::kAuto;
   Sketch sketch = Sketch::kAuto;
-  uint32_t rerank_pages = 24;        // pages re-ranked beyond those returned, without sketch
-  uint32_t rerank_pages_sketch = 8;  // the same when the tokens were sketched
-  uint32_t scan_pages =
-      4096;  // pages scanned, twice as many with sketch; a larger slice goes by supers
+  // Pages re-ranked beyond those returned: as many as may hold something of weight, within bounds.
+  uint32_t rerank_pages_min = 10;
+  uint32_t rerank_pages_max = 52;
+  uint32_t rerank_pages_sketch = 8;  // when the tokens were sketched
+  uint32_t scan_pages = 5120;     // pages scanned, more with sketch; a larger slice goes by supers
   uint32_t sketch_pages = 4096;   // pages whose sketches one query reads at most
   float token_threshold = 2e-4f;  // estimated weight above which a single token is read exactly
   float insert_slack =

@@ -3,7 +3,8 @@
 //   parts    a slice over 32k tokens is first divided among coarse centroids, which bounds memory
 //            and keeps the cost per token level
 //   seeds    one small cluster per 24 tokens, grouped in supers bottom-up, so that no super border
-//            cuts a seed's cluster; every token tries the seeds of its three nearest supers, twice
+//            cuts a seed's cluster; tokens try the seeds of their nearest supers, first half of
+//            them and few supers, at last all and many
 //   pages    clusters over a page are bisected with cuts at multiples of a page; what is left of
 //            each is merged nearest first within its super
 #include <algorithm>
@@ -24,7 +25,9 @@ constexpr uint32_t kPartSample = 64;  // tokens per coarse centroid to train it 
 constexpr uint32_t kSeedTokens = 24;
 constexpr uint32_t kSuperSeeds = 24;
 constexpr uint32_t kSuperSeedsMax = 32;
-constexpr uint32_t kProbedSupers = 3;
+// Supers a token tries, pass by pass. Early passes only need to move seeds roughly into place. From
+// {3, 3} to this: coverage of the top 16 on `weak` .55 / .60 / .66 -> .66 / .77 / .74.
+constexpr uint32_t kProbedSupers[] = {4, 6, 12};
 constexpr uint32_t kSuperTokensMin = 256;  // smaller supers join others
 constexpr uint32_t kSuperTokensMax = 48 * kPageRows;
 constexpr uint32_t kFullEnough = 14;  // a page's worth: not mixed with strangers to fill up
@@ -73,10 +76,10 @@ void Regroup(Seeds* seeds, Rng& rng) {
 
 // For each super the rows that have it among their nearest.
 std::vector<std::vector<uint32_t>> ProbedBy(const Points& points, std::span<const uint32_t> rows,
-                                            const Points& supers) {
+                                            const Points& supers, uint32_t probes) {
   CentroidPanels panels;
   panels.Assign(supers.x.data(), supers.count(), supers.dim);
-  const uint32_t probes = std::min(kProbedSupers, supers.count());
+  probes = std::min(probes, supers.count());
   std::vector<uint32_t> nearest(rows.size() * probes);
   NearestFew(panels, points.table(rows.data()), rows.size(), probes, nearest.data());
   std::vector<std::vector<uint32_t>> probed(supers.count());
@@ -84,13 +87,13 @@ std::vector<std::vector<uint32_t>> ProbedBy(const Points& points, std::span<cons
   return probed;
 }
 
-// seed_of[row] = the nearest seed of the row's probed supers, for the rows given.
+// seed_of[row] = the nearest seed of the row's `probes` nearest supers, for the rows given.
 void AssignSeeds(const Points& points, std::span<const uint32_t> rows, const Seeds& seeds,
-                 std::vector<uint32_t>* seed_of) {
+                 uint32_t probes, std::vector<uint32_t>* seed_of) {
   const uint32_t dim = points.dim;
   std::vector<float> best(points.count(), std::numeric_limits<float>::lowest()), score, centroids;
   std::vector<uint32_t> nearest;
-  const auto probed = ProbedBy(points, rows, seeds.supers);
+  const auto probed = ProbedBy(points, rows, seeds.supers, probes);
   const auto members = Group(seeds.super_of, seeds.supers.count());
   CentroidPanels panels;
   for (size_t s = 0; s < members.size(); ++s) {
@@ -145,10 +148,11 @@ std::vector<std::vector<uint32_t>> Cluster(const Points& points, Rng& rng, Seeds
   }
   for (uint32_t i = 0; i < n; i += 2) half.push_back(i);
   std::vector<uint32_t> seed_of(n, 0);
-  for (const auto* rows : {&half, &all}) {
+  for (const uint32_t probes : kProbedSupers) {
+    const std::vector<uint32_t>& rows = probes == kProbedSupers[0] ? half : all;
     Regroup(seeds, rng);
-    AssignSeeds(points, *rows, *seeds, &seed_of);
-    MoveSeeds(points, *rows, seed_of, seeds);
+    AssignSeeds(points, rows, *seeds, probes, &seed_of);
+    MoveSeeds(points, rows, seed_of, seeds);
   }
   return Group(seed_of, count);
 }

@@ -36,21 +36,24 @@ class Search {
   void ScanPages();
   void Sketch();
   void ChooseSketched();
+  void ReadCandidates();
+  void Rescale(uint32_t g, float ref, float shrink);
+  void Choose();
+  uint32_t PageOf(uint32_t i) const {
+    return tree_->page_of_slot[size_t{blocks_[i / kBlockRows]} * kBlockRows + i % kBlockRows];
+  }
+  bool InMemory(uint32_t page) const { return kv_->pages[page].k != nullptr; }
+
+  // cluster_tree_rank.cc
   void SetTotals(uint32_t g, float indexed);
   void Totals();
   void Shares();
   void Rank();
   void RankByToken();
   void Candidates();
-  void ReadCandidates();
-  void Rescale(uint32_t g, float ref, float shrink);
-  void Choose();
+  uint32_t PagesWorthReading() const;
   uint32_t PagesByEstimate() const;
   void TopSlots(const std::vector<float>& rank, uint32_t count);
-  uint32_t PageOf(uint32_t i) const {
-    return tree_->page_of_slot[size_t{blocks_[i / kBlockRows]} * kBlockRows + i % kBlockRows];
-  }
-  bool InMemory(uint32_t page) const { return kv_->pages[page].k != nullptr; }
 
   // cluster_tree_residual.cc
   void FixTokens();
