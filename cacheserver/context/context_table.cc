@@ -22,10 +22,10 @@ Status CheckName(const std::string& name) {
 
 Status CheckTraits(const ContextTraits& traits) {
   KV_RETURN_IF_ERROR(traits.shape.Validate());
-  // A sketch has 32 dimensions; no public model has smaller heads.
-  if (traits.policy == PolicyKind::kClusterTree && traits.shape.head_dim < 32) {
-    return InvalidArgument("head_dim " + std::to_string(traits.shape.head_dim) +
-                           " with policy cluster_tree; expected at least 32, or another policy");
+  if (traits.shape.head_dim < PolicyHeadDimMin(traits.policy)) {
+    return InvalidArgument("head_dim " + std::to_string(traits.shape.head_dim) + " with policy " +
+                           std::string(PolicyKindName(traits.policy)) + "; expected at least " +
+                           std::to_string(PolicyHeadDimMin(traits.policy)) + ", or another policy");
   }
   if (traits.sink_tokens > limits::kSinkTokensMax) {
     return InvalidArgument("sink_tokens " + std::to_string(traits.sink_tokens) + "; at most " +

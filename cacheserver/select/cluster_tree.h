@@ -28,7 +28,13 @@ namespace icecache {
 struct ClusterTreeOptions {
   // How tokens are laid out in pages. kAuto builds by content and takes sequential pages instead
   // when they are about as pure, because neighbours also have values alike.
-  enum class Layout : uint8_t { kAuto = 0, kContent = 1, kSequential = 2, kContentValue = 3 };
+  enum class Layout : uint8_t {
+    kAuto = 0,
+    kContent = 1,
+    kSequential = 2,
+    kContentValue = 3,
+    kRandom = 4,  // an ablation: no layout at all
+  };
   enum class Sketch : uint8_t { kAuto = 0, kOn = 1, kOff = 2 };
 
   Layout layout = Layout::kAuto;

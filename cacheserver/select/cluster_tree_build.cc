@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
+#include <random>
 #include <string>
 
 #include "cacheserver/select/cluster_tree_internal.h"
@@ -198,8 +199,13 @@ Result<PageLayout> Build(const TokenRows& rows, const BuildHints& hints,
   basis.tokens = rows.count;
 
   Packing packing = PackSequential(rows.count);
+  if (options.layout == Layout::kRandom) {
+    std::mt19937_64 rng(seed ^ hints.seed);
+    std::shuffle(packing.layout.tokens.begin(), packing.layout.tokens.end(), rng);
+  }
   LearnPages(rows, packing, options.sketch, &basis);
-  if (options.layout != Layout::kSequential && rows.count > kPageRows) {
+  const bool in_place = options.layout == Layout::kSequential || options.layout == Layout::kRandom;
+  if (!in_place && rows.count > kPageRows) {
     Basis other = basis;
     const float value_share = options.layout == Layout::kContentValue ? kValueShare : 0.0f;
     Packing content = PackContent(rows, basis, value_share, seed ^ hints.seed);

@@ -96,4 +96,19 @@ Status CheckRows(const TokenRows& rows, const PolicyOptions& options) {
   return OkStatus();
 }
 
+Status CheckQueries(const BuildHints& hints, const PolicyOptions& options) {
+  if (hints.queries.empty()) return OkStatus();
+  const size_t group_size = size_t{hints.query_group} * options.head_dim;
+  if (hints.query_group == 0 || hints.query_group > limits::kGroupMax ||
+      hints.queries.size() % group_size != 0)
+    return InvalidArgument("build hints: " + std::to_string(hints.queries.size()) +
+                           " query elements are no whole groups of " +
+                           std::to_string(hints.query_group) + " x " +
+                           std::to_string(options.head_dim));
+  if (!AllFinite(reinterpret_cast<const std::byte*>(hints.queries.data()), DType::kF32,
+                 hints.queries.size()))
+    return InvalidArgument("build hints: a query is NaN or infinite");
+  return OkStatus();
+}
+
 }  // namespace icecache

@@ -40,5 +40,7 @@ class PageFills {
 
 // INVALID_ARGUMENT naming the first of K and V that holds NaN or infinity, or a wrong shape.
 Status CheckRows(const TokenRows& rows, const PolicyOptions& options);
+// INVALID_ARGUMENT when hints.queries is no whole number of finite groups.
+Status CheckQueries(const BuildHints& hints, const PolicyOptions& options);
 
 }  // namespace icecache

@@ -65,7 +65,8 @@ struct SelectRequest {
   float min_mass = 0;               // > 0: return only as many pages as reach this share of the mass
   GroupRank rank = GroupRank::kMassSum;
   const float* local_lse = nullptr; // optional [group]: log-sum-exp of the tokens that the worker holds
-  bool residual = true;             // false: leave `residual` empty (plain top pages)
+  bool residual = true;             // false: leave `residual` empty: pages only, which is another
+                                    // answer of policies that choose tokens (budget_choice.h)
 };
 
 struct SelectedPage {
@@ -86,6 +87,11 @@ struct BuildHints {
   // Mean square of the query heads' elements, [head_dim], over recent queries of this slice's group;
   // empty when unknown. Lets a policy weigh the dimensions that queries actually use.
   std::span<const float> query_energy;
+  // The group's queries at the last positions before the build, oldest first, [count, query_group,
+  // head_dim], scaled as in SelectRequest; empty when unknown. For policies that rank tokens by
+  // the attention they were seen to get (docs/adr/0007): all others ignore it.
+  std::span<const float> queries;
+  uint32_t query_group = 0;
   uint64_t seed = 0;
 };
 
@@ -128,8 +134,30 @@ struct PolicyOptions {
 };
 
 // The policies of this build, by the names used in flags, on the wire and on disk.
-enum class PolicyKind : uint8_t { kClusterTree = 0, kDciTree = 1, kExact = 2, kSequential = 3 };
+// A number is never used again for another policy.
+enum class PolicyKind : uint8_t {
+  kClusterTree = 0,
+  kDciTree = 1,
+  kExact = 2,
+  kSequential = 3,
+  kExactToken = 4,
+  kExactPage = 5,
+  kMass = 6,
+  kStreamingLlm = 7,
+  kH2o = 8,
+  kSnapKv = 9,
+  kQuest = 10,
+  kArkVale = 11,
+  kLandmark = 20,
+  kRandomPages = 22,
+  kSequentialPages = 23,
+  kTreeNoResidual = 24,
+  kTreeNoRerank = 25,
+};
+std::span<const PolicyKind> AllPolicyKinds();                     // in the order of their numbers
 std::string_view PolicyKindName(PolicyKind kind);                 // "cluster_tree"
+uint32_t PolicyHeadDimMin(PolicyKind kind);                       // 32 for trees of clusters, else 16
+std::string PolicyKindNames();                                    // "cluster_tree, dci_tree, ..."
 Result<PolicyKind> ParsePolicyKind(std::string_view name);        // error lists the names
 std::unique_ptr<SelectionPolicy> MakePolicy(PolicyKind kind, const PolicyOptions& options);
 

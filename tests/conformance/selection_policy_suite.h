@@ -24,10 +24,20 @@
 
 namespace icecache {
 
+// What a policy answers with when the residual is asked for.
+enum class Answers : uint8_t {
+  kPagesAndRest,      // pages, and a residual that makes them full attention when all may be read
+  kPagesAndEstimate,  // pages, and a residual that never becomes exact
+  kPages,             // pages; the residual is empty by design
+  kTokens,            // no pages: at most 16 * max_pages tokens, attended to, in the residual
+};
+
 struct PolicyCase {
   PolicyKind kind;
-  bool has_residual;  // false: the policy documents an empty residual
-  bool keeps_cap;     // false: it reads keys to search, beyond read_cap by design
+  Answers answers;
+  bool keeps_cap = true;     // false: it reads keys to search, beyond read_cap by design
+  bool sees_queries = true;  // false: what it keeps does not depend on the query
+  float own_mass = 1;        // below 1: it stops at this share of the mass on its own
 };
 inline std::ostream& operator<<(std::ostream& out, const PolicyCase& c) {
   return out << PolicyKindName(c.kind);
@@ -89,8 +99,8 @@ class SliceModel {
     return {options_.dtype, options_.head_dim, static_cast<uint32_t>(k.size() / row_bytes),
             k.data(), v.data()};
   }
-  Status Build(const TokenRows& rows) {
-    KV_ASSIGN_OR_RETURN(const PageLayout layout, policy_->Build(rows, {}));
+  Status Build(const TokenRows& rows, const BuildHints& hints = {}) {
+    KV_ASSIGN_OR_RETURN(const PageLayout layout, policy_->Build(rows, hints));
     KV_RETURN_IF_ERROR(store_.ApplyLayout(rows, layout));
     return Check();
   }
@@ -144,7 +154,9 @@ class SliceModel {
 inline void CheckSelection(const SliceModel& slice, const SelectRequest& request,
                            const Selection& got, uint32_t group, const PolicyCase& policy) {
   ASSERT_LE(got.pages.size(), request.max_pages);
-  if (request.min_mass <= 0) {
+  if (policy.answers == Answers::kTokens && request.residual) {
+    ASSERT_TRUE(got.pages.empty());
+  } else if (request.min_mass <= 0 && policy.own_mass == 1) {
     ASSERT_EQ(got.pages.size(), std::min(request.max_pages, slice.store().page_count()));
   }
   std::set<uint32_t> distinct;
@@ -159,8 +171,10 @@ inline void CheckSelection(const SliceModel& slice, const SelectRequest& request
   ASSERT_LE(got.covered_mass, 1.0f);
   ASSERT_LE(got.tokens_read, slice.store().token_count());
   if (policy.keeps_cap) {
-    const uint32_t shipped =
-        request.min_mass > 0 ? request.max_pages * limits::kPageTokens : returned_tokens;
+    const bool tokens = policy.answers == Answers::kTokens && request.residual;
+    const uint32_t shipped = request.min_mass > 0 || tokens || policy.own_mass < 1
+                                 ? request.max_pages * limits::kPageTokens
+                                 : returned_tokens;
     ASSERT_LE(got.tokens_read, shipped + request.read_cap);
   }
   ASSERT_EQ(got.residual.heads(), group);

@@ -8,8 +8,6 @@
 namespace icecache::fuzz {
 namespace {
 
-constexpr PolicyKind kKinds[] = {PolicyKind::kClusterTree, PolicyKind::kDciTree, PolicyKind::kExact,
-                                 PolicyKind::kSequential};
 const PolicyOptions kOptions{.dtype = DType::kF32, .head_dim = 32};
 
 void Query(const SelectionPolicy& policy, const PagedKv& pages) {
@@ -27,9 +25,9 @@ std::vector<std::string> Seeds() {
   for (size_t i = 0; i < rows.size(); ++i) rows[i] = std::sin(static_cast<float>(i * i % 1013));
   const auto* bytes = reinterpret_cast<const std::byte*>(rows.data());
   std::vector<std::string> seeds;
-  for (size_t kind = 0; kind < std::size(kKinds); ++kind) {
+  for (size_t kind = 0; kind < AllPolicyKinds().size(); ++kind) {
     for (const uint32_t count : {0u, 5u, 200u}) {
-      auto policy = MakePolicy(kKinds[kind], kOptions);
+      auto policy = MakePolicy(AllPolicyKinds()[kind], kOptions);
       if (!policy->Build({DType::kF32, 32, count, bytes, bytes}, {}).ok())
         Broken("finite rows build");
       std::string image(1, static_cast<char>(kind));
@@ -46,7 +44,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   using namespace icecache;
   if (size == 0) return 0;
   const std::string_view image(reinterpret_cast<const char*>(data) + 1, size - 1);
-  const PolicyKind kind = fuzz::kKinds[data[0] % std::size(fuzz::kKinds)];
+  const PolicyKind kind = AllPolicyKinds()[data[0] % AllPolicyKinds().size()];
   auto policy = MakePolicy(kind, fuzz::kOptions);
   if (!policy->Restore(image).ok()) return 0;
   double pages = 0;

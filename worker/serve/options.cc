@@ -67,7 +67,7 @@ void AddWorkerOptions(ConfigParser& parser, WorkerOptions* o) {
   parser.Add("window_tokens", &o->window_tokens, "Recent tokens that are always attended to", 0,
              limits::kWindowTokensMax);
   parser.Add("policy", &o->policy,
-             "How the server chooses: cluster_tree, dci_tree, exact or sequential");
+             "How the server chooses: cluster_tree, or another of docs/policies.md, by name");
   parser.Add("index_seed", &o->index_seed, "Seed of the server's index");
   parser.Add("read_cap", &o->read_cap,
              "Tokens the server may read exactly, beyond the pages, for its estimate of the rest",
