@@ -3,7 +3,7 @@
 //
 // Select changes nothing (a sealed slice is shared by all readers), so attention during decoding is
 // not observed: statistics are those of the build, and come anew with every re-clustering
-// (docs/adr/0007-observed-attention.md). Without BuildHints::queries all scores are 0.
+// (docs/adr/0006). Without BuildHints::queries all scores are 0.
 #pragma once
 
 #include <span>

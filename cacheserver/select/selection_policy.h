@@ -89,7 +89,7 @@ struct BuildHints {
   std::span<const float> query_energy;
   // The group's queries at the last positions before the build, oldest first, [count, query_group,
   // head_dim], scaled as in SelectRequest; empty when unknown. For policies that rank tokens by
-  // the attention they were seen to get (docs/adr/0007): all others ignore it.
+  // the attention they were seen to get (docs/adr/0006): all others ignore it.
   std::span<const float> queries;
   uint32_t query_group = 0;
   uint64_t seed = 0;
