@@ -7,17 +7,26 @@
 #include "cacheserver/select/arkvale.h"
 #include "cacheserver/select/cluster_tree.h"
 #include "cacheserver/select/cluster_tree_variants.h"
+#include "cacheserver/select/clusterkv.h"
 #include "cacheserver/select/dci_tree.h"
 #include "cacheserver/select/exact.h"
 #include "cacheserver/select/exact_page.h"
 #include "cacheserver/select/exact_token.h"
 #include "cacheserver/select/h2o.h"
+#include "cacheserver/select/infllm.h"
 #include "cacheserver/select/landmark.h"
+#include "cacheserver/select/magicpig.h"
 #include "cacheserver/select/mass_oracle.h"
+#include "cacheserver/select/omnikv.h"
+#include "cacheserver/select/pqcache.h"
 #include "cacheserver/select/quest.h"
+#include "cacheserver/select/retroinfer.h"
 #include "cacheserver/select/sequential.h"
+#include "cacheserver/select/shadowkv.h"
 #include "cacheserver/select/snapkv.h"
+#include "cacheserver/select/squeezed.h"
 #include "cacheserver/select/streaming_llm.h"
+#include "cacheserver/select/twilight.h"
 
 namespace icecache {
 namespace {
@@ -51,7 +60,16 @@ constexpr Entry kPolicies[] = {
     {PolicyKind::kSnapKv, "snapkv", MakeSnapKv},
     {PolicyKind::kQuest, "quest", MakeQuest},
     {PolicyKind::kArkVale, "arkvale", MakeArkVale},
+    {PolicyKind::kPqCache, "pqcache", MakePqCache},
+    {PolicyKind::kMagicPig, "magicpig", MakeMagicPig},
+    {PolicyKind::kOmniKv, "omnikv", MakeOmniKv},
+    {PolicyKind::kInfLlm, "infllm", MakeInfLlm},
+    {PolicyKind::kShadowKv, "shadowkv", MakeShadowKv},
+    {PolicyKind::kRetroInfer, "retroinfer", MakeRetroInfer},
+    {PolicyKind::kClusterKv, "clusterkv", MakeClusterKv},
+    {PolicyKind::kSqueezed, "squeezed", MakeSqueezed},
     {PolicyKind::kLandmark, "landmark", MakeLandmark},
+    {PolicyKind::kTwilight, "twilight", MakeTwilight},
     {PolicyKind::kRandomPages, "random_pages", MakeRandomPages, kTreeDim},
     {PolicyKind::kSequentialPages, "sequential_pages", MakeSequentialPages, kTreeDim},
     {PolicyKind::kTreeNoResidual, "cluster_tree_no_residual", MakeTreeNoResidual, kTreeDim},

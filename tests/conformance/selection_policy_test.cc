@@ -437,10 +437,22 @@ PolicyCase CaseOf(PolicyKind kind) {
       return {kind, Answers::kPagesAndRest, false};
     case PolicyKind::kDciTree:
       return {kind, Answers::kPages, false};
+    case PolicyKind::kInfLlm:  // reads its representatives; blind to a token that nobody looked at
+      return {kind, Answers::kPages, false, false};
     case PolicyKind::kExactToken:
+    case PolicyKind::kPqCache:
+    case PolicyKind::kOmniKv:
+    case PolicyKind::kShadowKv:
+    case PolicyKind::kRetroInfer:
+    case PolicyKind::kClusterKv:
+    case PolicyKind::kSqueezed:
       return {kind, Answers::kTokens};
+    case PolicyKind::kMagicPig:  // covers what chance gives it
+      return {kind, Answers::kTokens, true, true, 0};
     case PolicyKind::kMass:
       return {kind, Answers::kTokens, true, true, 0.95f};
+    case PolicyKind::kTwilight:
+      return {kind, Answers::kTokens, true, true, 0.85f};
     case PolicyKind::kStreamingLlm:
     case PolicyKind::kH2o:
     case PolicyKind::kSnapKv:
