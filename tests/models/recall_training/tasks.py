@@ -43,7 +43,9 @@ class Tasks:
         told = [(name, self.cities(2)) for name in names]
         for name, values in told:
             self.state(document, [name] + values)
-        for name, values in self.rng.sample(told, min(asked, len(told))):
+        # With replacement: if no fact could be asked for twice, a small model would learn to guess among those not yet
+        # asked for, and stay there.
+        for name, values in self.rng.choices(told, k=asked):
             self.ask(document, [name], values)
 
     def multi_key(self, document, count, asked):
