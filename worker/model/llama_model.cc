@@ -1,16 +1,13 @@
 // The forward pass of every supported family: RMSNorm, attention with RoPE, SwiGLU, in f32.
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
-#include <filesystem>
+#include <utility>
 
-#include "common/checksum.h"
 #include "kernels/distance.h"
 #include "worker/model/gemm.h"
+#include "worker/model/llama_weights.h"
 #include "worker/model/model.h"
-#include "worker/model/model_config.h"
 #include "worker/model/rope.h"
-#include "worker/model/safetensors.h"
 
 namespace icecache {
 namespace {
@@ -20,19 +17,6 @@ namespace {
 constexpr uint32_t kChunkTokens = 512;
 constexpr uint32_t kRowsPerShare = 16;   // of element-wise work given to a thread at once
 constexpr uint32_t kSharedRowsMin = 64;  // fewer rows are done in place
-
-struct Linear {
-  WeightMatrix weight;
-  std::vector<float> bias;  // empty: none
-
-  const float* bias_or_null() const { return bias.empty() ? nullptr : bias.data(); }
-};
-
-struct LayerWeights {
-  std::vector<float> input_norm, post_norm;
-  std::vector<float> q_norm, k_norm;  // empty: none
-  Linear q, k, v, o, gate, up, down;
-};
 
 float SumOfSquares(const float* x, uint32_t count) {
   constexpr uint32_t kLanes = 16;  // independent sums, so that the compiler may use vectors
@@ -68,31 +52,23 @@ void SwiGlu(const float* up, uint32_t count, float* scratch, float* gate) {
 
 class LlamaModel final : public Model {
  public:
-  LlamaModel(ModelConfig config, std::unique_ptr<WeightFiles> files, const ModelOptions& options)
-      : config_(std::move(config)),
+  LlamaModel(LlamaWeights weights, const ModelOptions& options)
+      : weights_(std::move(weights)),
+        config_(weights_.config),
         shape_(config_.Shape(options.kv_dtype)),
-        files_(std::move(files)),
         rope_(config_),
         gemm_(options.threads) {}
-
-  Status LoadWeights();
-  void SetIdentity(uint64_t config_hash);
 
   const ModelShape& shape() const override { return shape_; }
   uint32_t vocab_size() const override { return config_.vocab_size; }
   uint32_t hidden_size() const override { return config_.hidden_size; }
-  std::string identity() const override { return identity_; }
+  std::string identity() const override { return weights_.identity; }
   Status Embed(std::span<const int32_t> tokens, float* hidden) override;
   Status Layer(LayerId layer, TokenPos first, uint32_t tokens, float* hidden,
                LayerAttention& attention) override;
   void Logits(const float* hidden, float* logits) override;
 
  private:
-  Status LoadVector(const std::string& name, uint32_t count, std::vector<float>& to);
-  Status LoadMatrix(const std::string& name, uint32_t rows, uint32_t cols, WeightMatrix& to);
-  Status LoadLinear(const std::string& name, uint32_t rows, uint32_t cols, bool bias, Linear& to);
-  Status LoadLayer(uint32_t index, LayerWeights& to);
-
   uint32_t q_size() const { return shape_.query_heads * shape_.head_dim; }
   uint32_t kv_size() const { return shape_.kv_heads * shape_.head_dim; }
   void ForRows(uint32_t rows, const ComputeThreads::Body& body);
@@ -101,13 +77,9 @@ class LlamaModel final : public Model {
   void AddAttention(const LayerWeights& w, uint32_t offset, uint32_t tokens, float* hidden);
   void AddMlp(const LayerWeights& w, uint32_t tokens, float* hidden);
 
-  const ModelConfig config_;
+  const LlamaWeights weights_;
+  const ModelConfig& config_;
   const ModelShape shape_;
-  const std::unique_ptr<WeightFiles> files_;
-  std::string identity_;
-  WeightMatrix embedding_, output_;
-  std::vector<float> final_norm_;
-  std::vector<LayerWeights> layers_;
 
   Rope rope_;
   Gemm gemm_;
@@ -116,82 +88,8 @@ class LlamaModel final : public Model {
   std::vector<float> normed_, delta_, gate_, up_, exp_;
 };
 
-Status LlamaModel::LoadVector(const std::string& name, uint32_t count, std::vector<float>& to) {
-  KV_ASSIGN_OR_RETURN(const TensorView tensor, files_->Find(name, {count}));
-  to.resize(count);
-  ToF32(tensor.data, tensor.dtype, count, to.data());
-  return OkStatus();
-}
-
-Status LlamaModel::LoadMatrix(const std::string& name, uint32_t rows, uint32_t cols,
-                              WeightMatrix& to) {
-  KV_ASSIGN_OR_RETURN(const TensorView tensor, files_->Find(name, {rows, cols}));
-  to = {tensor.data, tensor.dtype, rows, cols};
-  return OkStatus();
-}
-
-Status LlamaModel::LoadLinear(const std::string& name, uint32_t rows, uint32_t cols, bool bias,
-                              Linear& to) {
-  KV_RETURN_IF_ERROR(LoadMatrix(name + ".weight", rows, cols, to.weight));
-  return bias ? LoadVector(name + ".bias", rows, to.bias) : OkStatus();
-}
-
-Status LlamaModel::LoadLayer(uint32_t index, LayerWeights& to) {
-  const std::string prefix = "model.layers." + std::to_string(index) + ".";
-  const std::string attention = prefix + "self_attn.";
-  const std::string mlp = prefix + "mlp.";
-  const uint32_t hidden = config_.hidden_size;
-  const uint32_t inner = config_.intermediate_size;
-  KV_RETURN_IF_ERROR(LoadVector(prefix + "input_layernorm.weight", hidden, to.input_norm));
-  KV_RETURN_IF_ERROR(LoadVector(prefix + "post_attention_layernorm.weight", hidden, to.post_norm));
-  KV_RETURN_IF_ERROR(LoadLinear(attention + "q_proj", q_size(), hidden, config_.qkv_bias, to.q));
-  KV_RETURN_IF_ERROR(LoadLinear(attention + "k_proj", kv_size(), hidden, config_.qkv_bias, to.k));
-  KV_RETURN_IF_ERROR(LoadLinear(attention + "v_proj", kv_size(), hidden, config_.qkv_bias, to.v));
-  KV_RETURN_IF_ERROR(LoadLinear(attention + "o_proj", hidden, q_size(), config_.output_bias, to.o));
-  if (config_.qk_norm) {
-    KV_RETURN_IF_ERROR(LoadVector(attention + "q_norm.weight", shape_.head_dim, to.q_norm));
-    KV_RETURN_IF_ERROR(LoadVector(attention + "k_norm.weight", shape_.head_dim, to.k_norm));
-  }
-  KV_RETURN_IF_ERROR(LoadLinear(mlp + "gate_proj", inner, hidden, config_.mlp_bias, to.gate));
-  KV_RETURN_IF_ERROR(LoadLinear(mlp + "up_proj", inner, hidden, config_.mlp_bias, to.up));
-  return LoadLinear(mlp + "down_proj", hidden, inner, config_.mlp_bias, to.down);
-}
-
-Status LlamaModel::LoadWeights() {
-  const uint32_t hidden = config_.hidden_size;
-  KV_RETURN_IF_ERROR(
-      LoadMatrix("model.embed_tokens.weight", config_.vocab_size, hidden, embedding_));
-  KV_RETURN_IF_ERROR(LoadVector("model.norm.weight", hidden, final_norm_));
-  layers_.resize(config_.layers);
-  for (uint32_t i = 0; i < config_.layers; ++i) KV_RETURN_IF_ERROR(LoadLayer(i, layers_[i]));
-  output_ = embedding_;
-  return config_.tied_embeddings
-             ? OkStatus()
-             : LoadMatrix("lm_head.weight", config_.vocab_size, hidden, output_);
-}
-
-void LlamaModel::SetIdentity(uint64_t config_hash) {
-  const uint64_t seeds[] = {config_hash, files_->Fingerprint()};
-  char hash[17];
-  std::snprintf(hash, sizeof(hash), "%016llx",
-                static_cast<unsigned long long>(Checksum64(std::as_bytes(std::span(seeds)))));
-  std::filesystem::path path = std::filesystem::path(files_->directory()).lexically_normal();
-  if (!path.has_filename()) path = path.parent_path();  // "models/recall/"
-  identity_ =
-      std::string(ModelFamilyName(config_.family)) + ":" + path.filename().string() + ":" + hash;
-}
-
 Status LlamaModel::Embed(std::span<const int32_t> tokens, float* hidden) {
-  for (size_t i = 0; i < tokens.size(); ++i) {
-    if (tokens[i] < 0 || static_cast<uint32_t>(tokens[i]) >= config_.vocab_size) {
-      return InvalidArgument("token " + std::to_string(i) + " has id " + std::to_string(tokens[i]) +
-                             ", expected 0.." + std::to_string(config_.vocab_size - 1) +
-                             "; do tokenizer.json and model belong together?");
-    }
-    ToF32(embedding_.row(static_cast<size_t>(tokens[i])), embedding_.dtype, config_.hidden_size,
-          hidden + i * config_.hidden_size);
-  }
-  return OkStatus();
+  return EmbedTokens(weights_, tokens, hidden);
 }
 
 void LlamaModel::ForRows(uint32_t rows, const ComputeThreads::Body& body) {
@@ -281,13 +179,13 @@ void LlamaModel::AddMlp(const LayerWeights& w, uint32_t tokens, float* hidden) {
 
 Status LlamaModel::Layer(LayerId layer, TokenPos first, uint32_t tokens, float* hidden,
                          LayerAttention& attention) {
-  KV_CHECK(layer.value < layers_.size());
+  KV_CHECK(layer.value < weights_.layers.size());
   if (uint64_t{first.value} + tokens > limits::kContextTokensMax) {
     return OutOfRange("position " + std::to_string(uint64_t{first.value} + tokens) +
                       ", expected at most " + std::to_string(limits::kContextTokensMax));
   }
   if (tokens == 0) return OkStatus();
-  const LayerWeights& w = layers_[layer.value];
+  const LayerWeights& w = weights_.layers[layer.value];
   Reserve(tokens);
   rope_.Prepare(first.value, tokens);
   const auto for_chunks = [&](const auto& body) {
@@ -309,21 +207,16 @@ Status LlamaModel::Layer(LayerId layer, TokenPos first, uint32_t tokens, float* 
 
 void LlamaModel::Logits(const float* hidden, float* logits) {
   Reserve(1);
-  RmsNorm(hidden, final_norm_, config_.rms_norm_eps, normed_.data());
-  gemm_.Multiply(normed_.data(), 1, output_, nullptr, logits);
+  RmsNorm(hidden, weights_.final_norm, config_.rms_norm_eps, normed_.data());
+  gemm_.Multiply(normed_.data(), 1, weights_.output, nullptr, logits);
 }
 
 }  // namespace
 
 Result<std::unique_ptr<Model>> LoadModel(const std::string& directory,
                                          const ModelOptions& options) {
-  KV_ASSIGN_OR_RETURN(ModelConfig config, LoadModelConfig(directory));
-  KV_ASSIGN_OR_RETURN(const auto config_file, FileBytes::Map(directory + "/config.json"));
-  KV_ASSIGN_OR_RETURN(auto files, WeightFiles::Open(directory));
-  auto model = std::make_unique<LlamaModel>(std::move(config), std::move(files), options);
-  KV_RETURN_IF_ERROR(model->LoadWeights());
-  model->SetIdentity(Checksum64(config_file->bytes()));
-  return std::unique_ptr<Model>(std::move(model));
+  KV_ASSIGN_OR_RETURN(LlamaWeights weights, LoadLlamaWeights(directory));
+  return std::unique_ptr<Model>(std::make_unique<LlamaModel>(std::move(weights), options));
 }
 
 }  // namespace icecache
