@@ -53,7 +53,8 @@ class Device {
   virtual void Launch(const KernelCall& call) = 0;
 
   // Records what `work` queues instead of running it, to be queued as a whole by Replay: one launch
-  // (a CUDA graph) instead of many. Only pinned and device memory in it.
+  // (a CUDA graph) instead of many. Only pinned and device memory in it, and only kernels that have
+  // run before: some of their loading cannot be recorded.
   virtual Result<RecordingId> Record(const std::function<void()>& work) = 0;
   virtual void Replay(RecordingId recording) = 0;
 

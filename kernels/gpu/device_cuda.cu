@@ -74,6 +74,7 @@ class CudaDevice final : public Device {
 
   ~CudaDevice() override {
     (void)cudaStreamSynchronize(stream_);
+    rounded_ = DeviceMemory();  // while there is something to free it with
     for (const cudaGraphExec_t graph : graphs_) (void)cudaGraphExecDestroy(graph);
     cublas_.reset();
     (void)cudaStreamDestroy(stream_);

@@ -46,15 +46,14 @@ struct NormKernel {
 // double: at position 100,000 an f32 angle is off by 0.004. Every RoPE scaling is in `frequencies`
 // and `factor` (worker/model/rope.h).
 struct RopeArgs {
-  float* q = nullptr;  // [tokens] rows of [query_heads, head_dim], `stride` floats apart
-  float* k = nullptr;  // [tokens] rows of [kv_heads, head_dim], likewise
+  float* q = nullptr;                   // [tokens, query_heads, head_dim]
+  float* k = nullptr;                   // [tokens, kv_heads, head_dim]
   const double* frequencies = nullptr;  // [head_dim / 2]
   const uint32_t* positions = nullptr;  // [tokens]
   uint32_t tokens = 0;
   uint32_t query_heads = 0;
   uint32_t kv_heads = 0;
   uint32_t head_dim = 0;
-  uint32_t stride = 0;
   float q_scale = 1;
   double factor = 1;  // of cosines and sines
 };
@@ -78,13 +77,13 @@ struct RopeKernel {
     }
     block.Sync();
     const uint32_t heads = args.query_heads + args.kv_heads;
-    const size_t row = size_t{block.x()} * args.stride;
     for (uint32_t i = block.thread(); i < heads * half; i += kThreads) {
       const uint32_t head = i / half;
       const uint32_t pair = i % half;
       const bool is_q = head < args.query_heads;
-      float* const x = is_q ? args.q + row + size_t{head} * args.head_dim
-                            : args.k + row + size_t{head - args.query_heads} * args.head_dim;
+      const size_t row = is_q ? size_t{block.x()} * args.query_heads + head
+                              : size_t{block.x()} * args.kv_heads + head - args.query_heads;
+      float* const x = (is_q ? args.q : args.k) + row * args.head_dim;
       const float scale = is_q ? args.q_scale : 1.0f;
       const float a = x[pair] * scale;
       const float b = x[pair + half] * scale;

@@ -43,28 +43,29 @@ TEST_P(DeviceLayersSuite, NormOfTokensAndOfHeadsInPlace) {
 }
 
 TEST_P(DeviceLayersSuite, RopeTurnsQueriesAndKeysAtFarPositions) {
-  const uint32_t dim = 96, half = 48, query_heads = 3, kv_heads = 2, stride = 7 * dim;
+  const uint32_t dim = 96, half = 48, query_heads = 3, kv_heads = 2;
   const std::vector<uint32_t> positions = {0, 17, 131071};
   std::vector<double> frequencies(half);
   for (uint32_t i = 0; i < half; ++i) frequencies[i] = std::pow(5e5, -2.0 * i / dim);
-  const std::vector<float> x = Normal(3 * stride);
-  float* const rows = Upload(x);
-  device_->Launch(RopeArgs{rows, rows + query_heads * dim, Upload(frequencies), Upload(positions),
-                           3, query_heads, kv_heads, dim, stride, 0.25f, 1.1});
-  const std::vector<float> actual = Download(rows, x.size());
-  for (uint32_t t = 0; t < 3; ++t) {
-    for (uint32_t h = 0; h < 7; ++h) {  // the last two are values: they stay
+  const std::vector<float> q = Normal(3 * query_heads * dim), k = Normal(3 * kv_heads * dim);
+  float* const q_rows = Upload(q);
+  float* const k_rows = Upload(k);
+  device_->Launch(gpu::RopeArgs{q_rows, k_rows, Upload(frequencies), Upload(positions), 3,
+                                query_heads, kv_heads, dim, 0.25f, 1.1});
+  const auto expect_turned = [&](const std::vector<float>& actual, const std::vector<float>& x,
+                                 uint32_t heads, double scale) {
+    for (size_t row = 0; row < size_t{3} * heads; ++row) {
       for (uint32_t i = 0; i < half; ++i) {
-        const size_t at = size_t{t} * stride + h * dim + i;
-        const double angle = positions[t] * frequencies[i];
-        const double scale = h >= 5 ? 1 : 1.1 * (h < query_heads ? 0.25 : 1);
-        const double c = h >= 5 ? 1 : std::cos(angle) * scale;
-        const double s = h >= 5 ? 0 : std::sin(angle) * scale;
-        ASSERT_NEAR(actual[at], x[at] * c - x[at + half] * s, 2e-6) << t << " " << h << " " << i;
-        ASSERT_NEAR(actual[at + half], x[at + half] * c + x[at] * s, 2e-6);
+        const size_t at = row * dim + i;
+        const double angle = positions[row / heads] * frequencies[i];
+        const double c = std::cos(angle) * scale, s = std::sin(angle) * scale;
+        ASSERT_NEAR(actual[at], x[at] * c - x[at + half] * s, 2e-6) << row << " " << i;
+        ASSERT_NEAR(actual[at + half], x[at + half] * c + x[at] * s, 2e-6) << row << " " << i;
       }
     }
-  }
+  };
+  expect_turned(Download(q_rows, q.size()), q, query_heads, 1.1 * 0.25);
+  expect_turned(Download(k_rows, k.size()), k, kv_heads, 1.1);
 }
 
 TEST_P(DeviceLayersSuite, SwiGluAlsoOfHugeGates) {

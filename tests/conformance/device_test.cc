@@ -52,10 +52,13 @@ TEST_P(DeviceMemorySuite, RecordedWorkRunsWhenReplayedAndReadsMemoryAsItIsThen) 
   float* const x = Room<float>(1);
   float* const y = Room<float>(1);
   float* const weight = Upload(std::vector<float>{3.0f});
+  const GemmArgs product{x, reinterpret_cast<const std::byte*>(weight), nullptr, y, DType::kF32, 1,
+                         1, 1, false};
+  device_->Launch(product);  // loads the kernel, as users of Record do
+  Sync();
   const auto recording = device_->Record([&] {
     device_->Copy(x, pinned->data(), sizeof(float));
-    device_->Launch(GemmArgs{x, reinterpret_cast<const std::byte*>(weight), nullptr, y, DType::kF32,
-                             1, 1, 1, false});
+    device_->Launch(product);
     device_->Copy(pinned->data<float>(sizeof(float)), y, sizeof(float));
   });
   ASSERT_TRUE(recording.ok()) << recording.status().ToString();
