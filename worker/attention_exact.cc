@@ -25,9 +25,8 @@ void AttentionExact::AttendHead(const float* queries, const TokenRows& rows,
   const uint32_t window = std::min(budget_.window_tokens, rows.count - sinks);
   const uint32_t candidates = rows.count - sinks - window;
   const uint32_t chosen = std::min(budget_.chosen(), candidates);
-  if (sinks > 0) backend_.AttendRows(queries, Slice(rows, 0, sinks), states);
-  if (window > 0) {
-    backend_.AttendRows(queries, Slice(rows, rows.count - window, window), states);
+  for (const TokenRows& fixed : {Slice(rows, 0, sinks), Slice(rows, rows.count - window, window)}) {
+    if (fixed.count > 0) items_.push_back({queries, states, fixed, {}, {}});
   }
   if (chosen == 0) return;
   const TokenRows middle = Slice(rows, sinks, candidates);
@@ -60,10 +59,12 @@ Status AttentionExact::Attend(LayerId layer, TokenPos first, uint32_t tokens, co
     token_.StoreToken(call.position, call.k, call.v);
     kv_.Append(layer, token_);
     states_.Reset(shape_.query_heads, shape_.head_dim);
+    items_.clear();
     for (uint16_t h = 0; h < shape_.kv_heads; ++h) {
       AttendHead(call.queries(shape_, h), kv_.rows(layer, KvHeadId(h)),
                  GroupStates(shape_, states_, h));
     }
+    KV_RETURN_IF_ERROR(backend_.Attend(items_));
     FinishStates(states_.ref(), call.out);
     const uint32_t fixed = budget_.sink_tokens + budget_.window_tokens;
     CountAttended(&stats_, shape_.query_heads,

@@ -46,6 +46,7 @@ class AttentionExact final : public DecodeAttention {
   const SparseBudget budget_;
   LayerRows token_;
   AttentionStates states_;
+  std::vector<AttentionItem> items_;
   std::vector<float> scores_;     // [group, candidates]
   std::vector<uint32_t> order_;   // candidates, best first up to the budget
   std::vector<float> value_row_;  // [head_dim]

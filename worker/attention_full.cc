@@ -11,10 +11,15 @@ Status AttentionFull::Attend(LayerId layer, TokenPos first, uint32_t tokens, con
     token_.StoreToken(call.position, call.k, call.v);
     kv_.Append(layer, token_);
     states_.Reset(shape_.query_heads, shape_.head_dim);
+    items_.clear();
     for (uint16_t h = 0; h < shape_.kv_heads; ++h) {
-      backend_.AttendRows(call.queries(shape_, h), kv_.rows(layer, KvHeadId(h)),
-                          GroupStates(shape_, states_, h));
+      items_.push_back({call.queries(shape_, h),
+                        GroupStates(shape_, states_, h),
+                        kv_.rows(layer, KvHeadId(h)),
+                        {},
+                        {}});
     }
+    KV_RETURN_IF_ERROR(backend_.Attend(items_));
     FinishStates(states_.ref(), call.out);
     CountAttended(&stats_, shape_.query_heads, kv_.tokens(layer));
     return OkStatus();

@@ -29,6 +29,7 @@ class AttentionFull final : public DecodeAttention {
   AttentionBackend& backend_;
   LayerRows token_;
   AttentionStates states_;
+  std::vector<AttentionItem> items_;
   AttentionStats stats_;
 };
 

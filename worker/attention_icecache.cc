@@ -18,7 +18,7 @@ AttentionIceCache::AttentionIceCache(const ModelShape& shape, CacheClient& clien
       client_(client),
       backend_(backend),
       options_(options),
-      arena_(shape.page_bytes()),
+      arena_(shape.page_bytes(), options.frames),
       appender_(shape),
       token_(shape, TokenPos(0), 1),
       left_(shape, TokenPos(0), 1),
@@ -71,8 +71,10 @@ Status AttentionIceCache::AttendToken(LayerId layer, const TokenCall& call) {
       params.append.empty() ? window_.window_first(layer) : appender_.first(layer);
   params.deadline = options_.select_deadline;
   const uint64_t bytes_before = client_.bytes_moved();
-  KV_ASSIGN_OR_RETURN(const SelectOutcome outcome,
-                      client_.Select(context_, params, *this, [&] { AttendLocal(layer, call); }));
+  KV_ASSIGN_OR_RETURN(const SelectOutcome outcome, client_.Select(context_, params, *this, [&] {
+    local_status_ = AttendLocal(layer, call);
+  }));
+  KV_RETURN_IF_ERROR(local_status_);
   stats_.bytes_moved += client_.bytes_moved() - bytes_before;
   stats_.select_wait += outcome.waiting;
   stats_.transfer += outcome.sending + outcome.handling;
@@ -82,7 +84,7 @@ Status AttentionIceCache::AttendToken(LayerId layer, const TokenCall& call) {
                                    [](const Head& head) { return !head.missing.empty(); });
   if (!outcome.complete || missing) ++stats_.degraded_steps;
 
-  AttendSelected(layer, call);
+  KV_RETURN_IF_ERROR(AttendSelected(layer, call));
   FinishStates(states_.ref(), call.out);
   if (outcome.confirmed) {
     appender_.Confirm(
@@ -91,28 +93,31 @@ Status AttentionIceCache::AttendToken(LayerId layer, const TokenCall& call) {
   return OkStatus();
 }
 
-void AttentionIceCache::AttendLocal(LayerId layer, const TokenCall& call) {
+Status AttentionIceCache::AttendLocal(LayerId layer, const TokenCall& call) {
   const AttentionTimer timer(&stats_.attention);
+  items_.clear();
   for (uint16_t h = 0; h < shape_.kv_heads; ++h) {
     for (const TokenRows& rows :
          {window_.sinks(layer, KvHeadId(h)), window_.window(layer, KvHeadId(h))}) {
       if (rows.count == 0) continue;
-      backend_.AttendRows(call.queries(shape_, h), rows, GroupStates(shape_, states_, h));
+      items_.push_back({call.queries(shape_, h), GroupStates(shape_, states_, h), rows, {}, {}});
       stats_.attended_tokens += uint64_t{rows.count} * shape_.group();
     }
     stats_.heads += shape_.group();
   }
+  return backend_.Attend(items_);
 }
 
-void AttentionIceCache::AttendSelected(LayerId layer, const TokenCall& call) {
+Status AttentionIceCache::AttendSelected(LayerId layer, const TokenCall& call) {
   const AttentionTimer timer(&stats_.attention);
+  items_.clear();
   for (uint16_t h = 0; h < shape_.kv_heads; ++h) {
     const float* const queries = call.queries(shape_, h);
     const AttentionStateRef states = GroupStates(shape_, states_, h);
     if (!caches_.empty()) {
       const PageCache& pages = cache(layer, KvHeadId(h));
       if (!pages.selected().empty()) {
-        backend_.AttendPages(queries, pages.view(), pages.selected(), states);
+        items_.push_back({queries, states, {}, pages.view(), pages.selected()});
       }
       stats_.attended_tokens += uint64_t{pages.selected_tokens()} * shape_.group();
     }
@@ -120,7 +125,7 @@ void AttentionIceCache::AttendSelected(LayerId layer, const TokenCall& call) {
     if (!head.arrived) {
       // The shard may not have taken these yet, and nothing that it said covers them.
       for (const LayerRows& token : appender_.tokens(layer)) {
-        backend_.AttendRows(queries, token.view(KvHeadId(h)), states);
+        items_.push_back({queries, states, token.view(KvHeadId(h)), {}, {}});
         stats_.attended_tokens += shape_.group();
       }
     } else if (!head.residual.empty()) {
@@ -129,6 +134,7 @@ void AttentionIceCache::AttendSelected(LayerId layer, const TokenCall& call) {
       MergeStates({group, shape_.head_dim, flat, flat + group, flat + 2 * size_t{group}}, states);
     }
   }
+  return backend_.Attend(items_);
 }
 
 void AttentionIceCache::ListResident(KvHeadId head, std::vector<wire::ResidentPage>* pages) {

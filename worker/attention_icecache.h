@@ -24,6 +24,9 @@
 namespace icecache {
 
 struct TokenCall;
+namespace gpu {
+class DeviceFrames;
+}
 
 struct IceCacheOptions {
   SparseBudget budget;
@@ -32,6 +35,7 @@ struct IceCacheOptions {
   float min_mass = 0;
   bool residual = true;
   Duration select_deadline = std::chrono::seconds(2);
+  gpu::DeviceFrames* frames = nullptr;  // of the backend's device: pages are kept there, too
 
   uint32_t max_pages() const;
 };
@@ -61,8 +65,8 @@ class AttentionIceCache final : public DecodeAttention, private SelectionSink {
   };
 
   Status AttendToken(LayerId layer, const TokenCall& call);
-  void AttendLocal(LayerId layer, const TokenCall& call);
-  void AttendSelected(LayerId layer, const TokenCall& call);
+  Status AttendLocal(LayerId layer, const TokenCall& call);
+  Status AttendSelected(LayerId layer, const TokenCall& call);
   PageCache& cache(LayerId layer, KvHeadId head) {
     return caches_[size_t{layer.value} * shape_.kv_heads + head.value];
   }
@@ -87,6 +91,8 @@ class AttentionIceCache final : public DecodeAttention, private SelectionSink {
   LayerId step_layer_;
   std::vector<Head> heads_;  // [kv_heads]
   AttentionStates states_;
+  std::vector<AttentionItem> items_;
+  Status local_status_;  // of AttendLocal in the step at hand
   AttentionStats stats_;
 };
 

@@ -12,15 +12,17 @@ Status AttentionSinkWindow::Attend(LayerId layer, TokenPos first, uint32_t token
     (void)window_.Append(layer, token_, &left_);
     states_.Reset(shape_.query_heads, shape_.head_dim);
     uint32_t attended = 0;
+    items_.clear();
     for (uint16_t h = 0; h < shape_.kv_heads; ++h) {
       attended = 0;
       for (const TokenRows& rows :
            {window_.sinks(layer, KvHeadId(h)), window_.window(layer, KvHeadId(h))}) {
         attended += rows.count;
         if (rows.count == 0) continue;
-        backend_.AttendRows(call.queries(shape_, h), rows, GroupStates(shape_, states_, h));
+        items_.push_back({call.queries(shape_, h), GroupStates(shape_, states_, h), rows, {}, {}});
       }
     }
+    KV_RETURN_IF_ERROR(backend_.Attend(items_));
     FinishStates(states_.ref(), call.out);
     CountAttended(&stats_, shape_.query_heads, attended);
     return OkStatus();

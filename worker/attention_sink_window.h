@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "kernels/attention.h"
 #include "worker/decode_attention.h"
@@ -33,6 +34,7 @@ class AttentionSinkWindow final : public DecodeAttention {
   SinkWindow window_;
   LayerRows token_, left_;
   AttentionStates states_;
+  std::vector<AttentionItem> items_;
   AttentionStats stats_;
 };
 

@@ -5,20 +5,36 @@
 #include <string>
 
 #include "common/checksum.h"
+#include "common/log.h"
 #include "common/status.h"
+#include "kernels/gpu/device_frames.h"
 
 namespace icecache {
 
 std::byte* PageArena::Allocate() {
   if (free_.empty()) {
-    chunks_.push_back(std::make_unique<std::byte[]>(kFramesPerChunk * frame_bytes_));
-    for (size_t i = kFramesPerChunk; i-- > 0;) {
-      free_.push_back(chunks_.back().get() + i * frame_bytes_);
-    }
+    std::byte* const chunk = AllocateChunk(kFramesPerChunk * frame_bytes_);
+    for (size_t i = kFramesPerChunk; i-- > 0;) free_.push_back(chunk + i * frame_bytes_);
+    ++chunk_count_;
   }
   std::byte* const frame = free_.back();
   free_.pop_back();
   return frame;
+}
+
+std::byte* PageArena::AllocateChunk(size_t bytes) {
+  if (room_) {
+    const Result<std::byte*> chunk = twins_->AllocateChunk(bytes);
+    if (chunk.ok()) return *chunk;
+    room_ = false;
+    LogWarn("further pages are kept on the host only", {{"reason", chunk.status().ToString()}});
+  }
+  chunks_.push_back(std::make_unique<std::byte[]>(bytes));
+  return chunks_.back().get();
+}
+
+void PageArena::Written(const std::byte* at, size_t bytes) {
+  if (twins_ != nullptr && twins_->OnDevice(at) != nullptr) twins_->MarkDirty(at, bytes);
 }
 
 PageCache::PageCache(const ModelShape& shape, uint32_t capacity_pages, PageArena& arena)
@@ -153,6 +169,9 @@ PageCache::Outcome PageCache::Apply(const wire::PagePayload& page, TokenPos begi
   slot.version = page.version;
   slot.fill = page.fill;
   slot.checksum = page.checksum;
+  const size_t from = page.from * shape_.row_bytes();
+  arena_.Written(k_rows(slot) + from, page.fill * shape_.row_bytes() - from);
+  arena_.Written(v_rows(slot) + from, page.fill * shape_.row_bytes() - from);
   Pin(index, rows_used, resident);
   return Outcome::kReceived;
 }

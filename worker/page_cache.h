@@ -25,17 +25,31 @@
 
 namespace icecache {
 
-// Page frames for all caches of a worker: grows by chunks, gives nothing back before its end.
+namespace gpu {
+class DeviceFrames;
+}
+
+// Page frames for all caches of a worker: grows by chunks, gives nothing back before its end. With
+// `twins` a frame has one on the device as well, until the device is full; pages in frames without
+// one are copied there for each step.
 class PageArena {
  public:
-  explicit PageArena(size_t frame_bytes) : frame_bytes_(frame_bytes) {}
+  explicit PageArena(size_t frame_bytes, gpu::DeviceFrames* twins = nullptr)
+      : frame_bytes_(frame_bytes), twins_(twins), room_(twins != nullptr) {}
   std::byte* Allocate();
   void Free(std::byte* frame) { free_.push_back(frame); }
-  uint64_t bytes() const { return chunks_.size() * kFramesPerChunk * frame_bytes_; }
+  // A page in a frame was verified: these bytes of it are new.
+  void Written(const std::byte* at, size_t bytes);
+  uint64_t bytes() const { return chunk_count_ * kFramesPerChunk * frame_bytes_; }
 
  private:
   static constexpr size_t kFramesPerChunk = 32;
+  std::byte* AllocateChunk(size_t bytes);
+
   const size_t frame_bytes_;
+  gpu::DeviceFrames* const twins_;
+  bool room_;  // on the device, as far as we know
+  size_t chunk_count_ = 0;
   std::vector<std::unique_ptr<std::byte[]>> chunks_;
   std::vector<std::byte*> free_;
 };
@@ -63,9 +77,9 @@ class PageCache {
   Outcome Apply(const wire::PagePayload& page, TokenPos positions_begin, TokenPos positions_end,
                 uint8_t rows_used = 0);
 
-  // All pages of a reply that are the worker's to attend to; on_outcome(page, outcome) for each. Those
-  // that build on what is here come first: a new page must not evict one that the same reply counts
-  // on.
+  // All pages of a reply that are the worker's to attend to; on_outcome(page, outcome) for each.
+  // Those that build on what is here come first: a new page must not evict one that the same reply
+  // counts on.
   template <typename Fn>
   void ApplyAll(std::span<const wire::PagePayload> pages, TokenPos positions_begin,
                 TokenPos positions_end, const Fn& on_outcome) {

@@ -3,10 +3,12 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <optional>
 #include <string>
 
 #include "common/limits.h"
 #include "worker/model/prefill_attention.h"
+#include "worker/prefill_device.h"
 
 namespace icecache {
 namespace {
@@ -29,7 +31,9 @@ class PrefillAttention final : public LayerAttention {
         options_(options),
         k_(size_t{total} * shape.kv_heads * shape.head_dim),
         v_(k_.size()),
-        query_tokens_(std::min(options.query_tokens, total)) {}
+        query_tokens_(std::min(options.query_tokens, total)) {
+    if (options.device != nullptr) on_device_.emplace(*options.device, shape, total);
+  }
 
   void BeginLayer() {
     rows_ = std::make_shared<LayerRows>(shape_, TokenPos(0), total_);
@@ -53,6 +57,7 @@ class PrefillAttention final : public LayerAttention {
     rows_->RoundAndStore(first.value, tokens, k_block, v_block);
     AddEnergy(first.value, tokens, q);
     KeepQueries(first.value, tokens, q);
+    if (on_device_) return on_device_->Attend(first.value, tokens, q, *rows_, out);
     Status stopped;
     const Status status =
         CausalAttention(shape_, CausalBlock{first.value, tokens, q, k_.data(), v_.data(), out},
@@ -95,6 +100,7 @@ class PrefillAttention final : public LayerAttention {
   std::vector<float> k_, v_;  // [total, kv_heads, head_dim]
   const uint32_t query_tokens_;
   std::shared_ptr<LayerRows> rows_;
+  std::optional<DevicePrefill> on_device_;
   std::vector<float> energy_, queries_;
 };
 

@@ -18,9 +18,14 @@
 
 namespace icecache {
 
+namespace gpu {
+class Device;
+}
+
 struct PrefillOptions {
-  uint32_t threads = 0;  // of attention; 0: one per core
-  uint32_t query_tokens = 0;  // queries of so many last tokens are handed over, too
+  uint32_t threads = 0;           // of attention; 0: one per core
+  gpu::Device* device = nullptr;  // attends there instead
+  uint32_t query_tokens = 0;      // queries of so many last tokens are handed over, too
   // Called often (many times a second on small models): turns the reactor, says whether to go on.
   std::function<Status()> pump;
   std::function<void(uint64_t done, uint64_t total)> progress;  // in token-layers

@@ -31,9 +31,7 @@ using Tokens = std::vector<int32_t>;
 class Generation {
  public:
   explicit Generation(const GenerateOptions& options)
-      : options_(options),
-        backend_(MakeCpuAttention()),
-        progress_(options.worker.progress || ProgressBar::OnTerminal()) {}
+      : options_(options), progress_(options.worker.progress || ProgressBar::OnTerminal()) {}
 
   Status Run();
 
@@ -49,7 +47,6 @@ class Generation {
   }
 
   const GenerateOptions& options_;
-  const std::unique_ptr<AttentionBackend> backend_;
   const bool progress_;
   Method method_ = Method::kIceCache;
   LoadedModel loaded_;
@@ -104,6 +101,7 @@ Status Generation::ReadInputs() {
 PrefillOptions Generation::PrefillSettings(ProgressBar* bar) {
   PrefillOptions prefill;
   prefill.threads = options_.worker.threads;
+  prefill.device = loaded_.compute.device.get();
   prefill.pump = [this] { return Pump(); };
   prefill.progress = [bar](uint64_t done, uint64_t total) { bar->Update(done, total); };
   return prefill;
@@ -140,8 +138,9 @@ Status Generation::PrepareServed() {
           served_, ForkFromServer(*link_, model, name, FreshContextName(name), served_->window));
     }
   }
-  auto attention = std::make_unique<AttentionIceCache>(model.shape(), link_->cache(), *backend_,
-                                                       IceCacheOptionsOf(options_.worker));
+  auto attention =
+      std::make_unique<AttentionIceCache>(model.shape(), link_->cache(), *loaded_.compute.attention,
+                                          IceCacheOptionsOf(options_.worker, loaded_.compute));
   attention->Begin(served_->handle, served_->window, served_->grant.context.segments);
   attention_ = std::move(attention);
   tokens_ = served_->tokens;
@@ -163,11 +162,12 @@ Status Generation::PrepareLocal() {
   summary_.prefill_tokens = prompt_.size();
   tokens_ = static_cast<uint32_t>(prompt_.size());
   if (method_ == Method::kFullKv) {
-    attention_ = std::make_unique<AttentionFull>(shape, *local_, *backend_);
+    attention_ = std::make_unique<AttentionFull>(shape, *local_, *loaded_.compute.attention);
   } else if (method_ == Method::kExact) {
-    attention_ = std::make_unique<AttentionExact>(shape, *local_, *backend_, budget);
+    attention_ =
+        std::make_unique<AttentionExact>(shape, *local_, *loaded_.compute.attention, budget);
   } else {
-    auto attention = std::make_unique<AttentionSinkWindow>(shape, *backend_);
+    auto attention = std::make_unique<AttentionSinkWindow>(shape, *loaded_.compute.attention);
     attention->Begin(window);
     attention_ = std::move(attention);
   }

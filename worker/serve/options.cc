@@ -10,6 +10,7 @@
 
 #include "common/limits.h"
 #include "common/log.h"
+#include "worker/model/device_model.h"
 #include "worker/serve/interrupt.h"
 
 namespace icecache {
@@ -34,6 +35,11 @@ void AddModelSection(ConfigParser& parser, WorkerOptions* o) {
                : InvalidArgument("'" + o->kv_dtype + "', expected f16, bf16 or f32");
   });
   parser.Add("threads", &o->threads, "Compute threads; 0: one per core", 0, 1024);
+  parser.Add("device", &o->device,
+             "Where the model and attention run: cpu, cuda, auto (cuda where there is a GPU)");
+  parser.AddCheck("device", [o] { return CheckDeviceName(o->device); });
+  parser.AddSize("gpu_memory", &o->gpu_memory,
+                 "Most GPU memory for weights and pages; 0: nine tenths of what is free");
 }
 
 }  // namespace
@@ -100,7 +106,11 @@ Result<LoadedModel> LoadModelAndTokenizer(const WorkerOptions& options) {
   model.kv_dtype = *dtype;
   model.threads =
       options.threads > 0 ? options.threads : std::max(1u, std::thread::hardware_concurrency());
-  KV_ASSIGN_OR_RETURN(loaded.model, LoadModel(options.model, model));
+  KV_ASSIGN_OR_RETURN(loaded.compute, ChooseCompute(options.device, options.gpu_memory));
+  gpu::Device* const device = loaded.compute.device.get();
+  KV_ASSIGN_OR_RETURN(loaded.model, device == nullptr
+                                        ? LoadModel(options.model, model)
+                                        : LoadDeviceModel(options.model, model, *device));
   KV_ASSIGN_OR_RETURN(loaded.tokenizer, Tokenizer::Load(options.model));
   return loaded;
 }
@@ -122,9 +132,10 @@ SparseBudget BudgetOf(const WorkerOptions& options) {
   return {options.budget, options.sink_tokens, options.window_tokens};
 }
 
-IceCacheOptions IceCacheOptionsOf(const WorkerOptions& options) {
+IceCacheOptions IceCacheOptionsOf(const WorkerOptions& options, const Compute& compute) {
   IceCacheOptions icecache;
   icecache.budget = BudgetOf(options);
+  icecache.frames = compute.frames.get();
   icecache.resident_multiple = options.resident_multiple;
   icecache.read_cap = options.read_cap;
   icecache.min_mass = static_cast<float>(options.min_mass);

@@ -7,11 +7,11 @@
 #include <string>
 
 #include "common/config.h"
-#include "kernels/attention.h"
 #include "worker/attention_icecache.h"
 #include "worker/model/model.h"
 #include "worker/model/model_config.h"
 #include "worker/model/tokenizer.h"
+#include "worker/serve/compute.h"
 #include "worker/server_link.h"
 
 namespace icecache {
@@ -20,6 +20,8 @@ struct WorkerOptions {
   std::string model;
   std::string kv_dtype = "f16";
   uint32_t threads = 0;  // 0: one per core
+  std::string device = "auto";
+  uint64_t gpu_memory = 0;  // 0: nine tenths of what is free
 
   std::string server = "127.0.0.1:7400";
   std::string tenant;
@@ -52,6 +54,7 @@ void AddWorkerOptions(ConfigParser& parser, WorkerOptions* options);
 Status ApplyWorkerOptions(const WorkerOptions& options, const char* program);
 
 struct LoadedModel {
+  Compute compute;  // before the model, which uses it
   ModelConfig config;
   std::unique_ptr<Model> model;
   std::unique_ptr<Tokenizer> tokenizer;
@@ -61,7 +64,7 @@ Result<LoadedModel> LoadModelAndTokenizer(const WorkerOptions& options);
 Result<std::unique_ptr<ServerLink>> ConnectToServer(const WorkerOptions& options);
 
 SparseBudget BudgetOf(const WorkerOptions& options);
-IceCacheOptions IceCacheOptionsOf(const WorkerOptions& options);
+IceCacheOptions IceCacheOptionsOf(const WorkerOptions& options, const Compute& compute);
 
 // Whole content; NOT_FOUND naming the file.
 Result<std::string> ReadTextFile(const std::string& path);

@@ -30,9 +30,7 @@ constexpr Duration kWaitFileMax = std::chrono::minutes(10);
 class RecallRun {
  public:
   explicit RecallRun(const RecallOptions& options)
-      : options_(options),
-        backend_(MakeCpuAttention()),
-        progress_(options.worker.progress || ProgressBar::OnTerminal()) {}
+      : options_(options), progress_(options.worker.progress || ProgressBar::OnTerminal()) {}
 
   Status Run();
 
@@ -57,7 +55,6 @@ class RecallRun {
   }
 
   const RecallOptions& options_;
-  const std::unique_ptr<AttentionBackend> backend_;
   const bool progress_;
   std::vector<Method> methods_;
   LoadedModel loaded_;
@@ -117,6 +114,7 @@ Status RecallRun::Read() {
   request.seed = options_.worker.index_seed;
   request.on_layer = keep;
   request.prefill.threads = options_.worker.threads;
+  request.prefill.device = loaded_.compute.device.get();
   request.prefill.pump = [this] { return Pump(); };
   request.prefill.progress = [&bar](uint64_t done, uint64_t total) { bar.Update(done, total); };
   const auto start = std::chrono::steady_clock::now();
@@ -211,8 +209,8 @@ Status RecallRun::AskAll(DecodeAttention& attention, const std::function<Status(
 }
 
 Status RecallRun::AskIceCache(RecallMethodReport* report) {
-  AttentionIceCache attention(loaded_.model->shape(), link_->cache(), *backend_,
-                              IceCacheOptionsOf(options_.worker));
+  AttentionIceCache attention(loaded_.model->shape(), link_->cache(), *loaded_.compute.attention,
+                              IceCacheOptionsOf(options_.worker, loaded_.compute));
   std::optional<ServedContext> fork;
   return AskAll(
       attention,
@@ -244,14 +242,14 @@ Status RecallRun::RunMethod(Method method) {
     KV_RETURN_IF_ERROR(AskIceCache(&report));
   } else if (method == Method::kFullKv) {
     report.budget = report_.document_tokens;
-    AttentionFull attention(shape, *local_, *backend_);
+    AttentionFull attention(shape, *local_, *loaded_.compute.attention);
     KV_RETURN_IF_ERROR(AskAll(attention, truncate, nothing, &report));
   } else if (method == Method::kExact) {
-    AttentionExact attention(shape, *local_, *backend_, BudgetOf(options_.worker));
+    AttentionExact attention(shape, *local_, *loaded_.compute.attention, BudgetOf(options_.worker));
     KV_RETURN_IF_ERROR(AskAll(attention, truncate, nothing, &report));
   } else {
     report.budget = options_.worker.sink_tokens + options_.worker.window_tokens;
-    AttentionSinkWindow attention(shape, *backend_);
+    AttentionSinkWindow attention(shape, *loaded_.compute.attention);
     const auto begin = [&] {
       attention.Begin(window_);
       return OkStatus();

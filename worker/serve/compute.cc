@@ -1,0 +1,53 @@
+#include "worker/serve/compute.h"
+
+#include <utility>
+
+#include "common/log.h"
+#include "common/size.h"
+#include "kernels/gpu/attention_gpu.h"
+
+namespace icecache {
+namespace {
+
+Compute OnDevice(std::unique_ptr<gpu::Device> device) {
+  Compute compute;
+  compute.device = std::move(device);
+  compute.frames = std::make_unique<gpu::DeviceFrames>(*compute.device);
+  compute.attention = gpu::MakeGpuAttention(*compute.device, compute.frames.get());
+  LogInfo("computing on a device",
+          {{"device", compute.device->info().name},
+           {"memory", FormatSize(compute.device->info().memory_bytes_max)}});
+  return compute;
+}
+
+}  // namespace
+
+Status CheckDeviceName(const std::string& name) {
+  for (const char* known : {"auto", "cpu", "cuda", "emulated"}) {
+    if (name == known) return OkStatus();
+  }
+  return InvalidArgument("'" + name + "', expected auto, cpu or cuda");
+}
+
+Result<Compute> ChooseCompute(const std::string& name, uint64_t gpu_memory) {
+  KV_RETURN_IF_ERROR(CheckDeviceName(name));
+  if (name == "emulated") {
+    gpu::EmulatedDeviceOptions options;
+    if (gpu_memory > 0) options.memory_bytes_max = gpu_memory;
+    return OnDevice(gpu::MakeEmulatedDevice(options));
+  }
+  if (name != "cpu") {
+    gpu::CudaDeviceOptions options;
+    options.memory_bytes_max = gpu_memory;
+    auto device = gpu::MakeCudaDevice(options);
+    if (device.ok()) return OnDevice(std::move(*device));
+    if (name == "cuda") return device.status().WithContext("--device cuda");
+    LogWarn("computing on the CPU (--device cpu says so without asking)",
+            {{"reason", device.status().message()}});
+  }
+  Compute compute;
+  compute.attention = MakeCpuAttention();
+  return compute;
+}
+
+}  // namespace icecache

@@ -1,0 +1,28 @@
+// Where a worker computes: the CPU, or a GPU with the page frames and the attention that belong to
+// it. Chosen once, at start, with a line in the log that says why.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "common/status.h"
+#include "kernels/attention.h"
+#include "kernels/gpu/device_frames.h"
+
+namespace icecache {
+
+struct Compute {
+  std::unique_ptr<gpu::Device> device;        // null: the CPU
+  std::unique_ptr<gpu::DeviceFrames> frames;  // likewise
+  std::unique_ptr<AttentionBackend> attention;
+};
+
+// INVALID_ARGUMENT unless auto, cpu, cuda or emulated (a slow imitation of a GPU, for tests).
+Status CheckDeviceName(const std::string& name);
+
+// auto: the first GPU, else the CPU, whatever the reason. cuda: UNAVAILABLE without a GPU.
+// `gpu_memory` bounds what is allocated there; 0: nine tenths of what is free.
+Result<Compute> ChooseCompute(const std::string& name, uint64_t gpu_memory);
+
+}  // namespace icecache
