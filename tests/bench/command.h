@@ -21,6 +21,8 @@ class BenchCommand {
 
 std::unique_ptr<BenchCommand> MakeSelectCommand();
 std::unique_ptr<BenchCommand> MakeFetchCommand();
+std::unique_ptr<BenchCommand> MakeAttentionCommand();
+std::unique_ptr<BenchCommand> MakeGatherCommand();
 std::unique_ptr<BenchCommand> MakeDecodeCommand();
 
 }  // namespace icecache

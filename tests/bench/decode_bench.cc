@@ -19,6 +19,7 @@
 #include "tests/bench/measure.h"
 #include "worker/attention_full.h"
 #include "worker/attention_icecache.h"
+#include "worker/serve/compute.h"
 
 namespace icecache {
 namespace {
@@ -29,7 +30,7 @@ constexpr uint32_t kCheckEvery = 4;
 constexpr double kErrorMax = 0.5;  // mean relative error above which something is broken
 
 struct Flags {
-  std::string shape = "llama-3.1-8b", policy = "cluster_tree";
+  std::string shape = "llama-3.1-8b", policy = "cluster_tree", device = "cpu";
   std::vector<std::string> context = {"32k"}, transport = {"shm"}, reply_mode = {"auto"};
   uint32_t layers = 0, budget = 256, steps = 32, warmup = 4, server_threads = 2, read_cap = 1024;
   uint32_t resident_multiple = 3;
@@ -57,8 +58,12 @@ struct Reading {
 
 class DecodeRun {
  public:
-  DecodeRun(DecodeScene& scene, const Flags& flags, const Point& point)
-      : scene_(scene), flags_(flags), point_(point), shape_(scene.options().shape) {}
+  DecodeRun(DecodeScene& scene, const Flags& flags, const Point& point, const Compute& compute)
+      : scene_(scene),
+        flags_(flags),
+        point_(point),
+        compute_(compute),
+        shape_(scene.options().shape) {}
 
   Status Run();
   Json Result(const ModelShape& model) const;
@@ -70,8 +75,9 @@ class DecodeRun {
   DecodeScene& scene_;
   const Flags& flags_;
   const Point& point_;
+  const Compute& compute_;
   const ModelShape shape_;
-  std::unique_ptr<AttentionBackend> backend_ = MakeCpuAttention();
+  std::unique_ptr<AttentionBackend> cpu_ = MakeCpuAttention();  // of full attention, for checks
   DecodeScene::Session session_;
   std::unique_ptr<AttentionIceCache> attention_;
   std::unique_ptr<AttentionFull> full_;
@@ -85,11 +91,12 @@ Status DecodeRun::Run() {
   options.budget = {flags_.budget, scene_.options().sink_tokens, scene_.options().window_tokens};
   options.read_cap = flags_.read_cap;
   options.resident_multiple = flags_.resident_multiple;
-  attention_ =
-      std::make_unique<AttentionIceCache>(shape_, session_.link->cache(), *backend_, options);
+  options.frames = compute_.frames.get();
+  attention_ = std::make_unique<AttentionIceCache>(shape_, session_.link->cache(),
+                                                   *compute_.attention, options);
   attention_->Begin(session_.handle, scene_.window(), session_.grant.context.segments);
   scene_.local().Truncate(scene_.options().context_tokens);
-  full_ = std::make_unique<AttentionFull>(shape_, scene_.local(), *backend_);
+  full_ = std::make_unique<AttentionFull>(shape_, scene_.local(), *cpu_);
   const uint32_t untimed = 1 + flags_.warmup;
   for (uint32_t step = 0; step < untimed; ++step) KV_RETURN_IF_ERROR(Step(step, false));
   mode_used_ = session_.link->cache().link(ShardId(0)).mode();
@@ -209,6 +216,7 @@ Json DecodeRun::Result(const ModelShape& model) const {
   out["seed"] = flags_.seed;
   out["commit"] = CommitName();
   out["machine"] = MachineName();
+  out["device"] = compute_.device ? compute_.device->info().name : "cpu";
   return out;
 }
 
@@ -230,10 +238,12 @@ class DecodeCommand final : public BenchCommand {
   Result<uint32_t> LayersThatFit(uint32_t tokens, const ModelShape& model) const;
   void Print(const Json& point) const;
   Flags flags_;
+  Compute compute_;
 };
 
 void DecodeCommand::AddFlags(ConfigParser* parser) {
   parser->Add("shape", &flags_.shape, "Model whose layers, heads and head_dim are used");
+  parser->Add("device", &flags_.device, "Where attention runs: cpu, cuda, auto");
   parser->AddList("context", &flags_.context, "Tokens of the document: 8k, 32k, 128k");
   parser->Add("layers", &flags_.layers,
               "Layers to run; 0: as many as --memory holds. Fewer than the model's are scaled up",
@@ -297,6 +307,7 @@ void DecodeCommand::Print(const Json& point) const {
 Status DecodeCommand::Run() {
   InitLogging(LogLevel::kWarn, LogFormat::kText, "icecache-bench");
   KV_ASSIGN_OR_RETURN(const ModelShape model, ShapeByName(flags_.shape));
+  KV_ASSIGN_OR_RETURN(compute_, ChooseCompute(flags_.device, 0));
   if (!flags_.json) {
     std::printf("%7s %-4s %-7s %7s = %6s + %5s + %5s %7s %8s %6s %7s %5s %9s\n", "context", "link",
                 "mode", "remote", "select", "wait", "trans", "attend", "full ms", "times", "error",
@@ -332,7 +343,7 @@ Status DecodeCommand::RunContext(uint32_t tokens, const ModelShape& model) {
       Point point;
       point.transport = transport;
       KV_ASSIGN_OR_RETURN(point.mode, ParseReplyMode(mode));
-      DecodeRun run(*scene, flags_, point);
+      DecodeRun run(*scene, flags_, point, compute_);
       KV_RETURN_IF_ERROR(run.Run());
       Json result = run.Result(model);
       result["layer_overlap"] = overlap;
