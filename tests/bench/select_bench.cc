@@ -18,6 +18,13 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
+// Whether pages and residual are full attention when all may be read.
+bool SumsToFullAttention(PolicyKind kind) {
+  return kind == PolicyKind::kClusterTree || kind == PolicyKind::kExact ||
+         kind == PolicyKind::kSequential || kind == PolicyKind::kRandomPages ||
+         kind == PolicyKind::kSequentialPages;
+}
+
 struct Flags {
   uint32_t keys = 32768, dim = 128, group = 4, budget_pages = 12, threads = 1, read_cap = 1024,
            queries = 32, repeats = 5;
@@ -30,7 +37,7 @@ struct Flags {
 // What one way of asking gives, over all queries.
 struct Reading {
   std::vector<double> micros, top16, top256, mass, error, no_residual_error, tokens_read,
-      estimate_error, pages;
+      estimate_error, pages, tokens;
 };
 
 class SelectBench {
@@ -52,8 +59,17 @@ class SelectBench {
       return MakeDciTree(options, DciTreeOptions::Reference());
     return MakePolicy(kind_, options);
   }
+  BuildHints Hints() const {
+    BuildHints hints;
+    if (flags_.energy) hints.query_energy = trace_.energy;
+    hints.queries = trace_.history;
+    hints.query_group = trace_.group;
+    hints.seed = flags_.seed;
+    return hints;
+  }
   Result<Slice> BuildSlice(uint32_t tokens) const;
   Status CheckAnswers(const Slice& slice) const;
+  static uint32_t TokensOf(const Slice& slice, const Selection& got);
   Reading Ask(const Slice& slice, uint32_t read_cap, bool residual, bool judge);
   Status Insert(Slice* slice, Json* out);
   void BuildOnThreads(Json* out) const;
@@ -84,9 +100,7 @@ Result<SelectBench::Slice> SelectBench::BuildSlice(uint32_t tokens) const {
   Slice slice;
   slice.policy = NewPolicy(flags_.seed);
   slice.store = std::make_unique<PageStore>(trace_.dtype, trace_.dim);
-  BuildHints hints;
-  if (flags_.energy) hints.query_energy = trace_.energy;
-  hints.seed = flags_.seed;
+  const BuildHints hints = Hints();
   const TokenRows rows = trace_.Rows(0, tokens);
   const double begin = ProcessCpuMicros();
   KV_ASSIGN_OR_RETURN(const PageLayout layout, slice.policy->Build(rows, hints));
@@ -112,7 +126,7 @@ Status SelectBench::CheckAnswers(const Slice& slice) const {
       seen[page.page.value] = true;
       chosen.push_back(page.page);
     }
-    if (kind_ == PolicyKind::kDciTree) continue;  // has no residual
+    if (!SumsToFullAttention(kind_)) continue;
     AttentionStates full(trace_.group, trace_.dim);
     for (uint32_t p = 0; p < seen.size(); ++p)
       if (!seen[p]) chosen.emplace_back(p);
@@ -134,6 +148,14 @@ Status SelectBench::CheckAnswers(const Slice& slice) const {
   return OkStatus();
 }
 
+// Tokens of the answer itself: those of its pages, or those a policy of tokens attended to.
+uint32_t SelectBench::TokensOf(const Slice& slice, const Selection& got) {
+  uint32_t tokens = 0;
+  for (const SelectedPage& page : got.pages)
+    tokens += slice.store->kv().pages[page.page.value].fill;
+  return got.pages.empty() ? got.tokens_read : tokens;
+}
+
 Reading SelectBench::Ask(const Slice& slice, uint32_t read_cap, bool residual, bool judge) {
   Reading reading;
   Selection got;
@@ -150,13 +172,16 @@ Reading SelectBench::Ask(const Slice& slice, uint32_t read_cap, bool residual, b
     reading.micros.push_back(best);
     reading.tokens_read.push_back(got.tokens_read);
     reading.pages.push_back(static_cast<double>(got.pages.size()));
+    reading.tokens.push_back(static_cast<double>(TokensOf(slice, got)));
     if (!judge) continue;
     truth_.Assign(q, *slice.store);
     double mass = 0;
     for (uint32_t h = 0; h < trace_.group; ++h) {
       reading.top16.push_back(truth_.Coverage(h, 16, got.pages));
       reading.top256.push_back(truth_.Coverage(h, 256, got.pages));
-      reading.mass.push_back(truth_.Mass(h, got.pages));
+      // Of tokens attended to where they lie, the share is that of the state itself.
+      reading.mass.push_back(got.pages.empty() && residual ? truth_.ShareOf(h, got.residual)
+                                                           : truth_.Mass(h, got.pages));
       reading.error.push_back(truth_.OutputError(h, got.pages, residual ? &got.residual : nullptr));
       reading.no_residual_error.push_back(truth_.OutputError(h, got.pages, nullptr));
       mass += reading.mass.back() / trace_.group;
@@ -208,8 +233,7 @@ void SelectBench::BuildOnThreads(Json* out) const {
   for (uint32_t i = 0; i < flags_.threads; ++i) {
     threads.emplace_back([this, &cpu, i] {
       auto policy = NewPolicy(flags_.seed + i);
-      BuildHints hints;
-      if (flags_.energy) hints.query_energy = trace_.energy;
+      const BuildHints hints = Hints();
       const double begin = ThreadCpuMicros();
       KV_CHECK(policy->Build(trace_.Rows(0, trace_.keys), hints).ok());
       cpu[i] = ThreadCpuMicros() - begin;
@@ -310,6 +334,12 @@ Result<Json> SelectBench::Run() {
   out["output_error_mean"] = Mean(service.error);
   out["output_error_p90"] = Quantile(service.error, 0.9);
   out["output_error_strict_mean"] = Mean(strict.error);
+  out["output_error_strict_p90"] = Quantile(strict.error, 0.9);
+  out["mass_coverage_strict_mean"] = Mean(strict.mass);
+  out["tokens_strict_mean"] = Mean(strict.tokens);
+  out["bytes_strict_mean"] =
+      Mean(strict.tokens) * 2 * trace_.dim * static_cast<double>(DTypeBytes(trace_.dtype));
+  out["output_error_pages_only_mean"] = Mean(plain_strict.error);
   out["output_error_no_residual_mean"] = Mean(service.no_residual_error);
   Oracles(slice, service, &out);
   KV_RETURN_IF_ERROR(Insert(&slice, &out));
@@ -354,7 +384,7 @@ void SelectCommand::AddFlags(ConfigParser* parser) {
   parser->Add("dtype", &flags_.dtype, "f32 | f16 | bf16");
   parser->Add("seed", &flags_.seed, "of the trace and of the policy");
   parser->Section("Policy");
-  parser->Add("policy", &flags_.policy, "cluster_tree | dci_tree | exact | sequential");
+  parser->Add("policy", &flags_.policy, PolicyKindNames());
   parser->Add("budget_pages", &flags_.budget_pages, "pages returned at most", 0,
               limits::kPagesPerSelectMax);
   parser->Add("read_cap", &flags_.read_cap,

@@ -75,6 +75,11 @@ double SelectTruth::Mass(uint32_t h, std::span<const SelectedPage> pages) const 
   return sum / total_[h];
 }
 
+double SelectTruth::ShareOf(uint32_t h, const AttentionStates& state) const {
+  const float max = state.flat()[h], denom = state.flat()[state.heads() + h];
+  return denom > 0 ? std::exp(double{max} - max_[h]) * denom / total_[h] : 0.0;
+}
+
 void SelectTruth::AddRow(uint32_t h, uint32_t token, double* denom,
                          std::vector<double>* sum) const {
   const double w = Weights(h)[token];

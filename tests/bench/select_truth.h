@@ -24,6 +24,8 @@ class SelectTruth {
   double Coverage(uint32_t h, uint32_t count, std::span<const SelectedPage> pages);
   // Share of head h's indexed mass in the pages.
   double Mass(uint32_t h, std::span<const SelectedPage> pages) const;
+  // Head h's mass in `state`, as a share of the indexed mass; an estimate can pass 1.
+  double ShareOf(uint32_t h, const AttentionStates& state) const;
 
   // Relative L2 error of head h's output (with what the worker holds) when the pages are exact and
   // the rest is `residual` (may be null: left out).

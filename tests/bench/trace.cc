@@ -81,6 +81,7 @@ Result<Trace> MakeClusteredTrace(const TraceSpec& spec) {
   std::vector<float> history;
   draw(kHistoryGroups, &history);
   trace.energy = EnergyOf(history, dim);
+  trace.history.assign(history.begin() + static_cast<ptrdiff_t>(history.size() / 2), history.end());
   draw(spec.query_count, &trace.queries);
   return trace;
 }

@@ -50,6 +50,7 @@ struct Trace {
   std::vector<std::byte> k, v;  // [keys + extra_keys, dim]
   std::vector<float> queries;   // [query_count, group, dim], scaled by 1/sqrt(dim)
   std::vector<float> energy;    // [dim] mean square of 64 earlier groups' queries; empty: not known
+  std::vector<float> history;   // [<= 32, group, dim] the last of those earlier queries
   // What sinks and window, which the worker holds, give each query head: empty when the trace has
   // none.
   std::vector<float> local_lse;  // [query_count, group]

@@ -32,11 +32,11 @@ constexpr HeadClass kClasses[] = {
 constexpr uint32_t kTopics = 100, kTypes = 3000;
 constexpr uint32_t kCalibrationKeys = 32768, kCalibrationGroups = 8, kHistoryGroups = 64;
 constexpr float kRopeBase = 5e5f;
-constexpr float kLocal = 0.15f;      // share of all mass on the window
-constexpr float kAgree = 0.7f;       // heads that share their group's topic
-constexpr float kJump = 0.07f;       // chance per step that attention moves to another topic
-constexpr float kTypeChange = 0.5f;  // the same for the token type
-constexpr float kDrift = 0.35f;      // AR(1) coefficient of a query's content
+constexpr float kLocal = 0.15f;          // share of all mass on the window
+constexpr float kAgree = 0.7f;           // heads that share their group's topic
+constexpr float kJump = 0.07f;           // chance per step that attention moves to another topic
+constexpr float kTypeChange = 0.5f;      // the same for the token type
+constexpr float kDrift = 0.35f;          // AR(1) coefficient of a query's content
 constexpr float kSharedMeaning = 0.95f;  // with look_seed: correlation of what tokens mean
 constexpr float kLayerShift = 0.1f;  // with look_seed: chance that a head looks elsewhere after all
 
@@ -107,8 +107,8 @@ class Generator {
     for (double& z : zipf_) z /= sum;
   }
 
-  // The residual stream makes layers see much the same likenesses; a vocabulary of its own would let
-  // each layer find other tokens alike.
+  // The residual stream makes layers see much the same likenesses; a vocabulary of its own would
+  // let each layer find other tokens alike.
   void ShareVocabulary(std::vector<float>* vectors) {
     if (spec_.look_seed == 0) return;
     const float own = std::sqrt(1 - kSharedMeaning * kSharedMeaning);
@@ -272,6 +272,8 @@ class Generator {
     for (size_t i = 0; i < history; ++i)
       trace_.energy[i % dim] += base_[i] * base_[i] / static_cast<float>(kHistoryGroups * heads);
     trace_.queries.assign(base_.begin() + static_cast<ptrdiff_t>(history), base_.end());
+    const auto seen = static_cast<ptrdiff_t>(history / 2);  // the last 32 groups
+    trace_.history.assign(base_.begin() + seen, base_.begin() + 2 * seen);
     if (!spec_.local) return;
     // Sinks have no value; the window is about the query's topic. Their logits follow from the
     // masses wanted.

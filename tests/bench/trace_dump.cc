@@ -77,8 +77,12 @@ Result<Trace> LoadTrace(const TraceSpec& spec, const std::string& name) {
   const size_t asked = size_t{spec.query_count} * shape.group() * shape.head_dim;
   const std::span<const float> queries = slice.queries;
   trace.queries.assign(queries.end() - static_cast<ptrdiff_t>(asked), queries.end());
-  if (queries.size() > asked)
-    trace.energy = EnergyOf(queries.first(queries.size() - asked), trace.dim);
+  if (queries.size() > asked) {
+    const std::span<const float> earlier = queries.first(queries.size() - asked);
+    trace.energy = EnergyOf(earlier, trace.dim);
+    const size_t seen = std::min(earlier.size(), size_t{32} * shape.group() * shape.head_dim);
+    trace.history.assign(earlier.end() - static_cast<ptrdiff_t>(seen), earlier.end());
+  }
 
   const uint32_t window_first = extent.tokens - spec.query_count + 1 - kWindow;
   const uint32_t total = std::min(window_first - kSinks, spec.keys + spec.extra_keys);

@@ -91,16 +91,26 @@ TEST(CalibratedTrace, Target3TopMassOfEveryClassIsInItsBand) {
   }
 }
 
-TEST(CalibratedTrace, Target5KeysAreLowRankBeforeRopeAndFlatterAfter) {
-  const Trace trace = Make("calibrated:topic", 4096, 8);
+constexpr const char* kClasses[] = {"retrieval", "sinky", "topic", "broad", "diffuse"};
+
+// Targets that every head class must meet, whatever its queries look for.
+class CalibratedClass : public testing::TestWithParam<const char*> {
+ protected:
+  std::string name() const { return std::string("calibrated:") + GetParam(); }
+};
+INSTANTIATE_TEST_SUITE_P(All, CalibratedClass, testing::ValuesIn(kClasses),
+                         [](const auto& param) { return std::string(param.param); });
+
+TEST_P(CalibratedClass, Target5KeysAreLowRankBeforeRopeAndFlatterAfter) {
+  const Trace trace = Make(name(), 4096, 8);
   const double before = VarianceShare(trace.keys_before_rope, trace.dim, 32);
   const double after = VarianceShare(Keys(trace, 0, 2048), trace.dim, 32);
   EXPECT_GT(before, 0.85);
   EXPECT_LT(after, before - 0.02);
 }
 
-TEST(CalibratedTrace, Target6NeighbouringKeysAreAlike) {
-  const Trace trace = Make("calibrated:retrieval", 8192, 8);
+TEST_P(CalibratedClass, Target6NeighbouringKeysAreAlike) {
+  const Trace trace = Make(name(), 8192, 8);
   const std::vector<float> keys = Keys(trace, 0, 8192);
   double sum = 0;
   std::vector<float> mean(trace.dim);
@@ -117,25 +127,23 @@ TEST(CalibratedTrace, Target6NeighbouringKeysAreAlike) {
   EXPECT_LT(sum, 0.96);
 }
 
-TEST(CalibratedTrace, Target8QueriesPointAwayFromTheMeanKey) {
-  for (const char* head : {"retrieval", "topic", "broad"}) {
-    const Trace trace = Make(std::string("calibrated:") + head, 8192);
-    const std::vector<float> keys = Keys(trace, 0, trace.keys);
-    std::vector<float> mean(trace.dim, 0.0f);
-    for (size_t i = 0; i < keys.size(); ++i)
-      mean[i % trace.dim] += keys[i] / static_cast<float>(trace.keys);
-    double sum = 0;
-    const uint32_t rows = trace.query_count * trace.group;
-    for (uint32_t r = 0; r < rows; ++r)
-      sum += Cosine(&trace.queries[size_t{r} * trace.dim], mean.data(), trace.dim) / rows;
-    EXPECT_GT(sum, -0.6) << head;
-    EXPECT_LT(sum, 0.1) << head;
-    // A key, taken for a query, looks at its own cone instead.
-    double own = 0;
-    for (uint32_t t = 0; t < 500; ++t)
-      own += Cosine(&keys[size_t{t} * trace.dim], mean.data(), trace.dim) / 500;
-    EXPECT_GT(own, 0.5) << head;
-  }
+TEST_P(CalibratedClass, Target8QueriesPointAwayFromTheMeanKey) {
+  const Trace trace = Make(name(), 8192);
+  const std::vector<float> keys = Keys(trace, 0, trace.keys);
+  std::vector<float> mean(trace.dim, 0.0f);
+  for (size_t i = 0; i < keys.size(); ++i)
+    mean[i % trace.dim] += keys[i] / static_cast<float>(trace.keys);
+  double sum = 0;
+  const uint32_t rows = trace.query_count * trace.group;
+  for (uint32_t r = 0; r < rows; ++r)
+    sum += Cosine(&trace.queries[size_t{r} * trace.dim], mean.data(), trace.dim) / rows;
+  EXPECT_GT(sum, -0.6);
+  EXPECT_LT(sum, 0.1);
+  // A key, taken for a query, looks at its own cone instead.
+  double own = 0;
+  for (uint32_t t = 0; t < 500; ++t)
+    own += Cosine(&keys[size_t{t} * trace.dim], mean.data(), trace.dim) / 500;
+  EXPECT_GT(own, 0.5);
 }
 
 TEST(CalibratedTrace, Target9AttentionMovesSlowlyWithJumps) {
