@@ -41,7 +41,7 @@ Status OpenUcxWorker(const UcxCore& core, ucp_worker_h* worker, int* event_fd) {
   }
   *worker = nullptr;
   return Unavailable("UCX cannot make a worker: " + UcxReason(status) +
-                     "; each takes 7 file descriptors (ulimit -n) and some of /dev/shm");
+                     "; each takes 12 file descriptors (ulimit -n) and some of /dev/shm");
 }
 
 // ---- opening and closing
