@@ -2,6 +2,7 @@
 
 #include <arpa/inet.h>
 #include <fcntl.h>
+#include <netinet/in.h>
 #include <signal.h>
 #include <sys/socket.h>
 #include <sys/time.h>
@@ -199,6 +200,19 @@ double TestServer::StatusNumber(const std::string& pointer) const {
   const nlohmann::json::json_pointer at(pointer);
   if (!status.is_object() || !status.contains(at) || !status.at(at).is_number()) return -1;
   return status.at(at).get<double>();
+}
+
+uint16_t FreePort() {
+  const int fd = ::socket(AF_INET, SOCK_STREAM, 0);
+  sockaddr_in address{};
+  address.sin_family = AF_INET;
+  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  socklen_t length = sizeof address;
+  auto* generic = reinterpret_cast<sockaddr*>(&address);
+  const bool known =
+      fd >= 0 && ::bind(fd, generic, length) == 0 && ::getsockname(fd, generic, &length) == 0;
+  if (fd >= 0) ::close(fd);
+  return known ? ntohs(address.sin_port) : 0;
 }
 
 std::string ReadFile(const std::string& path) {

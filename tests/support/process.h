@@ -92,6 +92,8 @@ class TestServer {
   uint16_t http_port_ = 0;
 };
 
+// A TCP port of loopback that nobody listens at now.
+uint16_t FreePort();
 std::string ReadFile(const std::string& path);
 void WriteFile(const std::string& path, const std::string& content);
 std::string SourcePath(const std::string& relative);  // in the repository
