@@ -9,8 +9,9 @@
 namespace icecache {
 
 const char* ControlRequestName(const ControlRequestBody& request) {
-  constexpr const char* kNames[] = {"hello",   "create", "open", "fork",     "seal", "publish",
-                                    "release", "drop",   "list", "describe", "renew"};
+  constexpr const char* kNames[] = {"hello",   "create",  "open", "fork", "seal",
+                                    "publish", "release", "drop", "list", "describe",
+                                    "renew",   "inspect", "drain"};
   static_assert(std::size(kNames) == std::variant_size_v<ControlRequestBody>);
   return kNames[request.index()];
 }
@@ -214,14 +215,19 @@ void ContextService::SealChecked(ContextId id, const Lease& lease,
     end = **ends[i];
   }
   if (!leases_.Alive(lease.epoch)) return done(Cancelled("seal: the lease ended"));
+  // A fork whose rows end where they began: the shards see the same and keep no segment of it.
+  const ContextRecord* record = table_.Find(id);
+  const bool added_nothing =
+      record != nullptr && record->chain.size() > 1 && end == record->tokens - record->tail_tokens;
   using Sealed = Result<std::optional<SegmentEnds>>;
-  shards_.Gather<Sealed>([id](Shard& shard) { return shard.SealContext(id); },
-                         [this, id, done = std::move(done)](const std::vector<Sealed>& sealed) {
-                           FinishSeal(id, sealed, done);
-                         });
+  shards_.Gather<Sealed>(
+      [id](Shard& shard) { return shard.SealContext(id); },
+      [this, id, added_nothing, done = std::move(done)](const std::vector<Sealed>& sealed) {
+        FinishSeal(id, added_nothing, sealed, done);
+      });
 }
 
-void ContextService::FinishSeal(ContextId id,
+void ContextService::FinishSeal(ContextId id, bool added_nothing,
                                 const std::vector<Result<std::optional<SegmentEnds>>>& ends,
                                 const Done& done) {
   std::optional<SegmentEnds> all;
@@ -236,15 +242,24 @@ void ContextService::FinishSeal(ContextId id,
   }
   const ContextRecord* record = table_.Find(id);
   if (record == nullptr) return done(Cancelled("seal: the context was dropped"));
-  if (!record->sealed) {
+  if (!record->sealed && added_nothing) {
+    table_.MarkSealedEmpty(id);
+  } else if (!record->sealed) {
     const uint32_t end = all ? all->end : 0;
     table_.MarkSealed(id, end, end - (all ? all->tail_first : 0));
   }
   done(wire::Done{});
 }
 
+Result<ContextRecord> ContextService::OfTenant(const Caller& caller, ContextId id) const {
+  const ContextRecord* record = table_.Find(id);
+  if (record != nullptr && record->tenant == caller.tenant) return *record;
+  return NotFound("context " + std::to_string(id.value) + ": there is none of this tenant");
+}
+
 void ContextService::Do(const Caller& caller, const wire::Publish& request, Done done) {
-  Result<ContextRecord> record = Owned(caller, request.context);
+  // Not its creator's alone: an operator keeps what a worker has sealed.
+  Result<ContextRecord> record = OfTenant(caller, request.context);
   if (!record.ok()) return done(record.status());
   const Tenant& tenant = tenants_.Get(caller.tenant);
   if (!tenant.rights.share) {
@@ -280,6 +295,7 @@ void ContextService::Do(const Caller& caller, const wire::Drop& request, Done do
   const ContextRecord* record = table_.FindByName(caller.tenant, request.name);
   if (record == nullptr) return done(NotFound("drop: no context '" + request.name + "'"));
   LogInfo("context dropped", {{"tenant", tenant.name}, {"context", record->name}});
+  RememberEnd(*record, "it was dropped");
   DropContext(record->id);
   shards_.Gather<bool>([](Shard&) { return true; },
                        [done = std::move(done)](const std::vector<bool>&) { done(wire::Done{}); });
@@ -396,6 +412,7 @@ void ContextService::EndLeases(const std::vector<Lease>& ended, const char* reas
     LogInfo("context dropped with its lease", {{"context", record->name},
                                                {"reason", reason},
                                                {"epoch", std::to_string(lease.epoch.value)}});
+    RememberEnd(*record, "it was not published and its lease ended: " + std::string(reason));
     DropContext(lease.context);
   }
   CountGauges();
@@ -417,6 +434,17 @@ void ContextService::EndConnection(ConnectionId connection) {
   EndLeases(leases_.EndConnection(connection), "disconnected");
 }
 
+void ContextService::Do(const Caller& caller, const wire::Drain&, Done done) {
+  const Tenant& tenant = tenants_.Get(caller.tenant);
+  if (!tenant.rights.admin) {
+    return done(PermissionDenied("tenant '" + tenant.name +
+                                 "' has no right to drain the server; it takes \"admin\""));
+  }
+  LogInfo("drain asked for", {{"tenant", tenant.name}});
+  done(wire::Done{});
+  if (hooks_.drain) hooks_.drain();
+}
+
 void ContextService::ExpireLeases() { EndLeases(leases_.EndExpired(), "expired"); }
 
 void ContextService::ApplyQuotas() {
@@ -425,7 +453,10 @@ void ContextService::ApplyQuotas() {
     // sum within the quota.
     const uint64_t part =
         tenant.quota_bytes == 0 ? 0 : std::max<uint64_t>(1, tenant.quota_bytes / shards_.size());
-    shards_.Tell([id = tenant.id, part](Shard& shard) { shard.SetQuota(id, part); });
+    shards_.Tell([id = tenant.id, part, weight = tenant.weight](Shard& shard) {
+      shard.SetQuota(id, part);
+      shard.SetWeight(id, weight);
+    });
   }
 }
 

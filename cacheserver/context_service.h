@@ -8,6 +8,7 @@
 // as they turn; an unpublished context goes with its lease. Thread: control.
 #pragma once
 
+#include <deque>
 #include <functional>
 #include <map>
 #include <string>
@@ -33,6 +34,12 @@ struct ContextReport {
   uint64_t index_bytes = 0;
 };
 
+// What reports say of connections, and what a drain does; the server fills it in.
+struct ServerHooks {
+  std::function<void()> drain;
+  std::function<std::string(ConnectionId)> peer;  // "127.0.0.1:5000 icecache-worker"
+};
+
 class ContextService {
  public:
   ContextService(ShardGroup& shards, TenantTable& tenants, LeaseTable& leases,
@@ -49,6 +56,7 @@ class ContextService {
   void EndConnection(ConnectionId connection);
   void Renew(ConnectionId connection) { leases_.Renew(connection); }
   void ExpireLeases();
+  void SetHooks(ServerHooks hooks) { hooks_ = std::move(hooks); }
   // Create, open and fork answer UNAVAILABLE from now on.
   void StopAdmitting() { admitting_ = false; }
   // Sends the tenants' quotas to the shards: at start and after a reload.
@@ -74,6 +82,16 @@ class ContextService {
   void Do(const Caller& caller, const wire::Describe& request, Done done);
   void Do(const Caller& caller, const wire::Renew& request, Done done);
   void Do(const Caller& caller, const wire::Hello& request, Done done);
+  void Do(const Caller& caller, const wire::Drain& request, Done done);
+  // context_inspect.cc
+  void Do(const Caller& caller, const wire::Inspect& request, Done done);
+  void ReportTenants(const Caller& caller, Done done);
+  void ReportLeases(const Caller& caller, const Done& done);
+  void Explain(const Caller& caller, const std::string& name, Done done);
+  void Verify(const Caller& caller, const std::string& name, Done done);
+  std::string WhyGone(TenantId tenant, const std::string& name) const;
+  std::string WhyThere(const ContextRecord& record) const;
+  void RememberEnd(const ContextRecord& record, std::string reason);
 
   Status CheckAdmit(const Caller& caller, bool write) const;
   // Leases the new record, makes it on the shards through `make`, grants it.
@@ -82,10 +100,11 @@ class ContextService {
   void FinishGrant(const Lease& lease, std::vector<Holdings> holdings, const Done& done);
   void SealChecked(ContextId id, const Lease& lease,
                    const std::vector<Result<std::optional<uint32_t>>>& ends, Done done);
-  void FinishSeal(ContextId id, const std::vector<Result<std::optional<SegmentEnds>>>& ends,
-                  const Done& done);
+  void FinishSeal(ContextId id, bool added_nothing,
+                  const std::vector<Result<std::optional<SegmentEnds>>>& ends, const Done& done);
   // The record of a context that the caller holds a writable lease on.
   Result<ContextRecord> Owned(const Caller& caller, ContextId id) const;
+  Result<ContextRecord> OfTenant(const Caller& caller, ContextId id) const;
   wire::ContextInfo Info(const ContextRecord& record, const std::vector<Holdings>& holdings) const;
   void Describe(std::vector<ContextRecord> records,
                 std::function<void(std::vector<wire::ContextInfo>)> done);
@@ -101,6 +120,13 @@ class ContextService {
   Gauge& context_gauge_;
   Gauge& segment_gauge_;
   ContextTable table_;
+  ServerHooks hooks_;
+  struct Ended {
+    TenantId tenant;
+    std::string name, reason;
+    TimePoint when;
+  };
+  std::deque<Ended> ended_;  // contexts that are gone, the last at the end
   bool admitting_ = true;
 };
 

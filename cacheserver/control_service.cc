@@ -102,6 +102,7 @@ class ControlService::Connection : public std::enable_shared_from_this<Connectio
   }
 
   std::optional<TenantId> tenant() const { return tenant_; }
+  const std::string& peer() const { return peer_; }
 
  private:
   TimePoint made_at() const { return heard_; }  // before Hello nothing moves heard_
@@ -194,6 +195,7 @@ class ControlService::Connection : public std::enable_shared_from_this<Connectio
       status = tenant.status();
     } else {
       tenant_ = *tenant;
+      peer_ += " " + hello->client;
       heard_ = impl_->reactor.clock().Now();
       LogInfo("worker connected", {{"peer", peer_},
                                    {"tenant", impl_->tenants.Get(*tenant_).name},
@@ -338,6 +340,11 @@ void ControlService::CloseInactiveTenants() {
     if (tenant && !impl_->tenants.Get(*tenant).active) gone.push_back(connection);
   }
   for (const auto& connection : gone) connection->Close("its tenant is gone from the token file");
+}
+
+std::string ControlService::PeerOf(ConnectionId id) const {
+  const auto it = impl_->connections.find(id);
+  return it == impl_->connections.end() ? "" : it->second->peer();
 }
 
 size_t ControlService::connection_count() const { return impl_->connections.size(); }

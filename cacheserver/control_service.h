@@ -40,6 +40,8 @@ class ControlService {
   // After a reload of the token file: ends the connections of tenants that are gone.
   void CloseInactiveTenants();
   size_t connection_count() const;
+  // Address and program of a connection; empty when it is gone.
+  std::string PeerOf(ConnectionId connection) const;
   uint64_t requests_open() const;  // taken and not yet answered
 
  private:

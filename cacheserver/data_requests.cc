@@ -198,6 +198,23 @@ Status DataService::GatherPages(OutMessage* out) const {
   return OkStatus();
 }
 
+// For `icecachectl explain`.
+void DataService::RememberSelection(const wire::SelectRequest& request, Duration took) {
+  SelectionRecord record;
+  record.when = reactor_.clock().Now();
+  record.layer = request.layer;
+  record.heads = static_cast<uint32_t>(scratch_.heads.size());
+  for (const wire::HeadSelection& head : scratch_.heads) {
+    record.pages += static_cast<uint32_t>(head.pages.size());
+    for (const wire::PagePayload& page : head.pages)
+      record.resident_pages += page.from == page.fill && page.place == wire::PagePlace::kBody;
+    record.tokens_read += head.tokens_read;
+    record.covered_mass += head.covered_mass / static_cast<float>(scratch_.heads.size());
+  }
+  record.select_ns = Nanos(took);
+  shard_.Remember(request.context, record);
+}
+
 Status DataService::Select(Connection& connection, const InMessage& message) {
   const TimePoint begin = reactor_.clock().Now();
   KV_ASSIGN_OR_RETURN(const Fenced fenced, Fence(connection, message, false));
@@ -225,6 +242,7 @@ Status DataService::Select(Connection& connection, const InMessage& message) {
   append_seconds_.ObserveSeconds(Seconds(appended - begin));
   select_seconds_.ObserveSeconds(Seconds(selected - appended));
   gather_seconds_.ObserveSeconds(Seconds(gathered - selected));
+  RememberSelection(request, selected - begin);
   if (request.append_count > 0) {
     std::vector<KvHeadId> heads;
     for (const wire::SelectHead& head : request.heads) heads.push_back(head.head);

@@ -81,6 +81,7 @@ class DataService {
   Status SelectHeads(Context& context, const wire::SelectRequest& request);
   static void NameByExtent(wire::HeadSelection* selection);
   void CountPages(const wire::HeadSelection& selection);
+  void RememberSelection(const wire::SelectRequest& request, Duration took);
   // Body parts of scratch_'s pages, neighbours in memory as one part.
   Status GatherPages(OutMessage* out) const;
 

@@ -157,6 +157,9 @@ Status Server::StartControl() {
   for (const auto& shard : shards_) members.push_back({&shard->reactor, shard->shard.get()});
   control_ = std::make_unique<ControlPlane>(*this, std::move(members), std::move(options));
   control_->contexts.ApplyQuotas();
+  control_->contexts.SetHooks(
+      {.drain = [this] { Drain(); },
+       .peer = [this](ConnectionId id) { return control_->service.PeerOf(id); }});
   MeasureLag(*reactor_, "control");
 
   AdminPages pages;

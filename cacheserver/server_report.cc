@@ -1,5 +1,6 @@
 #include "cacheserver/server_report.h"
 
+#include <algorithm>
 #include <nlohmann/json.hpp>
 
 #include "cacheserver/server_config.h"
@@ -105,6 +106,170 @@ std::string StatusJson(const ServerReport& report, const TenantTable& tenants) {
       {"shards", std::move(shards)}};
   // Names may hold bytes that are no UTF-8: shown, not refused.
   return status.dump(1, ' ', false, json::error_handler_t::replace) + "\n";
+}
+
+namespace {
+
+// Names may hold bytes that are no UTF-8: shown, not refused.
+std::string Text(const json& document) {
+  return document.dump(1, ' ', false, json::error_handler_t::replace) + "\n";
+}
+
+json RightsJson(const Rights& rights) {
+  json names = json::array();
+  if (rights.read) names.push_back("read");
+  if (rights.write) names.push_back("write");
+  if (rights.share) names.push_back("share");
+  if (rights.admin) names.push_back("admin");
+  return names;
+}
+
+uint64_t Millis(Duration duration) {
+  return static_cast<uint64_t>(std::max<int64_t>(0, duration / std::chrono::milliseconds(1)));
+}
+
+uint64_t Of(const std::map<TenantId, uint64_t>& counts, TenantId tenant) {
+  const auto it = counts.find(tenant);
+  return it == counts.end() ? 0 : it->second;
+}
+
+}  // namespace
+
+std::string ContextsJson(const std::vector<wire::ContextInfo>& contexts) {
+  json all = json::array();
+  for (const wire::ContextInfo& context : contexts) all.push_back(ContextJson(context));
+  return Text({{"contexts", std::move(all)}});
+}
+
+std::string TenantsJson(const Viewer& viewer, const TenantTable& tenants,
+                        const std::vector<ShardStatus>& shards,
+                        const std::map<TenantId, uint64_t>& contexts,
+                        const std::map<TenantId, uint64_t>& leases) {
+  const std::vector<TenantSum> sums = SumTenants(shards, tenants);
+  json all = json::array();
+  for (const Tenant& tenant : tenants.all()) {
+    if (!viewer.sees(tenant.id)) continue;
+    all.push_back({{"name", tenant.name},
+                   {"active", tenant.active},
+                   {"rights", RightsJson(tenant.rights)},
+                   {"weight", tenant.weight},
+                   {"quota_bytes", tenant.quota_bytes},
+                   {"held_bytes", sums[tenant.id.value].held},
+                   {"used_bytes", sums[tenant.id.value].used},
+                   {"contexts", Of(contexts, tenant.id)},
+                   {"leases", Of(leases, tenant.id)}});
+  }
+  return Text({{"tenants", std::move(all)}});
+}
+
+std::string LeasesJson(const std::vector<LeaseView>& leases) {
+  json all = json::array();
+  for (const LeaseView& view : leases) {
+    all.push_back({{"context", view.context},
+                   {"context_id", view.lease.context.value},
+                   {"tenant", view.tenant},
+                   {"epoch", view.lease.epoch.value},
+                   {"writable", view.lease.writable},
+                   {"left_ms", Millis(view.left)},
+                   {"peer", view.peer}});
+  }
+  return Text({{"leases", std::move(all)}});
+}
+
+std::string MemoryJson(const Viewer& viewer, const TenantTable& tenants,
+                       const std::vector<ShardStatus>& shards) {
+  const std::vector<TenantSum> sums = SumTenants(shards, tenants);
+  json document = {{"tenants", json::array()}};
+  for (const Tenant& tenant : tenants.all()) {
+    if (!viewer.sees(tenant.id)) continue;
+    document["tenants"].push_back({{"name", tenant.name},
+                                   {"quota_bytes", tenant.quota_bytes},
+                                   {"held_bytes", sums[tenant.id.value].held},
+                                   {"used_bytes", sums[tenant.id.value].used}});
+  }
+  if (!viewer.admin) return Text(document);
+  document["shards"] = json::array();
+  uint64_t size = 0, used = 0, held = 0;
+  for (const ShardStatus& shard : shards) {
+    document["shards"].push_back(ShardJson(shard));
+    size += shard.pool.memory_bytes;
+    held += shard.pool.held_bytes();
+    used += shard.pool.frame_bytes + shard.pool.row_bytes;
+  }
+  document["size_bytes"] = size;
+  document["held_bytes"] = held;
+  document["used_bytes"] = used;
+  return Text(document);
+}
+
+std::string ExplainJson(const std::string& name, const std::string& why,
+                        const wire::ContextInfo* info, uint32_t leases,
+                        const std::vector<ContextDetail>& shards, TimePoint now) {
+  json document = {{"name", name}, {"found", info != nullptr}, {"why", why}};
+  if (info == nullptr) return Text(document);
+  document["context"] = ContextJson(*info);
+  document["leases"] = leases;
+  std::map<SegmentId, SegmentDetail> sums;
+  json selections = json::array();
+  for (size_t i = 0; i < shards.size(); ++i) {
+    for (const auto& [id, part] : shards[i].segments) {
+      SegmentDetail& sum = sums[id];
+      sum.warm_pages += part.warm_pages;
+      sum.cold_pages += part.cold_pages;
+      sum.indexed_tokens += part.indexed_tokens;
+      sum.pending_tokens += part.pending_tokens;
+      sum.kv_bytes += part.kv_bytes;
+      sum.index_bytes += part.index_bytes;
+    }
+    for (const SelectionRecord& one : shards[i].selections) {
+      selections.push_back({{"shard", i},
+                            {"age_ms", Millis(now - one.when)},
+                            {"layer", one.layer.value},
+                            {"heads", one.heads},
+                            {"pages", one.pages},
+                            {"resident_pages", one.resident_pages},
+                            {"tokens_read", one.tokens_read},
+                            {"covered_mass", one.covered_mass},
+                            {"select_us", static_cast<double>(one.select_ns) / 1e3}});
+    }
+  }
+  json segments = json::array();
+  uint64_t warm = 0, cold = 0;
+  for (const wire::SegmentInfo& segment : info->segments) {
+    const SegmentDetail& sum = sums[segment.id];
+    segments.push_back({{"id", segment.id.value},
+                        {"tokens", segment.tokens},
+                        {"sealed", segment.sealed},
+                        {"references", segment.references},
+                        {"warm_pages", sum.warm_pages},
+                        {"cold_pages", sum.cold_pages},
+                        {"indexed_rows", sum.indexed_tokens},
+                        {"pending_rows", sum.pending_tokens},
+                        {"bytes", sum.kv_bytes},
+                        {"index_bytes", sum.index_bytes}});
+    warm += sum.warm_pages;
+    cold += sum.cold_pages;
+  }
+  document["pages"] = {{"warm", warm}, {"cold", cold}};
+  document["segments"] = std::move(segments);
+  document["selections"] = std::move(selections);
+  return Text(document);
+}
+
+std::string VerifyJson(const std::vector<VerifyResult>& shards, uint64_t contexts) {
+  uint64_t slices = 0, pages = 0, damaged = 0;
+  json damage = json::array();
+  for (const VerifyResult& shard : shards) {
+    slices += shard.slices;
+    pages += shard.pages;
+    damaged += shard.damaged_slices;
+    for (const std::string& one : shard.damage) damage.push_back(one);
+  }
+  return Text({{"contexts", contexts},
+               {"slices", slices},
+               {"pages", pages},
+               {"damaged_slices", damaged},
+               {"damage", std::move(damage)}});
 }
 
 void SetMemoryGauges(const std::vector<ShardStatus>& shards, const TenantTable& tenants,

@@ -46,7 +46,10 @@ Shard::Shard(const ShardOptions& options, Reactor& reactor, BuildPool& builds,
           "icecache_cluster_job_seconds",
           "From the submission of a build or re-clustering to its installation.")),
       pool_(options.memory_bytes),
-      attention_(MakeCpuAttention()) {}
+      attention_(MakeCpuAttention()),
+      checksum_failures_(
+          metrics.GetCounter("icecache_checksum_failures_total",
+                             "Pages in memory or on disk that were not what was written.")) {}
 
 Shard::~Shard() {
   // Jobs and contexts hold memory of the pool.
@@ -107,7 +110,10 @@ Result<std::optional<SegmentEnds>> Shard::SealContext(ContextId id) {
   return context->sealed_ends();
 }
 
-void Shard::DropContext(ContextId id) { contexts_.erase(id); }
+void Shard::DropContext(ContextId id) {
+  contexts_.erase(id);
+  selections_.erase(id);
+}
 
 void Shard::AddLease(const Lease& lease) {
   leases_.emplace(lease.epoch, lease);

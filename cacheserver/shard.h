@@ -27,6 +27,7 @@
 #include "cacheserver/build_pool.h"
 #include "cacheserver/context/context.h"
 #include "cacheserver/context/lease_table.h"
+#include "cacheserver/shard_report.h"
 #include "cacheserver/store/page_pool.h"
 #include "common/metrics.h"
 #include "common/reactor.h"
@@ -86,6 +87,10 @@ class Shard {
   void SetQuota(TenantId tenant, uint64_t bytes) { pool_.SetQuota(tenant, bytes); }
   Holdings HoldingsOf(std::span<const ContextId> contexts) const;
   ShardStatus status();
+  ContextDetail Detail(ContextId context) const;
+  // Reads the pages of these contexts, one slice a turn, each segment once; contexts that are
+  // dropped meanwhile are left out.
+  void Verify(const std::vector<ContextId>& contexts, std::function<void(VerifyResult)> done);
 
   // For the data plane. nullptr: absent, valid until the shard next changes leases or contexts.
   const Lease* FindTicket(std::span<const std::byte> ticket) const;
@@ -99,6 +104,14 @@ class Shard {
   // Moves pending rows of these slices into the index on later turns, a few at a time, and starts a
   // re-clustering where one is due.
   void IndexLater(ContextId context, LayerId layer, std::span<const KvHeadId> heads);
+
+  void Remember(ContextId context, const SelectionRecord& selection);
+  // A tenant's share of this shard under load, relative to others'; 1 unless set.
+  void SetWeight(TenantId tenant, uint32_t weight) { weights_[tenant] = weight; }
+  uint32_t weight(TenantId tenant) const {
+    const auto it = weights_.find(tenant);
+    return it == weights_.end() ? 1 : it->second;
+  }
 
   PagePool& pool() { return pool_; }
   const ShardOptions& options() const { return options_; }
@@ -119,6 +132,8 @@ class Shard {
   void Submit(SliceName slice, std::unique_ptr<SliceJob> work, BuildDone done);
   void Finish(uint64_t job);
   void IndexSome();
+  struct VerifyJob;
+  void VerifySome(const std::shared_ptr<VerifyJob>& job);
   void MaybeRecluster(Context& context, const SliceName& slice);
 
   const ShardOptions options_;
@@ -135,6 +150,9 @@ class Shard {
   std::unordered_map<Epoch, Lease> leases_;
   std::unordered_map<std::string, Epoch> tickets_;
   std::unordered_map<uint64_t, std::unique_ptr<Job>> jobs_;
+  std::unordered_map<ContextId, std::deque<SelectionRecord>> selections_;
+  std::unordered_map<TenantId, uint32_t> weights_;
+  Counter& checksum_failures_;
   uint64_t next_job_ = 1;
   uint32_t reclusters_running_ = 0;
   std::deque<SliceName> to_index_;

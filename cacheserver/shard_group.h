@@ -42,6 +42,18 @@ class ShardGroup {
   // The same with an answer each; done gets them in the order of the shards, on the control thread.
   template <typename T>
   void Gather(std::function<T(Shard&)> work, std::function<void(std::vector<T>)> done) {
+    GatherLater<T>(
+        [work = std::move(work)](Shard& shard, std::function<void(T)> answer) {
+          answer(work(shard));
+        },
+        std::move(done));
+  }
+
+  // The same for work that answers on a later turn of its shard. An answer that is dropped leaves
+  // the round open until the group ends.
+  template <typename T>
+  void GatherLater(std::function<void(Shard&, std::function<void(T)>)> work,
+                   std::function<void(std::vector<T>)> done) {
     struct Round {
       std::vector<std::optional<T>> answers;
       size_t missing = 0;
@@ -58,16 +70,18 @@ class ShardGroup {
     for (size_t i = 0; i < members_.size(); ++i) {
       members_[i].reactor->Post([this, work, id, i, shard = members_[i].shard, &control = control_,
                                  weak = std::weak_ptr<Round>(round)] {
-        auto answer = std::make_shared<T>(work(*shard));
-        control.Post([this, weak, id, i, answer] {
-          const std::shared_ptr<Round> here = weak.lock();
-          if (here == nullptr) return;  // the group is gone
-          here->answers[i].emplace(std::move(*answer));
-          if (--here->missing > 0) return;
-          rounds_.erase(id);
-          std::vector<T> answers;
-          for (std::optional<T>& a : here->answers) answers.push_back(*std::move(a));
-          here->done(std::move(answers));
+        work(*shard, [this, id, i, &control, weak](T value) {
+          auto answer = std::make_shared<T>(std::move(value));
+          control.Post([this, weak, id, i, answer] {
+            const std::shared_ptr<Round> here = weak.lock();
+            if (here == nullptr) return;  // the group is gone
+            here->answers[i].emplace(std::move(*answer));
+            if (--here->missing > 0) return;
+            rounds_.erase(id);
+            std::vector<T> answers;
+            for (std::optional<T>& a : here->answers) answers.push_back(*std::move(a));
+            here->done(std::move(answers));
+          });
         });
       });
     }

@@ -293,6 +293,16 @@ Result<wire::ContextInfo> ControlClient::Describe(const std::string& name) {
   return std::move(list.contexts[0]);
 }
 
+Result<std::string> ControlClient::Inspect(wire::InspectTopic topic, const std::string& name) {
+  KV_ASSIGN_OR_RETURN(wire::Report report,
+                      impl_->Ask<wire::Report>(wire::Inspect{topic, name}, "report"));
+  return std::move(report.json);
+}
+
+Status ControlClient::Drain() {
+  return impl_->Ask<wire::Done>(wire::Drain{}, "drain").status();
+}
+
 Status ControlClient::Health() const { return impl_->lost; }
 
 }  // namespace icecache

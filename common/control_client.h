@@ -52,6 +52,9 @@ class ControlClient {
   Status Drop(const std::string& name);
   Result<std::vector<wire::ContextInfo>> List();
   Result<wire::ContextInfo> Describe(const std::string& name);
+  // A report in JSON (docs/server.md); name: as the topic needs.
+  Result<std::string> Inspect(wire::InspectTopic topic, const std::string& name = "");
+  Status Drain();  // the server ends when its work is done; for admins
 
   // OK, or why the connection is lost.
   Status Health() const;

@@ -22,7 +22,7 @@ while [ $# -gt 0 ]; do
     --preset) preset="${2:?--preset needs a name}"; shift 2 ;;
     --packages-only) packages_only=1; shift ;;
     --no-build) build=0; shift ;;
-    --programs) targets=(--target icecache-server icecache-worker); shift ;;
+    --programs) targets=(--target icecache-server icecache-worker icecachectl); shift ;;
     --jobs) jobs="${2:?--jobs needs a number}"; shift 2 ;;
     --) shift; cmake_options=("$@"); break ;;
     -h|--help) sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;

@@ -23,6 +23,7 @@ LAYERS = {
     'cacheserver/select': ['cacheserver/select', 'kernels', 'common'],
     'cacheserver/store': ['cacheserver/store', 'kernels', 'common'],
     'cacheserver/context': ['cacheserver/context', 'cacheserver/select', 'cacheserver/store', 'kernels', 'common'],
+    'cacheserver/ctl': ['cacheserver/ctl', 'kernels', 'common'],
     'cacheserver': ['cacheserver', 'kernels', 'common'],
     'worker/model': ['worker/model', 'kernels', 'common'],
     'worker': ['worker', 'kernels', 'common'],
@@ -226,6 +227,7 @@ class EachRuleCanFail(unittest.TestCase):
         self.assertEqual(count('cacheserver/context/a.cc', 'cacheserver/store/b.h'), 0)
         self.assertEqual(count('cacheserver/context/a.cc', 'cacheserver/shard.h'), 1)
         self.assertEqual(count('cacheserver/a.cc', 'cacheserver/store/b.h'), 0)
+        self.assertEqual(count('cacheserver/ctl/a.cc', 'cacheserver/shard.h'), 1)
         self.assertEqual(count('worker/a.cc', 'tests/support/b.h'), 1)
         self.assertEqual(count('worker/a_test.cc', 'tests/support/b.h'), 0)
         self.assertEqual(count('tests/a.cc', 'cacheserver/store/b.h'), 0)

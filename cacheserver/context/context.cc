@@ -185,10 +185,24 @@ Status Context::Seal() {
                              " would be a chain of more than " +
                              std::to_string(limits::kSegmentsPerContextMax) + " segments");
   }
+  if (AddedNothing()) {
+    tail_.reset();
+    return OkStatus();
+  }
   KV_RETURN_IF_ERROR(tail_->Seal());
   chain_.push_back(std::move(tail_));
   tail_.reset();
   return OkStatus();
+}
+
+bool Context::AddedNothing() const {
+  if (chain_.empty()) return false;
+  uint32_t slices = 0, empty = 0;
+  tail_->VisitSlices([&](LayerId, KvHeadId, const HeadSlice& slice) {
+    ++slices;
+    empty += slice.end() == tail_->spec().first_position ? 1 : 0;
+  });
+  return slices > 0 && empty == slices;
 }
 
 std::optional<SegmentEnds> Context::sealed_ends() const {

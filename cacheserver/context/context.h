@@ -83,8 +83,8 @@ class Context {
   // One ranking over the chain under one budget. Fills head, pages (spans into the frames for the
   // rows that the worker lacks: K rows, V rows, positions of [from, fill)), residual, covered_mass
   // and tokens_read of *out, reusing its memory. The spans hold while a PagePool::Pin() taken after
-  // the call and before the next change lives. attend_missing: pages that the worker lacks wholly or
-  // in part are attended to here, exactly, and join the residual (which then is never empty).
+  // the call and before the next change lives. attend_missing: pages that the worker lacks wholly
+  // or in part are attended to here, exactly, and join the residual (which then is never empty).
   Status Select(LayerId layer, KvHeadId head, const SelectRequest& request,
                 std::span<const wire::ResidentPage> resident, wire::HeadSelection* out,
                 bool attend_missing = false) const;
@@ -95,7 +95,8 @@ class Context {
   // starts with), or when nothing is sealed yet the tail of the private one.
   Result<RowsView> FetchRows(LayerId layer, KvHeadId head, wire::RowsPart part) const;
 
-  // Seals the private segment. Harmless when sealed.
+  // Seals the private segment; that of a fork to which nothing was added goes, and the context is
+  // its parent's chain under another name. Harmless when sealed.
   Status Seal();
   bool sealed() const { return tail_ == nullptr; }
   // Of the last sealed segment; nullopt when nothing is sealed or the shard owns no slice.
@@ -126,6 +127,7 @@ class Context {
  private:
   Context(const ContextSpec& spec, PagePool& pool, AttentionBackend& attention);
 
+  bool AddedNothing() const;
   Status CheckSlice(LayerId layer, KvHeadId head) const;
   Result<HeadSlice*> MutableSlice(LayerId layer, KvHeadId head);
 

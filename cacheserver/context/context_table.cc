@@ -111,6 +111,16 @@ void ContextTable::MarkSealed(ContextId id, uint32_t tokens, uint32_t tail_token
   record.tail_tokens = tail_tokens;
 }
 
+void ContextTable::MarkSealedEmpty(ContextId id) {
+  ContextRecord& record = contexts_.at(id);
+  KV_CHECK(!record.sealed && record.chain.size() > 1);
+  const auto segment = segments_.find(record.chain.back());
+  KV_CHECK(segment != segments_.end() && segment->second.references == 1);
+  segments_.erase(segment);
+  record.chain.pop_back();
+  record.sealed = true;
+}
+
 Status ContextTable::Publish(ContextId id) {
   auto it = contexts_.find(id);
   if (it == contexts_.end()) return NotFound("context " + std::to_string(id.value) + " is gone");

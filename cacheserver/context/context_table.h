@@ -66,6 +66,8 @@ class ContextTable {
 
   // The last segment is sealed: the chain now holds `tokens`. REQUIRES: present and not sealed.
   void MarkSealed(ContextId id, uint32_t tokens, uint32_t tail_tokens);
+  // The same for a fork to which nothing was added: its segment goes, its chain is the parent's.
+  void MarkSealedEmpty(ContextId id);
   // FAILED_PRECONDITION when it is not sealed. Publishing twice is harmless.
   Status Publish(ContextId id);
   // Takes the context out; its segments live on while other chains hold them. False: it was not

@@ -110,6 +110,9 @@ class HeadSlice {
   uint64_t kv_bytes() const;     // frames and row buffers held
   uint64_t index_bytes() const;  // the policy's own figure; walks its counters
   void VisitCounters(const SelectionPolicy::CounterVisitor& visit) const;
+  // Reads every page that is in memory. DATA_LOSS names the first whose checksum differs.
+  Status VerifyPages() const { return table_->Validate(); }
+  Residency residency(PageId page) const { return table_->residency(page); }
 
   // Slow. INTERNAL naming the first broken invariant: a token in two places or none, a policy or
   // page at odds.

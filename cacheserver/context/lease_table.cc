@@ -82,6 +82,17 @@ bool LeaseTable::Alive(Epoch epoch) const {
   return it != leases_.end() && it->second.expires > clock_.Now();
 }
 
+std::vector<Lease> LeaseTable::List() const {
+  const TimePoint now = clock_.Now();
+  std::vector<Lease> all;
+  for (const auto& [epoch, lease] : leases_) {
+    if (lease.expires > now) all.push_back(lease);
+  }
+  std::sort(all.begin(), all.end(),
+            [](const Lease& a, const Lease& b) { return a.epoch < b.epoch; });
+  return all;
+}
+
 std::optional<Lease> LeaseTable::End(Epoch epoch) {
   auto it = leases_.find(epoch);
   if (it == leases_.end()) return std::nullopt;

@@ -52,6 +52,7 @@ class LeaseTable {
   // The living lease of this connection on this context; the writable one if there are two.
   std::optional<Lease> Find(ConnectionId connection, ContextId context) const;
   bool Alive(Epoch epoch) const;
+  std::vector<Lease> List() const;  // living ones, by epoch
 
   std::optional<Lease> End(Epoch epoch);
   std::vector<Lease> EndConnection(ConnectionId connection);
@@ -61,6 +62,7 @@ class LeaseTable {
   uint32_t CountOf(ContextId context) const;  // expired and not swept ones included
   uint32_t count() const { return static_cast<uint32_t>(leases_.size()); }
   Duration lease_time() const { return lease_time_; }
+  const Clock& clock() const { return clock_; }
 
  private:
   template <typename Predicate>

@@ -169,7 +169,8 @@ std::string HashSecret(std::string_view salt, std::string_view secret) {
 
 TenantTable TenantTable::Open() {
   TenantTable table;
-  table.tenants_.push_back(Tenant{.id = TenantId(0), .name = "default"});
+  table.tenants_.push_back(
+      Tenant{.id = TenantId(0), .name = "default", .rights = {.admin = true}});
   return table;
 }
 

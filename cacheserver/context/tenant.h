@@ -31,7 +31,7 @@ struct Rights {
   bool read = true;    // open, fork, describe, list
   bool write = true;   // create, put rows, seal, drop
   bool share = true;   // publish
-  bool admin = false;  // admin HTTP beyond loopback
+  bool admin = false;  // all tenants' contexts in reports, drain, the HTTP pages beyond loopback
 };
 
 struct Tenant {

@@ -58,6 +58,8 @@ struct Request {
     list @19 :Void;
     describe @20 :Text;
     renew @21 :Void;          # all leases of this connection
+    inspect :group { topic @22 :UInt8; name @23 :Text; }  # a report in JSON; name: of a context, or empty
+    drain @24 :Void;          # as SIGTERM; for admins
   }
 }
 struct Reply {
@@ -69,5 +71,6 @@ struct Reply {
     grant @7 :Grant;
     done @8 :Void;
     contexts @9 :List(ContextInfo);
+    report @10 :Text;         # JSON
   }
 }

@@ -89,6 +89,12 @@ void Write(const Seal& in, schema::Request::Builder root) { root.setSeal(in.cont
 void Write(const Publish& in, schema::Request::Builder root) { root.setPublish(in.context.value); }
 void Write(const Release& in, schema::Request::Builder root) { root.setRelease(in.context.value); }
 void Write(const List&, schema::Request::Builder root) { root.setList(); }
+void Write(const Inspect& in, schema::Request::Builder root) {
+  auto out = root.initInspect();
+  out.setTopic(static_cast<uint8_t>(in.topic));
+  out.setName(Chars(in.name));
+}
+void Write(const Drain&, schema::Request::Builder root) { root.setDrain(); }
 void Write(const Renew&, schema::Request::Builder root) { root.setRenew(); }
 
 void Write(const Status& in, schema::Reply::Builder root) {
@@ -117,6 +123,8 @@ void Write(const ContextList& in, schema::Reply::Builder root) {
   auto out = root.initContexts(static_cast<unsigned>(in.contexts.size()));
   for (unsigned i = 0; i < out.size(); ++i) Write(in.contexts[i], out[i]);
 }
+
+void Write(const Report& in, schema::Reply::Builder root) { root.setReport(Chars(in.json)); }
 
 // ---- decode ----
 
@@ -201,6 +209,12 @@ Status ReadFork(const MessageChecks& check, schema::Request::Fork::Reader in, Fo
   return ReadName(check, "fork.name", View(in.getName()), &out->name);
 }
 
+Status ReadInspect(const MessageChecks& check, schema::Request::Inspect::Reader in, Inspect* out) {
+  KV_RETURN_IF_ERROR(check.AtMost("inspect.topic", in.getTopic(), kInspectTopics - 1));
+  out->topic = static_cast<InspectTopic>(in.getTopic());
+  return ReadName(check, "inspect.name", View(in.getName()), &out->name);
+}
+
 // The member of the variant is made first and then filled, so that every case is one line.
 Status ReadRequest(const MessageChecks& check, schema::Request::Reader root, ControlRequest* out) {
   out->id = root.getId();
@@ -232,6 +246,11 @@ Status ReadRequest(const MessageChecks& check, schema::Request::Reader root, Con
       return ReadName(check, "describe", View(root.getDescribe()), &body.emplace<Describe>().name);
     case schema::Request::RENEW:
       body = Renew{};
+      return OkStatus();
+    case schema::Request::INSPECT:
+      return ReadInspect(check, root.getInspect(), &body.emplace<Inspect>());
+    case schema::Request::DRAIN:
+      body = Drain{};
       return OkStatus();
   }
   return Unimplemented("request " + std::to_string(static_cast<int>(root.which())) +
@@ -294,6 +313,9 @@ Status ReadReply(const MessageChecks& check, schema::Reply::Reader root, Control
       }
       return OkStatus();
     }
+    case schema::Reply::REPORT:
+      return ReadText(check, "report", View(root.getReport()), limits::kControlMessageBytesMax,
+                      &body.emplace<Report>().json);
   }
   return Unimplemented("reply " + std::to_string(static_cast<int>(root.which())) +
                        " is unknown here: the peer speaks a newer protocol");

@@ -68,9 +68,21 @@ struct Drop { std::string name; };
 struct List {};
 struct Describe { std::string name; };
 struct Renew {};
+// What a report is about. A tenant sees what is its own, an admin everything.
+enum class InspectTopic : uint8_t {
+  kContexts = 0,
+  kTenants = 1,
+  kLeases = 2,
+  kMemory = 3,
+  kExplain = 4,  // one context: where its pages are, what its last selections covered, or why it is gone
+  kVerify = 5,   // reads all pages of one context, or of all, against their checksums
+};
+inline constexpr uint8_t kInspectTopics = 6;
+struct Inspect { InspectTopic topic = InspectTopic::kContexts; std::string name; };
+struct Drain {};
 struct ControlRequest {
   uint64_t id = 0;
-  std::variant<Hello, Create, Open, Fork, Seal, Publish, Release, Drop, List, Describe, Renew> body;
+  std::variant<Hello, Create, Open, Fork, Seal, Publish, Release, Drop, List, Describe, Renew, Inspect, Drain> body;
 };
 
 // Replies.
@@ -82,9 +94,10 @@ struct HelloReply {
 };
 struct Done {};
 struct ContextList { std::vector<ContextInfo> contexts; };
+struct Report { std::string json; };
 struct ControlReply {
   uint64_t id = 0;
-  std::variant<Status, HelloReply, Grant, Done, ContextList> body;  // Status: an error
+  std::variant<Status, HelloReply, Grant, Done, ContextList, Report> body;  // Status: an error
 };
 
 // A whole frame, ready to write. A reply that would exceed kControlMessageBytesMax (a list of very many contexts)

@@ -306,7 +306,7 @@ class ChaosWorker {
     }
     const ContextId guess(1 + random_() % 200);
     Refused("seal", link_->control().Seal(guess));
-    Refused("publish", link_->control().Publish(guess));
+    Refused("release", link_->control().Release(guess));
     KV_ASSIGN_OR_RETURN(const std::vector<wire::ContextInfo> mine, link_->control().List());
     for (const wire::ContextInfo& context : mine) {
       if (context.tenant != options_.tenant || !context.name.starts_with(options_.tenant + "-"))

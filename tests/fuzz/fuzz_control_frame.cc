@@ -45,6 +45,8 @@ std::vector<std::string> Seeds() {
   request(wire::List{});
   request(wire::Describe{"doc"});
   request(wire::Renew{});
+  request(wire::Inspect{wire::InspectTopic::kExplain, "doc"});
+  request(wire::Drain{});
   wire::ContextInfo info{.id = ContextId(3),
                          .name = "doc",
                          .shape = shape,
@@ -63,6 +65,7 @@ std::vector<std::string> Seeds() {
       .context = info, .epoch = Epoch(5), .ticket = std::vector<std::byte>(32), .lease_ms = 10000});
   reply(wire::Done{});
   reply(wire::ContextList{{info, info}});
+  reply(wire::Report{"{\"contexts\": []}"});
   return seeds;
 }
 
