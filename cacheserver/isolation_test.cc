@@ -172,8 +172,8 @@ TEST_F(Isolation, ReportsShowATenantItsOwnAndAnAdminEverything) {
     EXPECT_THAT(InspectAs(bob_, topic), Not(HasSubstr("\"doc\"")));
     EXPECT_THAT(InspectAs(root, topic), HasSubstr("alice"));
   }
-  EXPECT_THAT(InspectAs(bob_, wire::InspectTopic::kVerify), HasSubstr("\"contexts\": 1"));
-  EXPECT_THAT(InspectAs(root, wire::InspectTopic::kVerify), HasSubstr("\"contexts\": 2"));
+  EXPECT_THAT(InspectAs(bob_, wire::InspectTopic::kVerify), HasSubstr("\"contexts\":1"));
+  EXPECT_THAT(InspectAs(root, wire::InspectTopic::kVerify), HasSubstr("\"contexts\":2"));
   EXPECT_EQ(bob_.control().Do(wire::Drain{}).code(), StatusCode::kPermissionDenied);
 }
 

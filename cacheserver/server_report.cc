@@ -110,9 +110,10 @@ std::string StatusJson(const ServerReport& report, const TenantTable& tenants) {
 
 namespace {
 
-// Names may hold bytes that are no UTF-8: shown, not refused.
+// One line: texts on the wire hold no control characters, and JSON escapes those of names. Bytes
+// that are no UTF-8 are shown, not refused.
 std::string Text(const json& document) {
-  return document.dump(1, ' ', false, json::error_handler_t::replace) + "\n";
+  return document.dump(-1, ' ', false, json::error_handler_t::replace);
 }
 
 json RightsJson(const Rights& rights) {

@@ -87,7 +87,7 @@ std::optional<wire::InspectTopic> TopicOf(const std::string& command) {
 
 Status Report(ControlClient& control, const Options& o, wire::InspectTopic topic) {
   KV_ASSIGN_OR_RETURN(const std::string json, control.Inspect(topic, o.name));
-  std::string text = json;
+  std::string text = json + "\n";
   if (!o.json) {
     KV_ASSIGN_OR_RETURN(text, RenderReport(topic, json));
   }

@@ -105,6 +105,20 @@ TEST(ServerProcess, AdminPagesAnswer) {
   EXPECT_FALSE(server.HttpGet("/ready").empty());
 }
 
+TEST(ServerProcess, PromtoolAcceptsTheMetrics) {
+  Process there("/bin/sh", {"-c", "command -v promtool"});
+  if (there.Wait(10s).exit_code != 0)
+    GTEST_SKIP() << "promtool is not installed (Debian package prometheus): not checked";
+  TestServer server({"--memory-size", "64MiB", "--threads", "2"});
+  TempDir dir;
+  const std::string metrics = server.HttpGet("/metrics");
+  EXPECT_THAT(metrics, HasSubstr("icecache_checksum_failures_total"));
+  WriteFile(dir.path("metrics"), metrics);
+  Process check("/bin/sh", {"-c", "promtool check metrics < " + dir.path("metrics")});
+  const ProcessResult r = check.Wait(30s);
+  EXPECT_TRUE(r.exited && r.exit_code == 0) << check.Out() << check.Err();
+}
+
 TEST(ServerProcess, TermDrainsAndExitsZero) {
   TestServer server({"--memory-size", "64MiB", "--threads", "2"});
   server.process().Signal(SIGTERM);
