@@ -21,6 +21,14 @@ namespace icecache::gpu {
 
 enum class ThreadOrder : uint8_t { kAscending, kDescending };
 
+// ThreadSanitizer's fibers cost twenty times as much, and there is but one thread: tests whose work
+// is all in kernels skip there.
+#if defined(__SANITIZE_THREAD__)
+inline constexpr bool kEmulatorIsSlow = true;
+#else
+inline constexpr bool kEmulatorIsSlow = false;
+#endif
+
 class BlockRun;  // one block at work (emulator.cc)
 
 // block.h's view of the emulator, one per fiber.

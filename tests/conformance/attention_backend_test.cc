@@ -27,6 +27,7 @@ class OwnedGpuAttention final : public AttentionBackend {
 };
 
 std::unique_ptr<AttentionBackend> MakeEmulated(gpu::ThreadOrder order) {
+  if (gpu::kEmulatorIsSlow) return nullptr;
   gpu::EmulatedDeviceOptions options;
   options.order = order;
   return std::make_unique<OwnedGpuAttention>(gpu::MakeEmulatedDevice(options));

@@ -24,6 +24,7 @@ struct DeviceCase {
 inline std::ostream& operator<<(std::ostream& out, const DeviceCase& c) { return out << c.name; }
 
 inline Result<std::unique_ptr<Device>> EmulatedFor(ThreadOrder order) {
+  if (kEmulatorIsSlow) return Unavailable("kernels are not emulated under ThreadSanitizer");
   EmulatedDeviceOptions options;
   options.order = order;
   return MakeEmulatedDevice(options);
