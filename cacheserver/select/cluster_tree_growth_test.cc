@@ -198,5 +198,23 @@ TEST(ClusterTree, EqualInputGivesEqualImages) {
   EXPECT_EQ(images[0], images[1]);
 }
 
+TEST(ClusterTree, AMillionTokensAreIndexedWhole) {
+  constexpr uint32_t kTokens = 1u << 20;
+  Slice slice(32);
+  slice.Draw(kTokens);
+  ASSERT_TRUE(slice.Build().ok());
+  const Status valid = slice.Validate();
+  ASSERT_TRUE(valid.ok()) << valid.ToString();
+  EXPECT_EQ(slice.Counter("tokens"), kTokens);
+  EXPECT_GE(slice.Counter("page_fill"), 0.95);
+  const std::vector<float> queries = slice.Queries(2, 2.0f);
+  const Selection got = Ask(slice.policy(), slice.store().kv(), queries, 12, 1024);
+  EXPECT_EQ(got.pages.size(), 12u);
+  EXPECT_LE(got.tokens_read, RowsOf(got, slice.store().kv()) + 1024u);
+  const Error error = ErrorOf(slice.store().kv(), queries, got);
+  EXPECT_LT(error.output, 0.1);
+  EXPECT_LT(error.log_mass, 0.1);
+}
+
 }  // namespace
 }  // namespace icecache

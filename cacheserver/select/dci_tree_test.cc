@@ -106,8 +106,8 @@ TEST(DciTree, HeadsTakeTurnsByRank) {
 
 TEST(DciTree, TheAnchorShortcutChangesParentsAndStaysValid) {
   const std::vector<float> rows = RandomRows(6, 5000);
-  auto plain = MakeDciTree({DType::kF32, kDim, 1});
-  auto anchored = MakeDciTree({DType::kF32, kDim, 1}, DciTreeOptions::Reference());
+  auto plain = MakeDciTree({DType::kF32, kDim, 1}, DciTreeOptions::Improved());
+  auto anchored = MakeDciTree({DType::kF32, kDim, 1});
   const PageLayout a = plain->Build(RowsOf(rows), {}).value();
   const PageLayout b = anchored->Build(RowsOf(rows), {}).value();
   EXPECT_NE(a.tokens, b.tokens);
@@ -116,7 +116,7 @@ TEST(DciTree, TheAnchorShortcutChangesParentsAndStaysValid) {
 }
 
 TEST(DciTree, LargeLevelsFindParentsWithABeam) {
-  DciTreeOptions options;
+  DciTreeOptions options = DciTreeOptions::Improved();
   options.exhaustive_parents = 10;  // so that small data takes the path of 300k tokens
   auto policy = MakeDciTree({DType::kF32, kDim, 1}, options);
   const std::vector<float> rows = RandomRows(7, 6000);

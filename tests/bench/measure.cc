@@ -28,6 +28,15 @@ double Micros(clockid_t clock) {
 double ProcessCpuMicros() { return Micros(CLOCK_PROCESS_CPUTIME_ID); }
 double ThreadCpuMicros() { return Micros(CLOCK_THREAD_CPUTIME_ID); }
 
+double ThreadClockCostMicros() {
+  double least = 1e30;
+  for (int i = 0; i < 200; ++i) {
+    const double begin = ThreadCpuMicros();
+    least = std::min(least, ThreadCpuMicros() - begin);
+  }
+  return least;
+}
+
 double Quantile(std::vector<double> sample, double q) {
   if (sample.empty()) return 0;
   const double rank = std::ceil(q * static_cast<double>(sample.size())) - 1;

@@ -12,6 +12,8 @@ namespace icecache {
 double ProcessCpuMicros();
 // The same for the calling thread.
 double ThreadCpuMicros();
+// The least that two readings of the thread's clock lie apart.
+double ThreadClockCostMicros();
 
 // q-quantile (0..1) of a sample, by nearest rank; 0 when empty.
 double Quantile(std::vector<double> sample, double q);
