@@ -85,6 +85,7 @@ class SelectBench {
   Status Insert(Slice* slice, Json* out);
   void BuildOnThreads(Json* out) const;
   void Oracles(const Slice& slice, const Reading& service, Json* out);
+  Status Profile(Json* out) const;
   double ExactScanMicros() const;
 
   SelectRequest RequestOf(uint32_t query, uint32_t read_cap, bool residual) const {
@@ -294,6 +295,12 @@ double SelectBench::ExactScanMicros() const {
   return Quantile(micros, 0.5);
 }
 
+Status SelectBench::Profile(Json* out) const {
+  KV_ASSIGN_OR_RETURN(const TraceProfile profile, ProfileTrace(trace_, flags_.seed));
+  for (const auto& [name, value] : profile) (*out)[name] = value;
+  return OkStatus();
+}
+
 Result<Json> SelectBench::Run() {
   Json out;
   out["bench"] = "select";
@@ -359,7 +366,7 @@ Result<Json> SelectBench::Run() {
   out["output_error_no_residual_mean"] = Mean(service.no_residual_error);
   Oracles(slice, service, &out);
   KV_RETURN_IF_ERROR(Insert(&slice, &out));
-  if (flags_.profile) KV_RETURN_IF_ERROR(ProfileTrace(trace_, flags_.seed, &out));
+  if (flags_.profile) KV_RETURN_IF_ERROR(Profile(&out));
   out["exact_scan_us_p50"] = ExactScanMicros();
   out["query_per_exact_scan"] =
       out["query_us_p50"].get<double>() / out["exact_scan_us_p50"].get<double>();

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <functional>
 #include <numeric>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -44,7 +45,7 @@ double TopShare(std::vector<double> x, size_t count) {
 
 }  // namespace
 
-Status ProfileTrace(const Trace& trace, uint64_t seed, nlohmann::ordered_json* out) {
+Result<TraceProfile> ProfileTrace(const Trace& trace, uint64_t seed) {
   using Layout = ClusterTreeOptions::Layout;
   constexpr size_t kSketched = 32;
   const TokenRows rows = trace.Rows(0, trace.keys);
@@ -57,8 +58,8 @@ Status ProfileTrace(const Trace& trace, uint64_t seed, nlohmann::ordered_json* o
   AddDeviations(k.data(), trace.dim, all, &key_all);
   AddDeviations(v.data(), trace.dim, all, &value_all);
   const std::vector<double> logits = Weighted(key_all, trace.energy);
-  (*out)["top256_mass"] = TopMass(trace, 256, trace.query_count);
-  (*out)["energy_top32"] = TopShare(logits, kSketched);
+  TraceProfile profile = {{"top256_mass", TopMass(trace, 256, trace.query_count)},
+                          {"energy_top32", TopShare(logits, kSketched)}};
   const std::pair<const char*, Layout> layouts[] = {{"sequential", Layout::kSequential},
                                                     {"content_value", Layout::kContentValue},
                                                     {"content", Layout::kContent}};
@@ -78,11 +79,14 @@ Status ProfileTrace(const Trace& trace, uint64_t seed, nlohmann::ordered_json* o
       AddDeviations(v.data(), trace.dim, tokens, &value);
     }
     const std::vector<double> inside = Weighted(key, trace.energy);
-    (*out)["key_variance_in_pages"][name] = Total(inside) / std::max(1e-30, Total(logits));
-    (*out)["value_variance_in_pages"][name] = Total(value) / std::max(1e-30, Total(value_all));
-    if (layout == Layout::kContent) (*out)["page_energy_top32"] = TopShare(inside, kSketched);
+    profile.emplace_back(std::string("key_variance_") + name,
+                         Total(inside) / std::max(1e-30, Total(logits)));
+    profile.emplace_back(std::string("value_variance_") + name,
+                         Total(value) / std::max(1e-30, Total(value_all)));
+    if (layout == Layout::kContent)
+      profile.emplace_back("page_energy_top32", TopShare(inside, kSketched));
   }
-  return OkStatus();
+  return profile;
 }
 
 }  // namespace icecache

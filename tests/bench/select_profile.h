@@ -2,25 +2,26 @@
 // chosen (docs/index.md, "Real heads").
 #pragma once
 
-#include <nlohmann/json.hpp>
+#include <string>
+#include <utility>
+#include <vector>
 
 #include "tests/bench/trace.h"
 
 namespace icecache {
 
-// Adds to *out:
-//   top256_mass                 share of the indexed mass in the 256 best tokens, mean over heads:
-//   broad
-//                               heads have little
-//   energy_top32                share of the logits' variance, E[q_j^2] var(k_j), in the 32
-//   strongest
-//                               dimensions: what a token sketch could see
-//   page_energy_top32           the same of the variance inside content pages: what it does see
-//   key_variance_in_pages.L, value_variance_in_pages.L
-//                               share of the variance that is left inside pages of layout L
-//                               (content, sequential, content_value); keys in the metric of the
-//                               queries
+// Named numbers:
+//   top256_mass         share of the indexed mass in the 256 best tokens, mean over heads: broad
+//   heads
+//                       have little
+//   energy_top32        share of the logits' variance, E[q_j^2] var(k_j), in the 32 strongest
+//                       dimensions: what a token sketch could see
+//   page_energy_top32   the same of the variance inside content pages: what it does see
+//   key_variance_L, value_variance_L
+//                       share of the variance that is left inside pages of layout L (content,
+//                       sequential, content_value); keys in the metric of the queries
 // Cost: three builds.
-Status ProfileTrace(const Trace& trace, uint64_t seed, nlohmann::ordered_json* out);
+using TraceProfile = std::vector<std::pair<std::string, double>>;
+Result<TraceProfile> ProfileTrace(const Trace& trace, uint64_t seed);
 
 }  // namespace icecache
