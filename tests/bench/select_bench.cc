@@ -85,6 +85,7 @@ class SelectBench {
   Status Insert(Slice* slice, Json* out);
   void BuildOnThreads(Json* out) const;
   void Oracles(const Slice& slice, const Reading& service, Json* out);
+  Json Parameters() const;
   Status Profile(Json* out) const;
   double ExactScanMicros() const;
 
@@ -301,7 +302,7 @@ Status SelectBench::Profile(Json* out) const {
   return OkStatus();
 }
 
-Result<Json> SelectBench::Run() {
+Json SelectBench::Parameters() const {
   Json out;
   out["bench"] = "select";
   out["policy"] = flags_.policy;
@@ -322,6 +323,11 @@ Result<Json> SelectBench::Run() {
   out["sketch"] = flags_.sketch;
   out["threads"] = flags_.threads;
   out["insert_fraction"] = flags_.insert_fraction;
+  return out;
+}
+
+Result<Json> SelectBench::Run() {
+  Json out = Parameters();
   KV_ASSIGN_OR_RETURN(Slice slice, BuildSlice(trace_.keys));
   KV_RETURN_IF_ERROR(CheckAnswers(slice));
   out["build_us_per_key"] = slice.build_us / trace_.keys;
