@@ -8,6 +8,7 @@
 #include "cacheserver/data_service.h"
 #include "common/checksum.h"
 #include "common/limits.h"
+#include "kernels/int8_rows.h"
 
 namespace icecache {
 namespace {
@@ -29,6 +30,45 @@ void AddPart(std::span<const std::byte> part, std::vector<std::span<const std::b
     __builtin_prefetch(part.data() + line);
   }
   body->push_back(part);
+}
+
+// Only what travels is coded: pages in mapped memory are read as they are.
+bool Coded(uint8_t flags) {
+  return (flags & wire::kSelectInt8) != 0 &&
+         (flags & (wire::kSelectMapped | wire::kSelectAttend)) == 0;
+}
+
+// A channel's minimum and step would take more than so few rows.
+constexpr uint32_t kCodedRowsMin = 8;
+
+// Replaces the rows of whole pages in the body by their int8 code. The memory behind the codes.
+std::shared_ptr<const void> CodePages(const ModelShape& shape, wire::SelectReply* reply) {
+  const auto codable = [](const wire::PagePayload& page) {
+    return page.place == wire::PagePlace::kBody && page.from == 0 && page.fill >= kCodedRowsMin;
+  };
+  size_t pages = 0;
+  for (const wire::HeadSelection& head : reply->heads) {
+    pages += static_cast<size_t>(std::count_if(head.pages.begin(), head.pages.end(), codable));
+  }
+  if (pages == 0) return nullptr;
+  const size_t room = Int8RowsBytesMax(shape.dtype, limits::kPageTokens, shape.head_dim);
+  std::shared_ptr<std::byte[]> codes(new std::byte[pages * room]);
+  std::byte* at = codes.get();
+  for (wire::HeadSelection& head : reply->heads) {
+    for (wire::PagePayload& page : head.pages) {
+      if (!codable(page)) continue;
+      const size_t bytes = EncodeInt8Rows(
+          {shape.dtype, shape.head_dim, page.fill, page.k_rows.data(), page.v_rows.data()}, at);
+      if (bytes >= page.k_rows.size() + page.v_rows.size()) continue;
+      page.coded = {at, bytes};
+      page.coded_bytes = static_cast<uint32_t>(bytes);
+      page.coded_checksum = PageChecksum({page.segment.value, page.page.value, page.version},
+                                         page.coded, {}, page.positions);
+      page.k_rows = page.v_rows = {};
+      at += bytes;
+    }
+  }
+  return codes;
 }
 
 }  // namespace
@@ -130,6 +170,9 @@ Status DataService::SelectHeads(Context& context, const wire::SelectRequest& req
   const ModelShape& shape = context.spec().shape;
   const size_t floats_per_head = size_t{shape.group()} * shape.head_dim;
   scratch_.heads.resize(request.heads.size());
+  AnswerOptions answer;
+  answer.attend_missing = (request.flags & wire::kSelectAttend) != 0;
+  answer.whole_pages = Coded(request.flags);
   for (size_t i = 0; i < request.heads.size(); ++i) {
     const wire::SelectHead& head = request.heads[i];
     SelectRequest select;
@@ -142,8 +185,9 @@ Status DataService::SelectHeads(Context& context, const wire::SelectRequest& req
     select.local_lse = head.local_lse.empty() ? nullptr : head.local_lse.data();
     select.residual = (request.flags & wire::kSelectNoResidual) == 0;
     wire::HeadSelection& chosen = scratch_.heads[i];
-    KV_RETURN_IF_ERROR(context.Select(request.layer, head.head, select, head.resident, &chosen,
-                                      (request.flags & wire::kSelectAttend) != 0));
+    answer.near = head.near;
+    KV_RETURN_IF_ERROR(
+        context.Select(request.layer, head.head, select, head.resident, &chosen, answer));
     if ((request.flags & wire::kSelectMapped) != 0) NameByExtent(&chosen);
     CountPages(chosen);
     tokens_read_.Add(chosen.tokens_read);
@@ -182,7 +226,8 @@ Status DataService::GatherPages(OutMessage* out) const {
   uint64_t bytes = 0;
   for (const wire::HeadSelection& head : scratch_.heads) {
     for (const wire::PagePayload& page : head.pages) {
-      for (std::span<const std::byte> part : {page.k_rows, page.v_rows, page.positions}) {
+      for (std::span<const std::byte> part :
+           {page.coded, page.k_rows, page.v_rows, page.positions}) {
         AddPart(part, &out->body);
         bytes += part.size();
       }
@@ -229,8 +274,12 @@ Status DataService::Select(Connection& connection, const InMessage& message) {
   const TimePoint selected = reactor_.clock().Now();
 
   OutMessage reply;
+  std::shared_ptr<const void> codes;
+  if (Coded(request.flags)) codes = CodePages(context.spec().shape, &scratch_);
   KV_RETURN_IF_ERROR(GatherPages(&reply));
-  reply.pin = shard_.pool().Pin();  // before anything changes: the parts point into frames
+  // Before anything changes: the parts point into frames.
+  reply.pin = std::make_shared<std::pair<std::shared_ptr<const void>, std::shared_ptr<const void>>>(
+      shard_.pool().Pin(), std::move(codes));
   KV_ASSIGN_OR_RETURN(scratch_.next_position,
                       context.NextPosition(request.layer, request.heads.front().head));
   scratch_.select_ns = Nanos(selected - begin);

@@ -1,9 +1,10 @@
 #include "worker/attention_icecache.h"
 
 #include <algorithm>
-#include <cstring>
+#include <utility>
 
 #include "common/limits.h"
+#include "worker/prefetch.h"
 #include "worker/token_loop.h"
 
 namespace icecache {
@@ -21,21 +22,40 @@ AttentionIceCache::AttentionIceCache(const ModelShape& shape, CacheClient& clien
       arena_(shape.page_bytes(), options.frames),
       appender_(shape),
       token_(shape, TokenPos(0), 1),
-      left_(shape, TokenPos(0), 1),
-      heads_(shape.kv_heads) {
+      left_(shape, TokenPos(0), 1) {
   const uint32_t capacity = options.max_pages() * std::max(1u, options.resident_multiple);
-  if (capacity == 0) return;
-  caches_.reserve(size_t{shape.layers} * shape.kv_heads);
-  for (uint32_t i = 0; i < shape.layers * shape.kv_heads; ++i) {
-    caches_.emplace_back(shape, capacity, arena_);
+  if (capacity > 0) {
+    caches_.reserve(size_t{shape.layers} * shape.kv_heads);
+    for (uint32_t i = 0; i < shape.layers * shape.kv_heads; ++i) {
+      caches_.emplace_back(shape, capacity, arena_);
+    }
+  }
+  for (uint16_t h = 0; h < shape.kv_heads; ++h) all_heads_.emplace_back(h);
+  layers_.reserve(shape.layers);
+  for (uint32_t l = 0; l < shape.layers; ++l) {
+    layers_.emplace_back(shape,
+                         caches_.empty() ? std::span<PageCache>()
+                                         : std::span(caches_).subspan(size_t{l} * shape.kv_heads,
+                                                                      shape.kv_heads),
+                         &stats_);
+  }
+}
+
+// Answers to questions that were sent ahead and will not be used.
+void AttentionIceCache::Abandon() {
+  for (Layer& layer : layers_) {
+    if (layer.ahead != nullptr) client_.AbandonSelect(layer.ahead);
+    layer.ahead = nullptr;
   }
 }
 
 void AttentionIceCache::Begin(const ContextHandle& context, const SinkWindow& window,
                               std::span<const wire::SegmentInfo> segments) {
+  Abandon();
   context_ = context;
   window_ = window;
   appender_.Clear();
+  for (Layer& layer : layers_) layer.confirmed = TokenPos(0);
   std::vector<SegmentId> ids;
   for (const wire::SegmentInfo& segment : segments) ids.push_back(segment.id);
   for (PageCache& cache : caches_) cache.RetainSegments(ids);
@@ -52,44 +72,98 @@ Status AttentionIceCache::AttendToken(LayerId layer, const TokenCall& call) {
   if (const auto left = window_.Append(layer, token_, &left_)) {
     KV_RETURN_IF_ERROR(appender_.Push(layer, left_, *left));
   }
-  step_layer_ = layer;
-  for (Head& head : heads_) {
-    head.arrived = false;
-    head.missing.clear();
-  }
   states_.Reset(shape_.query_heads, shape_.head_dim);
+  Layer& l = layers_[layer.value];
+  std::vector<KvHeadId> moved;
+  if (l.ahead != nullptr) {
+    const SelectCall ahead = std::exchange(l.ahead, nullptr);
+    KV_RETURN_IF_ERROR(Finish(layer, ahead, l.ahead_end));
+    moved = MovedHeads(shape_, l.asked.data(), call.q, options_.prefetch_cosine);
+    stats_.asked_ahead += shape_.kv_heads;
+    stats_.asked_again += moved.size();
+  } else {
+    moved = all_heads_;
+  }
+  SelectCall now;
+  uint32_t append_end = 0;
+  if (!moved.empty()) {
+    // Some heads' shards cannot confirm for all.
+    if (moved.size() == shape_.kv_heads) append_end = window_.window_first(layer).value;
+    now = Ask(layer, call.q, moved);
+  }
+  KV_RETURN_IF_ERROR(AttendLocal(layer, call));
+  if (now != nullptr) KV_RETURN_IF_ERROR(Finish(layer, now, append_end));
+  KV_RETURN_IF_ERROR(AttendSelected(layer, call));
+  FinishStates(states_.ref(), call.out);
+  appender_.Confirm(layer, l.confirmed);
+  if (options_.layer_reuse > 1 && AnchorOf(layer) == nullptr) l.selection.RememberWhere();
+  if (options_.prefetch) AskAhead(layer, call.q);
+  return OkStatus();
+}
 
+const LayerSelection* AttentionIceCache::AnchorOf(LayerId layer) const {
+  const uint32_t behind = layer.value % std::max(1u, options_.layer_reuse);
+  return behind == 0 ? nullptr : &layers_[layer.value - behind].selection;
+}
+
+SelectParams AttentionIceCache::Params(LayerId layer) const {
   SelectParams params;
   params.layer = layer;
-  params.queries = call.q;
   params.max_pages = options_.max_pages();
   params.read_cap = options_.read_cap;
   params.min_mass = options_.min_mass;
   params.residual = options_.residual;
+  params.int8 = options_.int8;
+  params.deadline = options_.select_deadline;
+  return params;
+}
+
+// The appended tokens that wait for their confirmation end where the window begins.
+SelectCall AttentionIceCache::Ask(LayerId layer, const float* queries,
+                                  std::span<const KvHeadId> heads) {
+  SelectParams params = Params(layer);
+  params.queries = queries;
+  params.heads = heads;
   params.append = appender_.tokens(layer);
   params.append_first =
       params.append.empty() ? window_.window_first(layer) : appender_.first(layer);
-  params.deadline = options_.select_deadline;
-  const uint64_t bytes_before = client_.bytes_moved();
-  KV_ASSIGN_OR_RETURN(const SelectOutcome outcome, client_.Select(context_, params, *this, [&] {
-    local_status_ = AttendLocal(layer, call);
-  }));
-  KV_RETURN_IF_ERROR(local_status_);
-  stats_.bytes_moved += client_.bytes_moved() - bytes_before;
+  layers_[layer.value].selection.Begin(
+      heads, {TokenPos(window_.sink_count(layer)), window_.window_first(layer),
+              window_.window_first(layer).value},
+      AnchorOf(layer));
+  return client_.StartSelect(context_, params, layers_[layer.value].selection);
+}
+
+// The question of the token to come, whose K and V are not known yet; but the token that it will
+// push out of the window is.
+void AttentionIceCache::AskAhead(LayerId layer, const float* queries) {
+  Layer& l = layers_[layer.value];
+  l.asked.assign(queries, queries + size_t{shape_.query_heads} * shape_.head_dim);
+  l.appended = appender_.tokens(layer);
+  SelectParams params = Params(layer);
+  params.append_first = l.appended.empty() ? window_.window_first(layer) : appender_.first(layer);
+  if (window_.PeekLeaving(layer, &left_)) l.appended.push_back(left_);
+  l.ahead_end = params.append_first.value + static_cast<uint32_t>(l.appended.size());
+  params.queries = l.asked.data();
+  params.append = l.appended;
+  params.deadline = kPrefetchDeadline;
+  l.selection.Begin(all_heads_,
+                    {TokenPos(window_.sink_count(layer)), TokenPos(l.ahead_end), l.ahead_end},
+                    AnchorOf(layer));
+  l.ahead = client_.StartSelect(context_, params, l.selection);
+}
+
+Status AttentionIceCache::Finish(LayerId layer, const SelectCall& call, uint32_t append_end) {
+  KV_ASSIGN_OR_RETURN(const SelectOutcome outcome,
+                      client_.FinishSelect(call, options_.select_deadline));
+  stats_.bytes_moved += outcome.bytes_moved;
   stats_.select_wait += outcome.waiting;
   stats_.transfer += outcome.sending + outcome.handling;
   stats_.server_select_ns += outcome.server_select_ns;
   stats_.slowest_select_ns += outcome.slowest_select_ns;
-  const bool missing = std::any_of(heads_.begin(), heads_.end(),
-                                   [](const Head& head) { return !head.missing.empty(); });
-  if (!outcome.complete || missing) ++stats_.degraded_steps;
-
-  KV_RETURN_IF_ERROR(AttendSelected(layer, call));
-  FinishStates(states_.ref(), call.out);
-  if (outcome.confirmed) {
-    appender_.Confirm(
-        layer, TokenPos(params.append_first.value + static_cast<uint32_t>(params.append.size())));
-  }
+  Layer& l = layers_[layer.value];
+  if (!outcome.complete || l.selection.any_missing()) ++stats_.degraded_steps;
+  if (outcome.confirmed) l.confirmed = std::max(l.confirmed, TokenPos(append_end));
   return OkStatus();
 }
 
@@ -111,89 +185,32 @@ Status AttentionIceCache::AttendLocal(LayerId layer, const TokenCall& call) {
 Status AttentionIceCache::AttendSelected(LayerId layer, const TokenCall& call) {
   const AttentionTimer timer(&stats_.attention);
   items_.clear();
-  for (uint16_t h = 0; h < shape_.kv_heads; ++h) {
-    const float* const queries = call.queries(shape_, h);
-    const AttentionStateRef states = GroupStates(shape_, states_, h);
+  LayerSelection& selection = layers_[layer.value].selection;
+  const uint32_t group = shape_.group();
+  for (const KvHeadId h : all_heads_) {
+    const float* const queries = call.queries(shape_, h.value);
+    const AttentionStateRef states = GroupStates(shape_, states_, h.value);
     if (!caches_.empty()) {
-      const PageCache& pages = cache(layer, KvHeadId(h));
+      const PageCache& pages = selection.caches()[h.value];
       if (!pages.selected().empty()) {
         items_.push_back({queries, states, {}, pages.view(), pages.selected()});
       }
-      stats_.attended_tokens += uint64_t{pages.selected_tokens()} * shape_.group();
+      stats_.attended_tokens += uint64_t{pages.selected_tokens()} * group;
     }
-    Head& head = heads_[h];
-    if (!head.arrived) {
-      // The shard may not have taken these yet, and nothing that it said covers them.
-      for (const LayerRows& token : appender_.tokens(layer)) {
-        items_.push_back({queries, states, token.view(KvHeadId(h)), {}, {}});
-        stats_.attended_tokens += shape_.group();
-      }
-    } else if (!head.residual.empty()) {
+    LayerSelection::Head& head = selection.head(h);
+    // Tokens that left the window and that nothing the shard said covers: it may not have them yet.
+    uint32_t position = appender_.first(layer).value;
+    for (const LayerRows& token : appender_.tokens(layer)) {
+      if (head.arrived && position++ < head.covered_end) continue;
+      items_.push_back({queries, states, token.view(h), {}, {}});
+      stats_.attended_tokens += group;
+    }
+    if (head.arrived && !head.residual.empty()) {
       float* const flat = head.residual.data();
-      const uint32_t group = shape_.group();
       MergeStates({group, shape_.head_dim, flat, flat + group, flat + 2 * size_t{group}}, states);
     }
   }
   return backend_.Attend(items_);
-}
-
-void AttentionIceCache::ListResident(KvHeadId head, std::vector<wire::ResidentPage>* pages) {
-  if (!caches_.empty()) cache(step_layer_, head).ListResident(pages);
-}
-
-void AttentionIceCache::OnSelection(const wire::HeadSelection& selection,
-                                    std::vector<wire::ResidentPage>* refetch) {
-  Head& head = heads_[selection.head.value];
-  head.arrived = true;
-  head.residual = selection.residual;
-  for (const wire::PagePayload& page : selection.pages) {
-    if (page.place != wire::PagePlace::kAttended) continue;
-    ++stats_.remote_pages;
-    stats_.attended_tokens += uint64_t{page.fill} * shape_.group();
-  }
-  if (caches_.empty()) return;
-  PageCache& pages = cache(step_layer_, selection.head);
-  pages.BeginStep();
-  const auto count = [&](const wire::PagePayload& page, PageCache::Outcome outcome) {
-    switch (outcome) {
-      case PageCache::Outcome::kHit:
-        ++stats_.page_hits;
-        break;
-      case PageCache::Outcome::kReceived:
-        ++stats_.page_misses;
-        if (page.place == wire::PagePlace::kMapped) ++stats_.mapped_pages;
-        break;
-      case PageCache::Outcome::kBad:
-        // A frame may have been reused between the reply and the copy: nothing is broken then.
-        ++(page.place == wire::PagePlace::kMapped ? stats_.mapped_gone : stats_.bad_pages);
-        head.missing.push_back({page.segment, page.page, page.version, page.fill});
-        break;
-      case PageCache::Outcome::kRepeated:
-        ++stats_.bad_pages;
-        break;
-    }
-  };
-  pages.ApplyAll(selection.pages, indexed_begin(), indexed_end(), count);
-  *refetch = head.missing;
-}
-
-void AttentionIceCache::OnRefetched(KvHeadId head, const wire::PagePayload& page) {
-  auto& missing = heads_[head.value].missing;
-  const auto wanted = std::find_if(missing.begin(), missing.end(), [&](const auto& m) {
-    return m.segment == page.segment && m.page == page.page;
-  });
-  if (wanted == missing.end()) return;
-  // Another version has other rows than those which the selection left to this page. More rows than
-  // then were pending at that time, and in the residual.
-  if (page.version != wanted->version || page.fill < wanted->fill || page.from != 0) return;
-  const auto outcome =
-      cache(step_layer_, head).Apply(page, indexed_begin(), indexed_end(), wanted->fill);
-  if (outcome == PageCache::Outcome::kReceived) {
-    ++stats_.page_misses;
-    missing.erase(wanted);
-  } else {
-    ++stats_.bad_pages;
-  }
 }
 
 }  // namespace icecache

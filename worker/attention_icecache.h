@@ -6,6 +6,13 @@
 // shards select, sinks and window are computed; pages are verified, placed and attended to when
 // they arrive. A shard that misses the deadline is done without (last selection's pages, and tokens
 // it may not have yet) and counted as degraded. Owner's thread: the decode thread.
+//
+// Three switches trade accuracy for time; docs/decode.md has what each costs.
+//   prefetch     the next step's question of a layer goes out when the layer is done, with this
+//                step's queries; heads whose queries then moved are asked again (prefetch.h)
+//   layer_reuse  of so many layers the first, the anchor, is searched as a whole; the others look
+//                near the tokens that it chose, and rank what is there by their own queries
+//   int8         pages travel coded (kernels/int8_rows.h)
 #pragma once
 
 #include <cstdint>
@@ -18,6 +25,7 @@
 #include "worker/attention_exact.h"
 #include "worker/cache_client.h"
 #include "worker/decode_attention.h"
+#include "worker/layer_selection.h"
 #include "worker/page_cache.h"
 #include "worker/sink_window.h"
 
@@ -28,6 +36,10 @@ namespace gpu {
 class DeviceFrames;
 }
 
+inline constexpr uint32_t kLayerReuseMax = 16;
+// Of a question sent ahead: it waits for its step, and a model may take long over that.
+inline constexpr Duration kPrefetchDeadline = std::chrono::seconds(10);
+
 struct IceCacheOptions {
   SparseBudget budget;
   uint32_t resident_multiple = 3;  // pages kept here, in units of one selection's pages
@@ -35,16 +47,21 @@ struct IceCacheOptions {
   float min_mass = 0;
   bool residual = true;
   Duration select_deadline = std::chrono::seconds(2);
+  bool prefetch = false;
+  float prefetch_cosine = 0.8f;  // of queries; below: ask again
+  uint32_t layer_reuse = 1;      // layers per anchor, itself included; 1: every layer is one
+  bool int8 = false;             // for pages in replies (reply mode inline); others are read as they are
   gpu::DeviceFrames* frames = nullptr;  // of the backend's device: pages are kept there, too
 
   uint32_t max_pages() const;
 };
 
-class AttentionIceCache final : public DecodeAttention, private SelectionSink {
+class AttentionIceCache final : public DecodeAttention {
  public:
   // Borrows client and backend.
   AttentionIceCache(const ModelShape& shape, CacheClient& client, AttentionBackend& backend,
                     const IceCacheOptions& options);
+  ~AttentionIceCache() override { Abandon(); }
 
   // Starts (again) from this state: `window` right after the last token of `context`, whose chain
   // `segments` names. Pages of these segments that are still here stay.
@@ -58,25 +75,26 @@ class AttentionIceCache final : public DecodeAttention, private SelectionSink {
   uint64_t kv_bytes() const override { return window_.bytes() + arena_.bytes(); }
 
  private:
-  struct Head {  // of the layer step at hand
-    bool arrived = false;
-    std::vector<float> residual;              // AttentionStates::flat, or empty
-    std::vector<wire::ResidentPage> missing;  // failed verification and did not come again yet
+  struct Layer {
+    Layer(const ModelShape& shape, std::span<PageCache> caches, AttentionStats* stats)
+        : selection(shape, caches, stats) {}
+    LayerSelection selection;
+    SelectCall ahead;  // the question of the token to come, or none
+    uint32_t ahead_end = 0;           // of the appended tokens that it carries
+    TokenPos confirmed;               // tokens below are with every shard of the layer
+    std::vector<float> asked;         // its queries
+    std::vector<LayerRows> appended;  // its appended tokens
   };
 
   Status AttendToken(LayerId layer, const TokenCall& call);
+  SelectCall Ask(LayerId layer, const float* queries, std::span<const KvHeadId> heads);
+  void AskAhead(LayerId layer, const float* queries);
+  Status Finish(LayerId layer, const SelectCall& call, uint32_t append_end);
+  SelectParams Params(LayerId layer) const;
+  const LayerSelection* AnchorOf(LayerId layer) const;
+  void Abandon();
   Status AttendLocal(LayerId layer, const TokenCall& call);
   Status AttendSelected(LayerId layer, const TokenCall& call);
-  PageCache& cache(LayerId layer, KvHeadId head) {
-    return caches_[size_t{layer.value} * shape_.kv_heads + head.value];
-  }
-  TokenPos indexed_begin() const { return TokenPos(window_.sink_count(step_layer_)); }
-  TokenPos indexed_end() const { return window_.window_first(step_layer_); }
-
-  void ListResident(KvHeadId head, std::vector<wire::ResidentPage>* pages) override;
-  void OnSelection(const wire::HeadSelection& selection,
-                   std::vector<wire::ResidentPage>* refetch) override;
-  void OnRefetched(KvHeadId head, const wire::PagePayload& page) override;
 
   const ModelShape shape_;
   CacheClient& client_;
@@ -88,11 +106,10 @@ class AttentionIceCache final : public DecodeAttention, private SelectionSink {
   SinkWindow window_;
   Appender appender_;
   LayerRows token_, left_;
-  LayerId step_layer_;
-  std::vector<Head> heads_;  // [kv_heads]
+  std::vector<KvHeadId> all_heads_;
+  std::vector<Layer> layers_;
   AttentionStates states_;
   std::vector<AttentionItem> items_;
-  Status local_status_;  // of AttendLocal in the step at hand
   AttentionStats stats_;
 };
 

@@ -9,6 +9,7 @@
 #include "worker/attention_full.h"
 #include "worker/attention_icecache.h"
 #include "worker/attention_sink_window.h"
+#include "worker/prefetch.h"
 #include "worker/test_served.h"
 
 namespace icecache {
@@ -314,6 +315,140 @@ TEST_F(ServedMethod, TokensAttendedAreSinksWindowAndPages) {
   auto none = Make(12);
   StepError(*none, kTokens);
   EXPECT_DOUBLE_EQ(none->stats().tokens_per_head(), 12);
+}
+
+// The test's server answers exactly, so whatever a step's pages and residual were asked with, a
+// step is right when the residual's queries are those of the step.
+TEST_F(ServedMethod, AskingAheadGivesTheSameAnswerToTheSameQuestion) {
+  IceCacheOptions options;
+  options.budget = {60, kSinks, kWindow};
+  options.prefetch = true;
+  options.prefetch_cosine = 0.99f;
+  AttentionIceCache attention(served_.shape, *served_.client, *backend_, options);
+  attention.Begin(served_.handle, served_.window_state, served_.grant.context.segments);
+  const std::vector<float> q = Query();
+  for (uint32_t t = kTokens; t < kTokens + 30; ++t) {
+    for (uint16_t l = 0; l < served_.shape.layers; ++l) {
+      const std::vector<float> out = Step(attention, served_.layers[l], LayerId(l), t, q);
+      for (uint32_t h = 0; h < served_.shape.query_heads; ++h) {
+        ASSERT_LT(MaxDifference(out.data() + h * 16,
+                                AttendReference(served_.layers[l], h, q.data(), Range(0, t + 1))),
+                  kTolerance)
+            << t;
+      }
+    }
+  }
+  EXPECT_EQ(attention.stats().asked_ahead, 29u * 2 * 2);
+  EXPECT_EQ(attention.stats().asked_again, 0u);
+  EXPECT_EQ(attention.stats().degraded_steps, 0u);
+}
+
+TEST_F(ServedMethod, HeadsWhoseQueriesMovedAreAskedAgainAndOnlyThose) {
+  IceCacheOptions options;
+  options.budget = {60, kSinks, kWindow};
+  options.prefetch = true;
+  options.prefetch_cosine = 0.9f;
+  AttentionIceCache attention(served_.shape, *served_.client, *backend_, options);
+  attention.Begin(served_.handle, served_.window_state, served_.grant.context.segments);
+  std::vector<float> q = Query();
+  for (uint32_t t = kTokens; t < kTokens + 20; ++t) {
+    // The second kv head's queries are new in every step, the first one's stay.
+    const std::vector<float> other = Query();
+    std::copy(other.begin() + 2 * 16, other.end(), q.begin() + 2 * 16);
+    for (uint16_t l = 0; l < served_.shape.layers; ++l) {
+      const std::vector<float> out = Step(attention, served_.layers[l], LayerId(l), t, q);
+      for (uint32_t h = 0; h < served_.shape.query_heads; ++h) {
+        ASSERT_LT(MaxDifference(out.data() + h * 16,
+                                AttendReference(served_.layers[l], h, q.data(), Range(0, t + 1))),
+                  kTolerance)
+            << "token " << t << " head " << h;
+      }
+    }
+  }
+  EXPECT_EQ(attention.stats().asked_ahead, 19u * 2 * 2);
+  EXPECT_EQ(attention.stats().asked_again, 19u * 2);
+}
+
+TEST_F(ServedMethod, WithPrefetchEveryTokenStillCountsOnceWhenQueriesMove) {
+  for (const uint32_t window : {8u, 0u}) {
+    SCOPED_TRACE(window);
+    ServedDocument fresh(SmallShape(2, 2, 2, 16), kSinks, window, kTokens, 60, 2, 3);
+    ASSERT_TRUE(fresh.Upload().ok());
+    IceCacheOptions options;
+    options.budget = {80, kSinks, window};
+    options.prefetch = true;
+    options.prefetch_cosine = 1.5f;  // nothing is ever alike enough
+    AttentionIceCache attention(fresh.shape, *fresh.client, *backend_, options);
+    attention.Begin(fresh.handle, fresh.window_state, fresh.grant.context.segments);
+    for (uint32_t t = kTokens; t < kTokens + 60; ++t) {
+      // An answer that does not come degrades this step; no token is lost for those after it.
+      if (t == kTokens + 20) fresh.shards[1]->silent_selects = 1;
+      for (uint16_t l = 0; l < fresh.shape.layers; ++l) {
+        const std::vector<float> q = Query();
+        const std::vector<float> out = Step(attention, fresh.layers[l], LayerId(l), t, q);
+        for (uint32_t h = 0; h < fresh.shape.query_heads; ++h) {
+          ASSERT_LT(MaxDifference(out.data() + h * 16,
+                                  AttendReference(fresh.layers[l], h, q.data(), Range(0, t + 1))),
+                    t == kTokens + 20 ? 5 : kTolerance)
+              << "token " << t << " layer " << l << " head " << h;
+        }
+      }
+    }
+    EXPECT_EQ(attention.stats().degraded_steps, 1u);
+    EXPECT_EQ(attention.stats().asked_again, attention.stats().asked_ahead);
+  }
+}
+
+TEST_F(ServedMethod, WhatWasAskedAheadIsDroppedWithItsContext) {
+  IceCacheOptions options;
+  options.budget = {60, kSinks, kWindow};
+  options.prefetch = true;
+  {
+    AttentionIceCache attention(served_.shape, *served_.client, *backend_, options);
+    attention.Begin(served_.handle, served_.window_state, served_.grant.context.segments);
+    StepError(attention, kTokens);
+  }
+  for (int i = 0; i < 100; ++i) served_.loop.reactor.Poll();  // answers to nobody
+  // The server is a token ahead of this state, as it is of no fork that starts anew.
+  auto plain = Make(60);
+  EXPECT_LT(StepError(*plain, kTokens), 1);
+  EXPECT_EQ(plain->stats().degraded_steps, 0u);
+}
+
+TEST_F(ServedMethod, LayersBehindAnAnchorLookNearWhatItChose) {
+  IceCacheOptions options;
+  options.budget = {60, kSinks, kWindow};
+  options.layer_reuse = 2;
+  AttentionIceCache attention(served_.shape, *served_.client, *backend_, options);
+  attention.Begin(served_.handle, served_.window_state, served_.grant.context.segments);
+  for (uint32_t t = kTokens; t < kTokens + 10; ++t) {
+    EXPECT_LT(StepError(attention, t), kTolerance);  // the test's server looks everywhere
+  }
+  // Layer 0 asks without, layer 1 with the positions of 3 pages of 16 for each of its two heads.
+  uint64_t near = 0, anchors_near = 0;
+  for (const auto& shard : served_.shards) {
+    near += shard->near_positions[1];
+    anchors_near += shard->near_positions[0];
+  }
+  EXPECT_EQ(anchors_near, 0u);
+  EXPECT_GT(near, 10u * 2 * 2 * 16);  // the newest page may not be full
+  EXPECT_LE(near, 10u * 2 * 3 * 16);
+}
+
+TEST(Prefetch, MovedHeadsAreThoseWithAnyQueryBelowTheCosine) {
+  const ModelShape shape = SmallShape(1, 3, 2, 16);
+  std::vector<float> before(6 * 16, 0.0f), now = before;
+  for (uint32_t h = 0; h < 6; ++h) before[h * 16 + 2] = now[h * 16 + 2] = 2;
+  now[3 * 16 + 3] = 2;  // 45 degrees, in the second kv head
+  now[4 * 16 + 2] = 5;  // longer, same direction
+  EXPECT_NEAR(SmallestCosine(before.data() + 32, now.data() + 32, 2, 16), 0.7071f, 1e-3);
+  EXPECT_EQ(MovedHeads(shape, before.data(), now.data(), 0.8f), std::vector{KvHeadId(1)});
+  EXPECT_TRUE(MovedHeads(shape, before.data(), now.data(), 0.6f).empty());
+  now[5 * 16 + 2] = std::nanf("");
+  EXPECT_EQ(MovedHeads(shape, before.data(), now.data(), 0.6f), std::vector{KvHeadId(2)});
+  const std::vector<float> zeros(6 * 16, 0.0f);
+  EXPECT_TRUE(MovedHeads(shape, zeros.data(), zeros.data(), 0.8f).empty());
+  EXPECT_EQ(MovedHeads(shape, zeros.data(), before.data(), 0.8f).size(), 3u);
 }
 
 }  // namespace

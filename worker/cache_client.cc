@@ -18,13 +18,13 @@ constexpr size_t kBuffersMax = 2 * limits::kShardsMax;
 
 // One Select in the air. Shared with the callbacks of its calls, which may outlive an interrupted
 // Select.
-struct CacheClient::SelectState {
+struct SelectState {
   ContextHandle context;
   LayerId layer;
   uint32_t max_pages = 0;
   uint32_t append_end = 0;
   TimePoint deadline;
-  const SelectParams* params = nullptr;  // while sink
+  SelectParams params;                   // its pointers are good while sink
   SelectionSink* sink = nullptr;         // null: nobody waits any more
   bool retried = false;
   std::vector<std::pair<ShardId, std::vector<KvHeadId>>> lost;  // to be asked once more
@@ -133,7 +133,7 @@ std::shared_ptr<std::vector<std::byte>> CacheClient::Buffer() {
 OutMessage CacheClient::SelectMessage(const SelectState& state, ShardId shard,
                                       const std::vector<KvHeadId>& heads) {
   const ModelShape& shape = state.context.shape;
-  const SelectParams& params = *state.params;
+  const SelectParams& params = state.params;
   wire::SelectRequest request;
   request.context = state.context.id;
   request.epoch = state.context.epoch;
@@ -142,6 +142,7 @@ OutMessage CacheClient::SelectMessage(const SelectState& state, ShardId shard,
   request.read_cap = params.read_cap;
   request.min_mass = params.min_mass;
   request.flags = params.residual ? 0 : wire::kSelectNoResidual;
+  if (params.int8) request.flags |= wire::kSelectInt8;
   const ReplyMode mode = links_[shard.value]->mode();
   if (mode == ReplyMode::kMapped) request.flags |= wire::kSelectMapped;
   if (mode == ReplyMode::kAttend) request.flags |= wire::kSelectAttend;
@@ -156,7 +157,7 @@ OutMessage CacheClient::SelectMessage(const SelectState& state, ShardId shard,
   for (const KvHeadId head : heads) {
     wire::SelectHead& wanted = request.heads.emplace_back();
     wanted.head = head;
-    if (params.max_pages > 0) state.sink->ListResident(head, &wanted.resident);
+    if (params.max_pages > 0) state.sink->FillHead(&wanted);
     std::memcpy(out, reinterpret_cast<const std::byte*>(params.queries) + head.value * query_bytes,
                 query_bytes);
     out += query_bytes;
@@ -179,42 +180,64 @@ OutMessage CacheClient::SelectMessage(const SelectState& state, ShardId shard,
 Result<SelectOutcome> CacheClient::Select(const ContextHandle& context, const SelectParams& params,
                                           SelectionSink& sink,
                                           const std::function<void()>& meanwhile) {
+  const SelectCall call = StartSelect(context, params, sink);
+  if (meanwhile) meanwhile();
+  return FinishSelect(call, params.deadline);
+}
+
+SelectCall CacheClient::StartSelect(const ContextHandle& context, const SelectParams& params,
+                                    SelectionSink& sink) {
   const TimePoint start = reactor_.clock().Now();
+  const Duration handled = handling_;
   const auto state = std::make_shared<SelectState>();
   state->context = context;
   state->layer = params.layer;
   state->max_pages = params.max_pages;
   state->append_end = params.append_first.value + static_cast<uint32_t>(params.append.size());
   state->deadline = start + params.deadline;
-  state->params = &params;
+  state->params = params;
   state->sink = &sink;
   for (uint16_t i = 0; i < shard_count(); ++i) {
-    const std::vector<KvHeadId> heads = HeadsOf(params.layer, ShardId(i), context.shape);
+    std::vector<KvHeadId> heads = HeadsOf(params.layer, ShardId(i), context.shape);
+    if (!params.heads.empty()) {
+      std::erase_if(heads, [&](KvHeadId head) {
+        return !std::binary_search(params.heads.begin(), params.heads.end(), head);
+      });
+    }
     if (!heads.empty()) SendSelect(state, ShardId(i), heads);
   }
   reactor_.Poll();  // hands over what the transport only queued
-  const TimePoint sent = reactor_.clock().Now();
-  state->outcome.sending = sent - start - state->outcome.handling;
-  if (meanwhile) meanwhile();
+  state->outcome.sending = reactor_.clock().Now() - start - (handling_ - handled);
+  return state;
+}
+
+Result<SelectOutcome> CacheClient::FinishSelect(const SelectCall& state, Duration limit) {
   const TimePoint wait_start = reactor_.clock().Now();
-  const Duration handled = state->outcome.handling;
+  const Duration handled = handling_;
+  state->deadline = std::min(state->deadline, wait_start + limit);
   Status waited = Wait([&] { return state->open == 0; },
                        state->deadline - std::min(wait_start, state->deadline) + kGrace);
   if (waited.ok() && state->error.ok() && !state->lost.empty()) waited = RetryLost(state);
-  state->sink = nullptr;
+  AbandonSelect(state);
   if (waited.code() == StatusCode::kCancelled) return waited;
   if (!waited.ok()) state->outcome.complete = state->outcome.confirmed = false;
-  state->outcome.waiting =
-      reactor_.clock().Now() - wait_start - (state->outcome.handling - handled);
+  state->outcome.waiting = reactor_.clock().Now() - wait_start - (handling_ - handled);
   if (!state->error.ok()) return state->error;
   return state->outcome;
 }
 
-void CacheClient::SendSelect(const std::shared_ptr<SelectState>& state, ShardId shard,
+void CacheClient::AbandonSelect(const SelectCall& state) {
+  state->sink = nullptr;
+  state->params = {};
+}
+
+void CacheClient::SendSelect(const SelectCall& state, ShardId shard,
                              const std::vector<KvHeadId>& heads) {
   const TimePoint now = reactor_.clock().Now();
   ++state->open;
-  Call(shard, SelectMessage(*state, shard, heads),
+  OutMessage message = SelectMessage(*state, shard, heads);
+  state->outcome.bytes_moved += MessageBytes(message);
+  Call(shard, std::move(message),
        std::max<Duration>(state->deadline - now, Duration(1)),
        [this, state, shard, heads](const Result<InMessage>& reply) {
          OnSelectReply(state, shard, heads, reply);
@@ -223,7 +246,7 @@ void CacheClient::SendSelect(const std::shared_ptr<SelectState>& state, ShardId 
 
 // Asks the shards whose connection was lost in this Select again, once they are back. Repeating is
 // harmless: rows that the shard has taken already are not taken twice.
-Status CacheClient::RetryLost(const std::shared_ptr<SelectState>& state) {
+Status CacheClient::RetryLost(const SelectCall& state) {
   state->retried = true;
   const auto left = [&] {
     return std::max<Duration>(state->deadline - reactor_.clock().Now(), Duration(0));
@@ -254,12 +277,13 @@ void CacheClient::ResolveMapped(const SelectState& state, ShardId shard, wire::S
   }
 }
 
-void CacheClient::OnSelectReply(const std::shared_ptr<SelectState>& state, ShardId shard,
+void CacheClient::OnSelectReply(const SelectCall& state, ShardId shard,
                                 const std::vector<KvHeadId>& heads,
                                 const Result<InMessage>& reply) {
   --state->open;
   if (state->sink == nullptr || !state->error.ok()) return;
   const TimePoint start = reactor_.clock().Now();
+  if (reply.ok()) state->outcome.bytes_moved += reply->meta.size() + reply->body.size();
   if (!reply.ok()) {
     if (reply.status().code() == StatusCode::kUnavailable && !state->retried &&
         links_[shard.value]->reconnects()) {
@@ -285,7 +309,9 @@ void CacheClient::OnSelectReply(const std::shared_ptr<SelectState>& state, Shard
     state->error = status.WithContext("shard " + std::to_string(shard.value) + " at " +
                                       links_[shard.value]->address());
   }
-  state->outcome.handling += reactor_.clock().Now() - start;
+  const Duration took = reactor_.clock().Now() - start;
+  state->outcome.handling += took;
+  handling_ += took;
   for (const wire::FetchPagesRequest& request : refetches) Refetch(state, shard, request);
 }
 
@@ -319,7 +345,7 @@ Status CacheClient::ApplySelection(SelectState& state, const std::vector<KvHeadI
   return OkStatus();
 }
 
-void CacheClient::Refetch(const std::shared_ptr<SelectState>& state, ShardId shard,
+void CacheClient::Refetch(const SelectCall& state, ShardId shard,
                           const wire::FetchPagesRequest& request) {
   const TimePoint now = reactor_.clock().Now();
   if (now >= state->deadline) {
@@ -347,7 +373,10 @@ void CacheClient::Refetch(const std::shared_ptr<SelectState>& state, ShardId sha
          for (const wire::PagePayload& page : decoded->heads[0].pages) {
            state->sink->OnRefetched(head, page);
          }
-         state->outcome.handling += reactor_.clock().Now() - start;
+         const Duration took = reactor_.clock().Now() - start;
+         state->outcome.bytes_moved += reply->meta.size() + reply->body.size();
+         state->outcome.handling += took;
+         handling_ += took;
        });
 }
 

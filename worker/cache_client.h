@@ -46,11 +46,13 @@ struct CacheClientOptions {
   uint64_t jitter_seed = 0;              // likewise
 };
 
-// Who a Select is for: says what it holds and takes what arrives.
+// Who a Select is for: says what it holds and takes what arrives. Lives until FinishSelect or
+// AbandonSelect.
 class SelectionSink {
  public:
   virtual ~SelectionSink() = default;
-  virtual void ListResident(KvHeadId head, std::vector<wire::ResidentPage>* pages) = 0;
+  // Adds to a head of the request: pages held, and where to look.
+  virtual void FillHead(wire::SelectHead* wanted) = 0;
   // One head's answer, valid during the call. Pages that failed verification are added to `refetch`
   // and arrive through OnRefetched, or not at all.
   virtual void OnSelection(const wire::HeadSelection& selection,
@@ -58,25 +60,33 @@ class SelectionSink {
   virtual void OnRefetched(KvHeadId head, const wire::PagePayload& page) = 0;
 };
 
+// Pointers and spans are borrowed until FinishSelect or AbandonSelect.
 struct SelectParams {
   LayerId layer;
+  std::span<const KvHeadId> heads;  // ascending; empty: all of the layer
   const float* queries = nullptr;  // [kv_heads, group, head_dim], scaled
   uint32_t max_pages = 0;
   uint32_t read_cap = 0;
   float min_mass = 0;
   bool residual = true;
+  bool int8 = false;  // pages in the reply may come coded (reply mode inline only)
   TokenPos append_first;
   std::span<const LayerRows> append;  // tokens that left the window, one each
   Duration deadline{0};
 };
+
+// A Select on its way: what StartSelect returns.
+struct SelectState;
+using SelectCall = std::shared_ptr<SelectState>;
 
 struct SelectOutcome {
   bool complete = true;   // every shard answered in time and every bad page came again
   bool confirmed = true;  // every shard has the appended tokens
   uint64_t server_select_ns = 0;   // summed over shards
   uint64_t slowest_select_ns = 0;  // of the slowest shard
+  uint64_t bytes_moved = 0;        // requests and replies, metas and bodies
   Duration sending{0};   // making and sending the requests
-  Duration waiting{0};   // idle until the last reply, without handling them
+  Duration waiting{0};   // idle until the last reply, without handling any
   Duration handling{0};  // decoding replies and running the sink
 };
 
@@ -98,6 +108,13 @@ class CacheClient {
   // DATA_LOSS when a shard breaks the protocol (more pages than asked for, a head twice).
   Result<SelectOutcome> Select(const ContextHandle& context, const SelectParams& params,
                                SelectionSink& sink, const std::function<void()>& meanwhile);
+  // The same in two halves: replies reach the sink whenever the loop turns between them. Any number
+  // may be open. `limit`: how long to wait from now, within the deadline of the call.
+  SelectCall StartSelect(const ContextHandle& context, const SelectParams& params,
+                         SelectionSink& sink);
+  Result<SelectOutcome> FinishSelect(const SelectCall& call, Duration limit);
+  // Nobody waits: what still comes is dropped.
+  void AbandonSelect(const SelectCall& call);
 
   // Fills `window` (made for the context's sink and window sizes) with sinks and tail of all
   // layers. DATA_LOSS when the rows do not match their checksum or `info`.
@@ -122,20 +139,19 @@ class CacheClient {
   const CacheClientOptions& options() const { return options_; }
 
  private:
-  struct SelectState;
   struct FetchState;
   CacheClient(Reactor& reactor, const CacheClientOptions& options)
       : reactor_(reactor), options_(options) {}
-  void OnSelectReply(const std::shared_ptr<SelectState>& state, ShardId shard,
+  void OnSelectReply(const SelectCall& state, ShardId shard,
                      const std::vector<KvHeadId>& heads, const Result<InMessage>& reply);
-  void SendSelect(const std::shared_ptr<SelectState>& state, ShardId shard,
+  void SendSelect(const SelectCall& state, ShardId shard,
                   const std::vector<KvHeadId>& heads);
-  Status RetryLost(const std::shared_ptr<SelectState>& state);
+  Status RetryLost(const SelectCall& state);
   void ResolveMapped(const SelectState& state, ShardId shard, wire::SelectReply* reply);
   Status ApplySelection(SelectState& state, const std::vector<KvHeadId>& heads,
                         const wire::SelectReply& reply,
                         std::vector<wire::FetchPagesRequest>* refetches);
-  void Refetch(const std::shared_ptr<SelectState>& state, ShardId shard,
+  void Refetch(const SelectCall& state, ShardId shard,
                const wire::FetchPagesRequest& request);
   OutMessage SelectMessage(const SelectState& state, ShardId shard,
                            const std::vector<KvHeadId>& heads);
@@ -148,6 +164,7 @@ class CacheClient {
   const CacheClientOptions options_;
   std::vector<std::unique_ptr<ShardLink>> links_;  // by shard
   std::vector<std::shared_ptr<std::vector<std::byte>>> buffers_;
+  Duration handling_{0};  // of all Selects so far
 };
 
 }  // namespace icecache

@@ -17,7 +17,7 @@ using test::SmallShape;
 // Takes what comes and remembers it; calls pages bad as told.
 class RecordingSink final : public SelectionSink {
  public:
-  void ListResident(KvHeadId, std::vector<wire::ResidentPage>*) override {}
+  void FillHead(wire::SelectHead*) override {}
   void OnSelection(const wire::HeadSelection& selection,
                    std::vector<wire::ResidentPage>* refetch) override {
     heads.push_back(selection.head);

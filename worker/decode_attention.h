@@ -17,6 +17,10 @@ struct AttentionStats {
   uint64_t bytes_moved = 0;       // requests and replies of the data plane
   uint64_t page_hits = 0;         // selected pages that were resident
   uint64_t page_misses = 0;       // selected pages that travelled, whole or their new rows
+  uint64_t coded_pages = 0;       // of the misses, those that came in int8
+  uint64_t grown_pages = 0;       // of the misses, those of which only new rows came
+  uint64_t asked_ahead = 0;       // heads whose answer was asked for a step before
+  uint64_t asked_again = 0;       // of those, heads whose queries moved, so that they were asked again
   uint64_t mapped_pages = 0;      // of the misses, those read in the server's memory
   uint64_t mapped_gone = 0;       // reused by the server before they were read; fetched again
   uint64_t remote_pages = 0;      // selected pages that the server attended to instead of sending
@@ -38,7 +42,9 @@ struct AttentionStats {
   AttentionStats& operator+=(const AttentionStats& o) {
     for (const auto sum : {&AttentionStats::heads, &AttentionStats::attended_tokens,
                            &AttentionStats::bytes_moved, &AttentionStats::page_hits,
-                           &AttentionStats::page_misses, &AttentionStats::mapped_pages,
+                           &AttentionStats::page_misses, &AttentionStats::coded_pages, &AttentionStats::grown_pages,
+                           &AttentionStats::asked_ahead, &AttentionStats::asked_again,
+                           &AttentionStats::mapped_pages,
                            &AttentionStats::mapped_gone, &AttentionStats::remote_pages,
                            &AttentionStats::bad_pages, &AttentionStats::degraded_steps,
                            &AttentionStats::server_select_ns, &AttentionStats::slowest_select_ns}) {

@@ -8,6 +8,7 @@
 #include "common/log.h"
 #include "common/status.h"
 #include "kernels/gpu/device_frames.h"
+#include "kernels/int8_rows.h"
 
 namespace icecache {
 
@@ -103,8 +104,7 @@ uint32_t PageCache::TakeSlot() {
   return index;
 }
 
-bool PageCache::Place(const wire::PagePayload& page, TokenPos begin, TokenPos end,
-                      const Slot& slot) const {
+bool PageCache::PlaceRows(const wire::PagePayload& page, const Slot& slot) const {
   const size_t row_bytes = shape_.row_bytes();
   const size_t rows = size_t{page.fill} - page.from;
   if (page.k_rows.size() != rows * row_bytes || page.v_rows.size() != rows * row_bytes ||
@@ -115,16 +115,42 @@ bool PageCache::Place(const wire::PagePayload& page, TokenPos begin, TokenPos en
   std::memcpy(v_rows(slot) + page.from * row_bytes, page.v_rows.data(), page.v_rows.size());
   std::memcpy(positions(slot) + page.from * sizeof(uint32_t), page.positions.data(),
               page.positions.size());
-  const uint64_t found = PageChecksum(
-      {page.segment.value, page.page.value, page.version}, {k_rows(slot), page.fill * row_bytes},
-      {v_rows(slot), page.fill * row_bytes}, {positions(slot), page.fill * sizeof(uint32_t)});
-  if (found != page.checksum) return false;
+  return page.checksum ==
+         PageChecksum({page.segment.value, page.page.value, page.version},
+                      {k_rows(slot), page.fill * row_bytes}, {v_rows(slot), page.fill * row_bytes},
+                      {positions(slot), page.fill * sizeof(uint32_t)});
+}
+
+// Verified as it travelled: the rows that it decodes to have no checksum of their own.
+bool PageCache::PlaceCoded(const wire::PagePayload& page, const Slot& slot) const {
+  if (page.from != 0 || page.positions.size() != page.fill * sizeof(uint32_t)) return false;
+  if (page.coded_checksum != PageChecksum({page.segment.value, page.page.value, page.version},
+                                          page.coded, {}, page.positions)) {
+    return false;
+  }
+  std::memcpy(positions(slot), page.positions.data(), page.positions.size());
+  return DecodeInt8Rows(page.coded, shape_.dtype, page.fill, shape_.head_dim, k_rows(slot),
+                        v_rows(slot));
+}
+
+bool PageCache::Place(const wire::PagePayload& page, TokenPos begin, TokenPos end,
+                      const Slot& slot) const {
+  if (!(page.coded_bytes > 0 ? PlaceCoded(page, slot) : PlaceRows(page, slot))) return false;
   for (uint32_t i = 0; i < page.fill; ++i) {
     uint32_t position = 0;
     std::memcpy(&position, positions(slot) + i * sizeof(position), sizeof(position));
     if (position < begin.value || position >= end.value) return false;
   }
   return true;
+}
+
+void PageCache::ListSelectedPositions(std::vector<uint32_t>* out) const {
+  for (const PageId id : selected_) {
+    const Slot& slot = slots_[id.value];
+    const size_t at = out->size();
+    out->resize(at + views_[id.value].fill);
+    std::memcpy(out->data() + at, positions(slot), (out->size() - at) * sizeof(uint32_t));
+  }
 }
 
 void PageCache::Pin(uint32_t index, uint8_t rows_used, bool again) {
@@ -149,6 +175,7 @@ PageCache::Outcome PageCache::Apply(const wire::PagePayload& page, TokenPos begi
     if (!resident) return Outcome::kBad;
     Slot& slot = slots_[found->second];
     if (slot.version != page.version || slot.fill != page.from ||
+        (slot.lossy && page.from < page.fill) ||
         (page.from == page.fill && slot.checksum != page.checksum)) {
       Drop(found->second);
       return Outcome::kBad;
@@ -169,6 +196,7 @@ PageCache::Outcome PageCache::Apply(const wire::PagePayload& page, TokenPos begi
   slot.version = page.version;
   slot.fill = page.fill;
   slot.checksum = page.checksum;
+  slot.lossy = page.coded_bytes > 0;
   const size_t from = page.from * shape_.row_bytes();
   arena_.Written(k_rows(slot) + from, page.fill * shape_.row_bytes() - from);
   arena_.Written(v_rows(slot) + from, page.fill * shape_.row_bytes() - from);
@@ -193,7 +221,8 @@ Status PageCache::Validate() const {
     const auto it = slot_of_.find(slot.key);
     if (it == slot_of_.end() || it->second != i) return Internal("slot is not under its key");
     const size_t row_bytes = shape_.row_bytes();
-    if (PageChecksum({slot.key.segment, slot.key.page, slot.version},
+    if (!slot.lossy &&
+        PageChecksum({slot.key.segment, slot.key.page, slot.version},
                      {k_rows(slot), slot.fill * row_bytes}, {v_rows(slot), slot.fill * row_bytes},
                      {positions(slot), slot.fill * sizeof(uint32_t)}) != slot.checksum) {
       return Internal("content of slot " + std::to_string(i) + " does not match its checksum");

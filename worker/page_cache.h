@@ -96,6 +96,8 @@ class PageCache {
     return {shape_.dtype, shape_.head_dim, static_cast<uint32_t>(views_.size()), views_.data()};
   }
   std::span<const PageId> selected() const { return selected_; }
+  // Positions of the tokens in selected pages.
+  void ListSelectedPositions(std::vector<uint32_t>* positions) const;
   uint32_t selected_tokens() const;
   uint32_t page_count() const { return static_cast<uint32_t>(slot_of_.size()); }
 
@@ -119,7 +121,8 @@ class PageCache {
     uint8_t fill = 0;  // 0: the slot is free
     bool recent = false;
     bool pinned = false;
-    uint64_t checksum = 0;
+    bool lossy = false;     // came coded in int8: near what the checksum is of, and cannot grow
+    uint64_t checksum = 0;  // of the server's content
     std::byte* frame = nullptr;
   };
 
@@ -127,6 +130,8 @@ class PageCache {
   std::byte* v_rows(const Slot& slot) const;
   std::byte* positions(const Slot& slot) const;
   bool Place(const wire::PagePayload& page, TokenPos begin, TokenPos end, const Slot& slot) const;
+  bool PlaceRows(const wire::PagePayload& page, const Slot& slot) const;
+  bool PlaceCoded(const wire::PagePayload& page, const Slot& slot) const;
   uint32_t TakeSlot();
   void Drop(uint32_t slot);
   void Pin(uint32_t slot, uint8_t rows_used, bool again);

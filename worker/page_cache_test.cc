@@ -9,6 +9,8 @@
 #include <set>
 
 #include "common/checksum.h"
+#include "kernels/distance.h"
+#include "kernels/int8_rows.h"
 #include "worker/test_rows.h"
 
 namespace icecache {
@@ -250,6 +252,62 @@ TEST_F(PageCacheOnePage, RecentlyUsedPagesOutliveOthers) {
     }
     EXPECT_EQ(cache_.Apply(server_.Payload(p, 0), kBegin, kEnd), Outcome::kReceived);
   }
+}
+
+// Content of which the int8 code makes sense: the server's rows are any bits.
+wire::PagePayload Coded(std::mt19937_64& rng, const ModelShape& shape, uint8_t fill,
+                        std::vector<std::byte>* bytes) {
+  const std::vector<float> k = test::RandomFloats(rng, size_t{fill} * shape.head_dim);
+  std::vector<std::byte> rows(k.size() * DTypeBytes(shape.dtype));
+  FromF32(k.data(), k.size(), shape.dtype, rows.data());
+  const size_t room = Int8RowsBytesMax(shape.dtype, fill, shape.head_dim);
+  bytes->resize(room + fill * sizeof(uint32_t));
+  const size_t coded =
+      EncodeInt8Rows({shape.dtype, shape.head_dim, fill, rows.data(), rows.data()}, bytes->data());
+  for (uint32_t i = 0; i < fill; ++i) {
+    const uint32_t position = 20 + i;
+    std::memcpy(bytes->data() + room + i * sizeof(position), &position, sizeof(position));
+  }
+  wire::PagePayload page{SegmentId(3), PageId(1), 1, fill};
+  page.checksum = 4711;  // of rows that are not here
+  page.coded = std::span(*bytes).first(coded);
+  page.coded_bytes = static_cast<uint32_t>(coded);
+  page.positions = std::span(*bytes).subspan(room);
+  page.coded_checksum = PageChecksum({3, 1, 1}, page.coded, {}, page.positions);
+  return page;
+}
+
+TEST(PageCache, CodedPagesAreVerifiedAsTheyTravelledAndCannotGrow) {
+  std::mt19937_64 rng(4);
+  const ModelShape shape = test::SmallShape(1, 1, 1, 32);
+  PageArena arena(shape.page_bytes());
+  PageCache cache(shape, 4, arena);
+  std::vector<std::byte> bytes;
+  wire::PagePayload page = Coded(rng, shape, 12, &bytes);
+  EXPECT_EQ(cache.Apply(page, kBegin, kEnd), Outcome::kReceived);
+  EXPECT_EQ(cache.selected_tokens(), 12u);
+  std::vector<uint32_t> positions;
+  cache.ListSelectedPositions(&positions);
+  EXPECT_EQ(positions.size(), 12u);
+  EXPECT_EQ(positions.back(), 31u);
+  ASSERT_TRUE(cache.Validate().ok());
+
+  cache.BeginStep();
+  wire::PagePayload again = page;
+  again.from = again.fill;
+  again.coded_bytes = 0;
+  EXPECT_EQ(cache.Apply(again, kBegin, kEnd), Outcome::kHit);
+  cache.BeginStep();
+  again.fill = 13;  // a row more, on top of rows that are only nearly those of the server
+  EXPECT_EQ(cache.Apply(again, kBegin, kEnd), Outcome::kBad);
+  EXPECT_EQ(cache.page_count(), 0u);
+
+  cache.BeginStep();
+  bytes[40] ^= std::byte{1};
+  EXPECT_EQ(cache.Apply(page, kBegin, kEnd), Outcome::kBad);
+  page.coded_checksum = PageChecksum({3, 1, 1}, page.coded, {}, page.positions);
+  EXPECT_EQ(cache.Apply(page, kBegin, TokenPos(31)), Outcome::kBad);  // a position too far
+  EXPECT_TRUE(cache.selected().empty());
 }
 
 }  // namespace

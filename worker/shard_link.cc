@@ -10,13 +10,13 @@ namespace {
 // How long a lost connection is tried for: then no lease of before can be alive.
 constexpr Duration kGiveUpAfter = limits::kLeaseTime;
 
+}  // namespace
+
 uint64_t MessageBytes(const OutMessage& message) {
   uint64_t bytes = message.meta.size();
   for (const auto& part : message.body) bytes += part.size();
   return bytes;
 }
-
-}  // namespace
 
 ShardLink::ShardLink(Reactor& reactor, Transport& transport, ShardId shard, uint32_t shard_count,
                      std::string address, const ShardLinkOptions& options)

@@ -37,6 +37,9 @@ struct ShardLinkOptions {
   uint64_t jitter_seed = 0;  // 0: a random one
 };
 
+// Meta and body.
+uint64_t MessageBytes(const OutMessage& message);
+
 class ShardLink {
  public:
   ShardLink(Reactor& reactor, Transport& transport, ShardId shard, uint32_t shard_count,

@@ -79,6 +79,13 @@ std::optional<TokenPos> SinkWindow::Append(LayerId layer, const LayerRows& token
   return position;
 }
 
+std::optional<TokenPos> SinkWindow::PeekLeaving(LayerId layer, LayerRows* left) const {
+  const Layer& l = layers_[layer.value];
+  if (window_tokens_ == 0 || l.window_count < window_tokens_) return std::nullopt;
+  CopyRows(l.window, l.oldest, 1, 0, left);
+  return l.window_first;
+}
+
 TokenRows SinkWindow::sinks(LayerId layer, KvHeadId head) const {
   const Layer& l = layers_[layer.value];
   TokenRows rows = l.sinks.view(head);

@@ -40,6 +40,10 @@ class SinkWindow {
   // the one after the last of this layer.
   std::optional<TokenPos> Append(LayerId layer, const LayerRows& token, LayerRows* left);
 
+  // The token that the next Append will push out, like `left` of Append; none while there is room,
+  // and with a window of no tokens.
+  std::optional<TokenPos> PeekLeaving(LayerId layer, LayerRows* left) const;
+
   TokenRows sinks(LayerId layer, KvHeadId head) const;
   TokenRows window(LayerId layer, KvHeadId head) const;
   TokenPos window_first(LayerId layer) const { return layers_[layer.value].window_first; }

@@ -53,11 +53,18 @@ void CheckAgainstModel(uint32_t sinks, uint32_t window, uint32_t document, uint6
   LayerRows left(shape, TokenPos(0), 1);
   for (uint32_t t = document; t < document + 50; ++t) {
     ASSERT_EQ(tested.next(layer).value, t);
+    LayerRows leaving(shape, TokenPos(0), 1);
+    const auto peeked = tested.PeekLeaving(layer, &leaving);
+    ASSERT_EQ(peeked.has_value(), window > 0 && model.size() == window);
     const auto pushed_out = tested.Append(layer, Token(s, t), &left);
     model.push_back(t);
     ASSERT_EQ(pushed_out.has_value(), model.size() > window);
     if (pushed_out) {
       ASSERT_EQ(pushed_out->value, model.front());
+      if (peeked) {
+        ASSERT_EQ(*peeked, *pushed_out);
+        ASSERT_TRUE(Holds(leaving.view(KvHeadId(1)), s, KvHeadId(1), model.front()));
+      }
       for (uint16_t h = 0; h < shape.kv_heads; ++h) {
         ASSERT_TRUE(Holds(left.view(KvHeadId(h)), s, KvHeadId(h), model.front()));
       }

@@ -49,13 +49,12 @@ class TestShard {
   int extra_pages = 0;        // selections with more pages than asked for
   int wrong_positions = 0;    // pages with a right checksum and a position outside the index
   int refused = 0;            // requests answered with FAILED_PRECONDITION
+  std::map<uint16_t, uint64_t> near_positions;  // in Selects, by layer
   int selects = 0, fetches = 0, pages_sent = 0, rows_sent = 0;
   void Die(bool for_good = false) { channel_->Close(), for_good ? transport_.reset() : void(); }
 
  private:
-  struct Page {
-    std::vector<uint32_t> rows;
-  };  // positions
+  struct Page { std::vector<uint32_t> rows; };  // positions
   struct Slice {
     uint32_t tokens = 0;
     uint32_t sinks = 0, tail = 0;

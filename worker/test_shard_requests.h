@@ -12,6 +12,7 @@ inline void TestShard::Select(const InMessage& m) {
   const auto body = std::make_shared<Body>();
   for (size_t i = 0; i < r.heads.size(); ++i) {
     Slice& s = slice(r.layer, r.heads[i].head);
+    near_positions[r.layer.value] += r.heads[i].near.size();
     const float* const q = r.queries.data() + i * shape_.group() * shape_.head_dim;
     for (uint32_t t = 0; t < r.append_count; ++t) {
       const uint32_t position = r.append_first + t;

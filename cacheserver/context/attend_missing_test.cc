@@ -41,7 +41,8 @@ class AttendMissing : public testing::Test {
     request.read_cap = limits::kReadCapMax;
     request.residual = residual;
     wire::HeadSelection selection;
-    const Status status = context_->Select(kLayer, kHead, request, resident, &selection, attend);
+    const Status status = context_->Select(kLayer, kHead, request, resident, &selection,
+                                           {.attend_missing = attend, .whole_pages = whole_});
     EXPECT_TRUE(status.ok()) << status.ToString();
     return selection;
   }
@@ -72,6 +73,7 @@ class AttendMissing : public testing::Test {
   TestRows rows_{17, DType::kF16, kDim};
   std::unique_ptr<Context> context_;
   std::vector<float> queries_;
+  bool whole_ = false;
 };
 
 TEST_F(AttendMissing, NothingTravelsAndTheSumIsFullAttention) {
@@ -104,6 +106,19 @@ TEST_F(AttendMissing, PagesThatTheWorkerHoldsAreLeftToIt) {
   }
   EXPECT_EQ(attended, 5);
   ExpectFull(Attend(selection, held));
+}
+
+// Asked for by workers whose copies are lossy.
+TEST_F(AttendMissing, APageThatHasGrownComesWholeWhereAskedFor) {
+  const wire::PagePayload page = Select({}, false).pages[0];
+  ASSERT_GT(page.fill, 1);
+  std::vector<wire::ResidentPage> held = {
+      {page.segment, page.page, page.version, static_cast<uint8_t>(page.fill - 1)}};
+  EXPECT_EQ(Select(held, false).pages[0].from, page.fill - 1);
+  whole_ = true;
+  EXPECT_EQ(Select(held, false).pages[0].from, 0);
+  held[0].fill = page.fill;
+  EXPECT_EQ(Select(held, false).pages[0].from, page.fill);
 }
 
 TEST_F(AttendMissing, WithoutResidualOnlyTheChosenPagesAreInTheState) {

@@ -47,6 +47,17 @@ struct ContextUsage {
   uint64_t index_bytes = 0;
 };
 
+// How a selection is answered, beyond what policies are asked.
+struct AnswerOptions {
+  // Pages that the worker lacks wholly or in part are attended to here, exactly, and join the
+  // residual (which then is never empty).
+  bool attend_missing = false;
+  // A page that has grown comes whole: what the worker has of it may be a lossy copy.
+  bool whole_pages = false;
+  // Positions of tokens that probably matter, for SelectRequest::near of large segments.
+  std::span<const uint32_t> near{};
+};
+
 class Context {
  public:
   // `pool` and `attention` are the shard's and outlive the context. INVALID_ARGUMENT: shape, sizes
@@ -83,11 +94,10 @@ class Context {
   // One ranking over the chain under one budget. Fills head, pages (spans into the frames for the
   // rows that the worker lacks: K rows, V rows, positions of [from, fill)), residual, covered_mass
   // and tokens_read of *out, reusing its memory. The spans hold while a PagePool::Pin() taken after
-  // the call and before the next change lives. attend_missing: pages that the worker lacks wholly
-  // or in part are attended to here, exactly, and join the residual (which then is never empty).
+  // the call and before the next change lives.
   Status Select(LayerId layer, KvHeadId head, const SelectRequest& request,
                 std::span<const wire::ResidentPage> resident, wire::HeadSelection* out,
-                bool attend_missing = false) const;
+                const AnswerOptions& options = {}) const;
   // Whole pages by name; those that no longer stand under that name are left out. log_mass is 0.
   Status FetchPages(LayerId layer, KvHeadId head, std::span<const wire::ResidentPage> names,
                     wire::HeadSelection* out) const;

@@ -14,6 +14,9 @@ namespace icecache {
 
 namespace {
 
+// A segment of fewer pages is looked at as a whole: that costs less than finding out where to look.
+constexpr uint32_t kNearPagesMin = 512;
+
 struct Candidate {
   float log_mass;
   uint32_t link;  // of the chain
@@ -35,6 +38,7 @@ struct Scratch {
   AttentionStates residual;
   std::vector<float> page_lse;  // [candidates, group]
   std::vector<const wire::ResidentPage*> resident;
+  std::vector<PageId> near;
 };
 
 Scratch& ThreadScratch() {
@@ -136,6 +140,9 @@ void FillPayload(SegmentId segment, PageId page, const PageContent& content, uin
   out->place = wire::PagePlace::kBody;
   out->offset = content.frame.offset;
   out->extent = pool.ExtentSerial(content.frame.extent);
+  out->coded_bytes = 0;
+  out->coded_checksum = 0;
+  out->coded = {};
   const size_t row_bytes = content.k_rows.size() / content.fill;
   out->k_rows = content.k_rows.subspan(from * row_bytes);
   out->v_rows = content.v_rows.subspan(from * row_bytes);
@@ -154,8 +161,8 @@ uint32_t ReadShare(const SelectRequest& request, size_t links, uint64_t indexed,
 
 // Selects in every link, ranks the pages, and folds those that did not make it into the residual of
 // their segment. Returns how many of scratch.candidates are kept.
-size_t RankChain(const SelectRequest& request, AttentionBackend& attention, Scratch& scratch,
-                 uint32_t* tokens_read) {
+size_t RankChain(const SelectRequest& request, std::span<const uint32_t> near,
+                 AttentionBackend& attention, Scratch& scratch, uint32_t* tokens_read) {
   uint64_t indexed = 0;
   for (const Link& link : scratch.links) indexed += link.slice->indexed_count();
   if (scratch.selections.size() < scratch.links.size())
@@ -165,6 +172,10 @@ size_t RankChain(const SelectRequest& request, AttentionBackend& attention, Scra
     SelectRequest part = request;
     part.read_cap =
         ReadShare(request, scratch.links.size(), scratch.links[i].slice->indexed_count(), indexed);
+    if (!near.empty() && scratch.links[i].slice->page_count() >= kNearPagesMin) {
+      scratch.links[i].slice->PagesAt(near, &scratch.near);
+      part.near = scratch.near;
+    }
     Selection& selection = scratch.selections[i];
     scratch.links[i].slice->Select(part, attention, &selection);
     *tokens_read += selection.tokens_read;
@@ -210,7 +221,7 @@ void AttendMissing(const SelectRequest& request, AttentionBackend& attention, Sc
 
 Status Context::Select(LayerId layer, KvHeadId head, const SelectRequest& request,
                        std::span<const wire::ResidentPage> resident, wire::HeadSelection* out,
-                       bool attend_missing) const {
+                       const AnswerOptions& options) const {
   KV_RETURN_IF_ERROR(CheckSlice(layer, head));
   if (request.group != spec_.shape.group()) {
     return InvalidArgument("select: " + std::to_string(request.group) +
@@ -229,7 +240,7 @@ Status Context::Select(LayerId layer, KvHeadId head, const SelectRequest& reques
 
   out->head = head;
   out->tokens_read = 0;
-  const size_t kept = RankChain(request, attention_, scratch, &out->tokens_read);
+  const size_t kept = RankChain(request, options.near, attention_, scratch, &out->tokens_read);
   out->covered_mass = 1;  // of an empty index
   if (scratch.links.size() == 1) {
     out->covered_mass = scratch.selections[0].covered_mass;
@@ -245,17 +256,18 @@ Status Context::Select(LayerId layer, KvHeadId head, const SelectRequest& reques
     const Candidate& c = scratch.candidates[i];
     const Link& link = scratch.links[c.link];
     const PageContent content = link.slice->page(c.page);
-    const uint8_t held = HeldRows(scratch, link.segment->id(), c.page, content);
+    uint8_t held = HeldRows(scratch, link.segment->id(), c.page, content);
+    if (options.whole_pages && held < content.fill) held = 0;
     FillPayload(link.segment->id(), c.page, content, held, c.log_mass, pool_, &out->pages[i]);
   }
 
   out->residual.clear();
-  if (!request.residual && !attend_missing) return OkStatus();
+  if (!request.residual && !options.attend_missing) return OkStatus();
   scratch.residual.Reset(request.group, spec_.shape.head_dim);
   for (size_t i = 0; request.residual && i < scratch.links.size(); ++i) {
     MergeStates(scratch.selections[i].residual.ref(), scratch.residual.ref());
   }
-  if (attend_missing) AttendMissing(request, attention_, scratch, out->pages);
+  if (options.attend_missing) AttendMissing(request, attention_, scratch, out->pages);
   const std::span<const float> flat = scratch.residual.flat();
   out->residual.assign(flat.begin(), flat.end());
   return OkStatus();

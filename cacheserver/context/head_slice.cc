@@ -374,6 +374,15 @@ void HeadSlice::Select(const SelectRequest& request, AttentionBackend& attention
   }
 }
 
+void HeadSlice::PagesAt(std::span<const uint32_t> positions, std::vector<PageId>* pages) const {
+  pages->clear();
+  for (const uint32_t position : positions) {
+    if (const std::optional<PageId> page = table_->FindPosition(position)) pages->push_back(*page);
+  }
+  std::sort(pages->begin(), pages->end());
+  pages->erase(std::unique(pages->begin(), pages->end()), pages->end());
+}
+
 std::optional<PageContent> HeadSlice::FindPage(PageId page, uint32_t version) const {
   if (page.value >= table_->page_count()) return std::nullopt;
   PageContent content = table_->content(page);

@@ -93,6 +93,8 @@ class HeadSlice {
   std::optional<PageContent> FindPage(PageId page, uint32_t version) const;
   PageContent page(PageId page) const { return table_->content(page); }
   PagedKv pages() const { return table_->view(); }
+  // Pages of the index that hold any of these positions, each once, ascending.
+  void PagesAt(std::span<const uint32_t> positions, std::vector<PageId>* pages) const;
 
   RowsView sinks() const;
   RowsView tail() const;

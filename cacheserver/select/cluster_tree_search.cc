@@ -110,13 +110,23 @@ void Search::Prepare() {
   fine_.Assign(picked_.data(), group_, kSketchDims, 1);
 }
 
+void Search::MarkNear() {
+  super_near_.assign(tree_->super_count(), 0);
+  for (const PageId page : request_->near) {
+    if (page.value >= tree_->page_count()) continue;
+    super_near_[tree_->super_of_block[tree_->pages[page.value].slot / kBlockRows]] = 1;
+  }
+}
+
 // Fills blocks_ with what is to be scanned, and super_mass_ with the log mass of what is not.
 void Search::ScanSupers() {
   blocks_.clear();
   super_mass_.assign(size_t{group_} * tree_->super_count(), kMinusInfinity);
   super_scanned_.assign(tree_->super_count(), 1);
   // Sketches cost more than the scan, and heads that need them hide single tokens in dull supers.
-  const uint32_t scan_pages = options_->scan_pages * (tree_->basis.sketched() ? 2 : 1);
+  uint32_t scan_pages = options_->scan_pages * (tree_->basis.sketched() ? 2 : 1);
+  const bool narrow = !request_->near.empty() && !read_all_;
+  if (narrow) scan_pages = std::min(scan_pages, options_->near_scan_pages);
   if (tree_->page_count() > scan_pages && !read_all_) {
     const NodeTable& nodes = tree_->super_nodes;
     const uint32_t slots = nodes.block_count() * kBlockRows;
@@ -151,7 +161,9 @@ void Search::ScanSupers() {
       return a.first != b.first ? a.first > b.first : a.second < b.second;
     });
     uint32_t pages = 0;
+    if (narrow) MarkNear();
     for (const auto& [bound, s] : order_) {
+      if (narrow && super_near_[s] != 0) continue;  // scanned, and not out of the others' share
       if (pages >= scan_pages) super_scanned_[s] = 0;
       pages += tree_->supers[s].page_count;
     }

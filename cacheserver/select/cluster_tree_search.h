@@ -32,6 +32,7 @@ class Search {
 
   // cluster_tree_search.cc
   void Prepare();
+  void MarkNear();
   void ScanSupers();
   void ScanPages();
   void Sketch();
@@ -91,6 +92,7 @@ class Search {
   std::vector<float> rank_;           // [slots_] by the request's rule, of total_
   std::vector<float> super_mass_;     // [group][supers]: mass to be valued at the super's mean
   std::vector<uint8_t> super_scanned_;
+  std::vector<uint8_t> super_near_;  // holds a page of SelectRequest::near
   std::vector<std::pair<float, uint32_t>> order_;
   std::vector<float> spare_, maxima_;
   std::vector<uint32_t> found_;

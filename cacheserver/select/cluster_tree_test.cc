@@ -10,6 +10,7 @@
 #include <limits>
 #include <new>
 #include <random>
+#include <set>
 #include <thread>
 
 #include "cacheserver/select/cluster_tree_slice.h"
@@ -149,6 +150,49 @@ TEST(ClusterTree, ManySupersAreSearchedWithoutScanningAllPages) {
   }
   EXPECT_LT(error, 0.1);
   EXPECT_LT(log_mass, 0.05);
+}
+
+// Looking near some pages ranks those as always, and knows the rest by coarser summaries; near all
+// of them it is looking everywhere.
+TEST(ClusterTree, LookingNearEverythingChangesNothingAndNearSomeFindsThose) {
+  ClusterTreeOptions options;
+  options.near_scan_pages = 0;
+  Slice slice(64, options);
+  slice.Draw(16384, 4);
+  ASSERT_TRUE(slice.Build().ok());
+  const PagedKv kv = slice.store().kv();
+  std::vector<PageId> all;
+  for (uint32_t p = 0; p < kv.page_count; ++p) all.emplace_back(p);
+  for (int round = 0; round < 8; ++round) {
+    const std::vector<float> q = slice.Queries(4);
+    SelectRequest request;
+    request.queries = q.data();
+    request.group = 4;
+    request.max_pages = 12;
+    request.read_cap = 512;
+    Selection everywhere, near;
+    slice.policy().Select(request, kv, &everywhere);
+    request.near = all;
+    slice.policy().Select(request, kv, &near);
+    ASSERT_EQ(near.pages.size(), everywhere.pages.size());
+    for (size_t i = 0; i < near.pages.size(); ++i) {
+      EXPECT_EQ(near.pages[i].page, everywhere.pages[i].page);
+    }
+    EXPECT_TRUE(std::equal(near.residual.flat().begin(), near.residual.flat().end(),
+                           everywhere.residual.flat().begin()));
+    // As an anchor would: the best few of what another layer has found. Ids out of range are no
+    // harm.
+    std::vector<PageId> some = {PageId(kv.page_count + 5)};
+    for (const SelectedPage& page : everywhere.pages) some.push_back(page.page);
+    request.near = some;
+    slice.policy().Select(request, kv, &near);
+    std::set<uint32_t> found;
+    for (const SelectedPage& page : near.pages) found.insert(page.page.value);
+    size_t both = 0;
+    for (const SelectedPage& page : everywhere.pages) both += found.count(page.page.value);
+    EXPECT_GE(both + 1, everywhere.pages.size()) << "round " << round;
+    EXPECT_LT(ErrorOf(kv, q, std::move(near)).output, 0.2);
+  }
 }
 
 TEST(ClusterTree, ColdPagesAreSelectedBySummaryAndNeverRead) {

@@ -67,6 +67,10 @@ struct SelectRequest {
   const float* local_lse = nullptr; // optional [group]: log-sum-exp of the tokens that the worker holds
   bool residual = true;             // false: leave `residual` empty: pages only, which is another
                                     // answer of policies that choose tokens (budget_choice.h)
+  // Where to look: pages that are likely to matter, in any order; empty: everywhere. A policy may
+  // know pages far from all of these by coarser summaries only, in ranking and in the residual; the
+  // pages named are ranked as without this. A hint: ids out of range are ignored.
+  std::span<const PageId> near{};
 };
 
 struct SelectedPage {

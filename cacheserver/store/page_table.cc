@@ -7,6 +7,11 @@
 #include "common/checksum.h"
 
 namespace icecache {
+namespace {
+
+constexpr uint32_t kNoPage = ~0u;
+
+}  // namespace
 
 PageTable::PageTable(PagePool& pool, const Options& options)
     : pool_(pool),
@@ -61,6 +66,10 @@ void PageTable::AppendRow(PageId page, const std::byte* k, const std::byte* v, u
   std::memcpy(k_row(entry.frame, view.fill), k, row_bytes_);
   std::memcpy(v_row(entry.frame, view.fill), v, row_bytes_);
   position_row(entry.frame)[view.fill] = position;
+  const uint32_t block = position / kPositionsPerBlock;
+  if (block >= page_of_.size()) page_of_.resize(block + 1);
+  if (page_of_[block].empty()) page_of_[block].resize(kPositionsPerBlock, kNoPage);
+  page_of_[block][position % kPositionsPerBlock] = page.value;
   ++view.fill;
   ++token_count_;
   entry.committed = false;
@@ -121,6 +130,13 @@ PageContent PageTable::content(PageId page) const {
 
 const uint32_t* PageTable::positions(PageId page) const {
   return position_row(entries_[page.value].frame);
+}
+
+std::optional<PageId> PageTable::FindPosition(uint32_t position) const {
+  const uint32_t block = position / kPositionsPerBlock;
+  if (block >= page_of_.size() || page_of_[block].empty()) return std::nullopt;
+  const uint32_t page = page_of_[block][position % kPositionsPerBlock];
+  return page == kNoPage ? std::nullopt : std::optional(PageId(page));
 }
 
 uint64_t PageTable::Checksum(PageId page) const {

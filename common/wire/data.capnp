@@ -53,6 +53,7 @@ struct SelectHead {
   kvHead @0 :UInt16;
   resident @1 :List(ResidentPage);
   localLse @2 :List(Float32); # [group] or empty
+  near @3 :List(UInt32);      # positions of tokens that probably matter; empty: look everywhere
 }
 # Body: queries f32 [heads, group, headDim]; then, when appendCount > 0, for each head K rows [appendCount, headDim]
 # and V rows: tokens that left the worker's window. They are part of this selection.
@@ -65,7 +66,8 @@ struct SelectRequest {
   readCap @5 :UInt32;
   minMass @6 :Float32;
   rank @7 :UInt8;
-  flags @8 :UInt8;            # bit 0: no residual; 1: name missing pages by extent; 2: attend to missing pages
+  flags @8 :UInt8;            # bit 0: no residual; 1: name missing pages by extent; 2: attend to missing pages;
+                              # 3: pages in the body may be coded in int8
   appendFirst @9 :UInt32;     # position of the first appended token
   appendCount @10 :UInt32;
 }
@@ -80,6 +82,8 @@ struct PagePayload {
   offset @7 :UInt32;          # of the page's frame in its extent; place mapped only
   extent @8 :UInt64;          # serial of the extent; place mapped only
   place @9 :UInt8;            # of the rows [from, fill): 0 in the body, 1 mapped, 2 attended to by the server
+  codedBytes @10 :UInt32;     # > 0: the body holds so many bytes of int8 code (kernels/int8_rows.h) for K and V, then positions
+  codedChecksum @11 :UInt64;  # of the code and the positions, seeded like the page's
 }
 struct HeadSelection {
   kvHead @0 :UInt16;

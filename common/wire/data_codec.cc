@@ -153,7 +153,7 @@ void Encode(const BuildRequest& in, OutMessage* out) {
 void Encode(const SelectRequest& in, OutMessage* out) {
   size_t words = 64 + 8 * in.heads.size();
   for (const SelectHead& head : in.heads) {
-    words += 4 + 3 * head.resident.size() + head.local_lse.size();
+    words += 4 + 3 * head.resident.size() + head.local_lse.size() + head.near.size();
   }
   capnp::MallocMessageBuilder message(
       static_cast<unsigned>(words));  // one segment, no far pointers
@@ -169,6 +169,8 @@ void Encode(const SelectRequest& in, OutMessage* out) {
     WriteResident(from.resident, head.initResident(static_cast<unsigned>(from.resident.size())));
     auto lse = head.initLocalLse(static_cast<unsigned>(from.local_lse.size()));
     for (unsigned j = 0; j < lse.size(); ++j) lse.set(j, from.local_lse[j]);
+    auto near = head.initNear(static_cast<unsigned>(from.near.size()));
+    for (unsigned j = 0; j < near.size(); ++j) near.set(j, from.near[j]);
   }
   root.setMaxPages(in.max_pages);
   root.setReadCap(in.read_cap);
@@ -292,6 +294,10 @@ Result<SelectHead> ReadSelectHead(const MessageChecks& check, schema::SelectHead
   out.head = KvHeadId(in.getKvHead());
   KV_RETURN_IF_ERROR(CheckHead(check, out.head.value, last, shape));
   KV_ASSIGN_OR_RETURN(out.resident, ReadResident(check, in.getResident()));
+  const auto near = in.getNear();
+  KV_RETURN_IF_ERROR(check.AtMost("near.size", near.size(), kNearPositionsMax));
+  out.near.reserve(near.size());
+  for (const uint32_t position : near) out.near.push_back(position);
   const auto lse = in.getLocalLse();
   if (lse.size() == 0) return out;
   KV_RETURN_IF_ERROR(check.Between("localLse.size", lse.size(), shape.group(), shape.group()));
@@ -318,7 +324,8 @@ Status ReadSelectNumbers(const MessageChecks& check, schema::SelectRequest::Read
   KV_RETURN_IF_ERROR(check.InRange("minMass", out->min_mass, 0, 1));
   KV_RETURN_IF_ERROR(check.AtMost("rank", out->rank, kRankMax));
   KV_RETURN_IF_ERROR(
-      check.AtMost("flags", out->flags, kSelectNoResidual | kSelectMapped | kSelectAttend));
+      check.AtMost("flags", out->flags,
+                   kSelectNoResidual | kSelectMapped | kSelectAttend | kSelectInt8));
   if ((out->flags & kSelectMapped) != 0 && (out->flags & kSelectAttend) != 0) {
     return check.Bad("flags", std::to_string(out->flags), "mapped or attend, not both");
   }

@@ -77,10 +77,12 @@ struct ResidentPage {
   uint32_t version = 0;
   uint8_t fill = 0;
 };
+inline constexpr uint32_t kNearPositionsMax = 4096;  // of a head; more would be everywhere
 struct SelectHead {
   KvHeadId head;
   std::vector<ResidentPage> resident;
   std::vector<float> local_lse;  // [group] or empty
+  std::vector<uint32_t> near{};  // positions; empty: look everywhere
 };
 // SelectRequest::flags. How content that the worker lacks is answered, at most one of the last two:
 // in the body (none), named in the tenant's extents, or attended to by the server and merged into
@@ -88,6 +90,7 @@ struct SelectHead {
 inline constexpr uint8_t kSelectNoResidual = 1;
 inline constexpr uint8_t kSelectMapped = 2;
 inline constexpr uint8_t kSelectAttend = 4;
+inline constexpr uint8_t kSelectInt8 = 8;  // whole pages in the body may come coded in int8
 struct SelectRequest {
   ContextId context;
   Epoch epoch;
@@ -122,6 +125,11 @@ struct PagePayload {
   PagePlace place = PagePlace::kBody;
   uint32_t offset = 0;  // of the frame: K rows [kPageTokens], V rows, positions
   uint64_t extent = 0;  // serial; 0 and not sent unless place is kMapped
+  // K and V of the whole page as EncodeInt8Rows made them (kernels/int8_rows.h), instead of k_rows
+  // and v_rows. Only in the body with from == 0, and shorter than what it stands for.
+  uint32_t coded_bytes = 0;
+  uint64_t coded_checksum = 0;  // PageChecksum with the code in place of the K rows, no V rows
+  std::span<const std::byte> coded{};
   // Decoded only; empty unless the rows are in the body.
   std::span<const std::byte> k_rows, v_rows, positions;
 };

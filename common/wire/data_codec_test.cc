@@ -124,6 +124,7 @@ TEST_F(DataCodec, SelectComesBackAsSent) {
       EXPECT_EQ(read->heads[i].head, in.heads[i].head);
       ExpectEqual(read->heads[i].resident, in.heads[i].resident);
       EXPECT_EQ(read->heads[i].local_lse, in.heads[i].local_lse);
+      EXPECT_EQ(read->heads[i].near, in.heads[i].near);
     }
     EXPECT_EQ(read->max_pages, in.max_pages);
     EXPECT_EQ(read->read_cap, in.read_cap);
@@ -174,9 +175,13 @@ TEST_F(DataCodec, SelectReplyHandsOutEachPagesRows) {
         EXPECT_EQ(p.from, q.from);
         EXPECT_EQ(p.log_mass, q.log_mass);
         EXPECT_EQ(p.checksum, q.checksum);
+        EXPECT_EQ(p.coded_bytes, q.coded_bytes);
+        EXPECT_EQ(p.coded_checksum, q.coded_checksum);
         const size_t rows = size_t{q.fill} - q.from;
-        EXPECT_TRUE(Same(p.k_rows, take(rows * kShape.row_bytes())));
-        EXPECT_TRUE(Same(p.v_rows, take(rows * kShape.row_bytes())));
+        const size_t plain = q.coded_bytes > 0 ? 0 : rows * kShape.row_bytes();
+        EXPECT_TRUE(Same(p.coded, take(q.coded_bytes)));
+        EXPECT_TRUE(Same(p.k_rows, take(plain)));
+        EXPECT_TRUE(Same(p.v_rows, take(plain)));
         EXPECT_TRUE(Same(p.positions, take(rows * sizeof(uint32_t))));
       }
     }
@@ -298,7 +303,9 @@ TEST(DataCodecChecks, Select) {
   expect(SelectWith([](S* s) { s->min_mass = 1.5f; }), "minMass = 1.5");
   expect(SelectWith([](S* s) { s->min_mass = NAN; }), "minMass = nan");
   expect(SelectWith([](S* s) { s->rank = 3; }), "rank = 3");
-  expect(SelectWith([](S* s) { s->flags = 8; }), "flags = 8");
+  expect(SelectWith([](S* s) { s->flags = 16; }), "flags = 16");
+  expect(SelectWith([](S* s) { s->heads[0].near.resize(kNearPositionsMax + 1); }),
+         "near.size = 4097");
   expect(SelectWith([](S* s) { s->flags = kSelectMapped | kSelectAttend; }), "flags = 6");
   expect(SelectWith([](S* s) { s->append_count = limits::kPendingTokensMax + 1; }),
          "appendCount = 65");
@@ -333,6 +340,9 @@ TEST(DataCodecChecks, SelectReplyRefusesImpossiblePagesAndStates) {
   EXPECT_THAT(decode({.fill = 4, .from = 4, .log_mass = NAN}, {}), HasSubstr("logMass"));
   EXPECT_THAT(decode({.fill = 4, .from = 3}, {}),
               HasSubstr("body = 0 bytes, expected at least 32"));
+  EXPECT_THAT(decode({.fill = 4, .from = 1, .coded_bytes = 9}, {}), HasSubstr("page.from = 1"));
+  EXPECT_THAT(decode({.fill = 4, .coded_bytes = 256}, {}), HasSubstr("page.codedBytes = 256"));
+  EXPECT_THAT(decode({.fill = 4, .coded_bytes = 255}, {}), HasSubstr("expected at least 255"));
   const PagePayload held{.fill = 4, .from = 4};
   EXPECT_THAT(decode(held, {1, 2}), HasSubstr("residual.size = 8"));
   std::vector<float> states(kGroup * (kShape.head_dim + 2), 0.0f);

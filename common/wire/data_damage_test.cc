@@ -55,11 +55,15 @@ Result<SelectReply> CheckedSelectReply(const InMessage& in) {
     for (const PagePayload& p : head.pages) {
       EXPECT_LE(p.from, p.fill);
       EXPECT_LE(p.fill, limits::kPageTokens);
-      EXPECT_EQ(p.k_rows.size(), (size_t{p.fill} - p.from) * kShape.row_bytes());
+      const bool rows = p.place == PagePlace::kBody && p.coded_bytes == 0;
+      EXPECT_EQ(p.k_rows.size(), rows ? (size_t{p.fill} - p.from) * kShape.row_bytes() : 0);
+      EXPECT_EQ(p.coded.size(), p.place == PagePlace::kBody ? p.coded_bytes : 0);
+      EXPECT_LT(p.coded.size(), 2 * p.fill * kShape.row_bytes());
+      Touch(p.coded);
       Touch(p.k_rows);
       Touch(p.v_rows);
       Touch(p.positions);
-      used += p.k_rows.size() + p.v_rows.size() + p.positions.size();
+      used += p.coded.size() + p.k_rows.size() + p.v_rows.size() + p.positions.size();
     }
   }
   EXPECT_EQ(used, in.body.size());
@@ -163,8 +167,8 @@ TEST_F(DataCodec, ListsThatShareTheirContentCannotMultiplyWork) {
   std::fill(sample.bytes->begin(), sample.bytes->end(), std::byte{0});
   Received message(sample.out);
   ASSERT_TRUE(DecodeSelectRequest(message, kShape).ok());
-  // The heads' structs are consecutive: [kvHead][resident pointer][lse pointer], 3 words each. Find
-  // the one list pointer of 4000 elements and aim the other heads' at the same place.
+  // The heads' structs are consecutive: kvHead and pointers to resident, lse and near, 4 words each.
+  // Find the one list pointer of 4000 elements and aim the other heads' at the same place.
   auto words =
       std::span(reinterpret_cast<uint64_t*>(message.meta().data()), message.meta().size() / 8);
   size_t at = 0;
@@ -173,7 +177,7 @@ TEST_F(DataCodec, ListsThatShareTheirContentCannotMultiplyWork) {
   }
   ASSERT_GT(at, 0u);
   for (uint64_t h = 1; h < kShape.kv_heads; ++h) {
-    words[at + 3 * h] = words[at] - ((3 * h) << 2);
+    words[at + 4 * h] = words[at] - ((4 * h) << 2);
   }
   const auto read = DecodeSelectRequest(message, kShape);
   ASSERT_FALSE(read.ok());

@@ -92,6 +92,8 @@ void WriteHead(const HeadSelection& in, schema::HeadSelection::Builder out) {
     page.setLogMass(from.log_mass);
     page.setChecksum(from.checksum);
     page.setPlace(static_cast<uint8_t>(from.place));
+    page.setCodedBytes(from.coded_bytes);
+    page.setCodedChecksum(from.coded_checksum);
     if (from.place == PagePlace::kMapped) {
       page.setOffset(from.offset);
       page.setExtent(from.extent);
@@ -107,7 +109,7 @@ void WriteHead(const HeadSelection& in, schema::HeadSelection::Builder out) {
 void Encode(const SelectReply& in, OutMessage* out) {
   size_t words = 32;
   for (const HeadSelection& head : in.heads) {
-    words += 16 + 7 * head.pages.size() + head.residual.size() / 2;
+    words += 16 + 9 * head.pages.size() + head.residual.size() / 2;
   }
   capnp::MallocMessageBuilder message(
       static_cast<unsigned>(words));  // one segment, no far pointers
@@ -194,6 +196,15 @@ Status ReadPage(const MessageChecks& check, schema::PagePayload::Reader in, cons
     return check.AtMost("page.offset", out->offset, limits::kExtentBytes - shape.page_bytes());
   }
   const size_t rows = size_t{out->fill} - out->from;
+  out->coded_bytes = in.getCodedBytes();
+  out->coded_checksum = in.getCodedChecksum();
+  if (out->coded_bytes > 0) {
+    KV_RETURN_IF_ERROR(check.AtMost("page.from", out->from, 0));
+    KV_RETURN_IF_ERROR(
+        check.AtMost("page.codedBytes", out->coded_bytes, 2 * rows * shape.row_bytes() - 1));
+    KV_RETURN_IF_ERROR(body->Take(out->coded_bytes, &out->coded));
+    return body->Take(rows * sizeof(uint32_t), &out->positions);
+  }
   KV_RETURN_IF_ERROR(body->Take(rows * shape.row_bytes(), &out->k_rows));
   KV_RETURN_IF_ERROR(body->Take(rows * shape.row_bytes(), &out->v_rows));
   return body->Take(rows * sizeof(uint32_t), &out->positions);

@@ -139,13 +139,14 @@ inline SelectRequest RandomSelect(Random& random, Sample* sample) {
     h.head = head;
     h.resident = random.Resident(random.Below(30));
     if (random.Below(2) == 0) h.local_lse = random.Floats(kGroup);
+    for (uint32_t i = random.Below(3) * 20; i > 0; --i) h.near.push_back(random.Below(100000));
   }
   if (!in.heads[0].local_lse.empty()) in.heads[0].local_lse[0] = -INFINITY;
   in.max_pages = random.Below(limits::kPagesPerSelectMax + 1);
   in.read_cap = random.Below(limits::kReadCapMax + 1);
   in.min_mass = static_cast<float>(random.Below(101)) / 100;
   in.rank = static_cast<uint8_t>(random.Below(3));
-  in.flags = static_cast<uint8_t>(random.Below(2));
+  in.flags = static_cast<uint8_t>(random.Below(2) + 8 * random.Below(2));
   in.append_first = random.Below(100000);
   in.append_count = random.Below(4);
   Encode(in, &sample->out);
@@ -173,7 +174,12 @@ inline SelectReply RandomSelectReply(Random& random, Sample* sample) {
       p.from = static_cast<uint8_t>(random.Below(p.fill + 1u));
       p.log_mass = random.Float();
       p.checksum = random.U64();
-      body += size_t{p.fill} - p.from;
+      const size_t rows = size_t{p.fill} - p.from;
+      body += rows * (2 * kShape.row_bytes() + sizeof(uint32_t));
+      if (p.from > 0 || random.Below(3) > 0) continue;
+      p.coded_bytes = 1 + random.Below(static_cast<uint32_t>(2 * rows * kShape.row_bytes() - 1));
+      p.coded_checksum = random.U64();
+      body -= 2 * rows * kShape.row_bytes() - p.coded_bytes;
     }
     if (random.Below(3) > 0) h.residual = random.Floats(kGroup * (kShape.head_dim + 2));
     for (uint32_t g = 0; g < (h.residual.empty() ? 0 : kGroup); ++g) {
@@ -186,7 +192,7 @@ inline SelectReply RandomSelectReply(Random& random, Sample* sample) {
   in.gather_ns = random.U64();
   in.next_position = random.Below(100000);
   Encode(in, &sample->out);
-  AttachBody(random, body * (2 * kShape.row_bytes() + sizeof(uint32_t)), sample);
+  AttachBody(random, body, sample);
   return in;
 }
 

@@ -31,9 +31,11 @@ constexpr double kErrorMax = 0.5;  // mean relative error above which something 
 
 struct Flags {
   std::string shape = "llama-3.1-8b", policy = "cluster_tree", device = "cpu";
-  std::vector<std::string> context = {"32k"}, transport = {"shm"}, reply_mode = {"auto"};
+  std::vector<std::string> context = {"32k"}, transport = {"shm"}, reply_mode = {"auto"},
+                           transfer = {"native"}, prefetch = {"off"}, layer_reuse = {"1"};
   uint32_t layers = 0, budget = 256, steps = 32, warmup = 4, server_threads = 2, read_cap = 1024;
   uint32_t resident_multiple = 3;
+  double prefetch_cosine = IceCacheOptions().prefetch_cosine;
   uint64_t seed = 1, memory = uint64_t{3} << 30;
   bool json = false;
 };
@@ -42,6 +44,8 @@ struct Flags {
 struct Point {
   std::string transport;
   ReplyMode mode = ReplyMode::kAuto;
+  bool int8 = false, prefetch = false;
+  uint32_t layer_reuse = 1;
 };
 
 double Millis(Duration d) { return std::chrono::duration<double, std::milli>(d).count(); }
@@ -92,6 +96,10 @@ Status DecodeRun::Run() {
   options.read_cap = flags_.read_cap;
   options.resident_multiple = flags_.resident_multiple;
   options.frames = compute_.frames.get();
+  options.int8 = point_.int8;
+  options.prefetch = point_.prefetch;
+  options.prefetch_cosine = static_cast<float>(flags_.prefetch_cosine);
+  options.layer_reuse = point_.layer_reuse;
   attention_ = std::make_unique<AttentionIceCache>(shape_, session_.link->cache(),
                                                    *compute_.attention, options);
   attention_->Begin(session_.handle, scene_.window(), session_.grant.context.segments);
@@ -188,6 +196,9 @@ Json DecodeRun::Result(const ModelShape& model) const {
   out["budget"] = flags_.budget;
   out["transport"] = point_.transport;
   out["reply_mode"] = ReplyModeName(mode_used_);
+  out["transfer"] = point_.int8 ? "int8" : "native";
+  out["prefetch"] = point_.prefetch;
+  out["layer_reuse"] = point_.layer_reuse;
   out["layers"] = model.layers;
   out["layers_run"] = shape_.layers;
   out["scaled"] = shape_.layers < model.layers;  // times and bytes: those of layers_run, scaled up
@@ -205,6 +216,12 @@ Json DecodeRun::Result(const ModelShape& model) const {
   out["error_mean"] = Mean(r.error);
   out["error_p99"] = Quantile(r.error, 0.99);
   out["hit_rate"] = r.sum.hit_rate();
+  out["grown_pages"] = r.sum.grown_pages;
+  if (point_.prefetch) {
+    out["prefetch_cosine"] = flags_.prefetch_cosine;
+    out["asked_again"] =
+        static_cast<double>(r.sum.asked_again) / static_cast<double>(std::max<uint64_t>(1, r.sum.asked_ahead));
+  }
   out["bytes_per_token_cold"] = scale * static_cast<double>(r.cold_bytes);
   out["bytes_per_token_warm"] = scale * static_cast<double>(r.bytes) / steps;
   out["remote_ms_cold"] = scale * r.cold_remote_ms;
@@ -218,6 +235,50 @@ Json DecodeRun::Result(const ModelShape& model) const {
   out["machine"] = MachineName();
   out["device"] = compute_.device ? compute_.device->info().name : "cpu";
   return out;
+}
+
+Status OneOf(const char* flag, const std::string& value, const std::string& a,
+             const std::string& b) {
+  if (value == a || value == b) return OkStatus();
+  return InvalidArgument(std::string(flag) + " '" + value + "', expected " + a + " or " + b);
+}
+
+// Every combination of the switches, the leftmost turning slowest.
+Result<std::vector<Point>> Points(const Flags& flags) {
+  std::vector<Point> points(1);
+  const auto times = [&](const std::vector<std::string>& values, auto set) -> Status {
+    std::vector<Point> product;
+    for (const Point& point : points) {
+      for (const std::string& value : values) {
+        KV_RETURN_IF_ERROR(set(value, &product.emplace_back(point)));
+      }
+    }
+    points = std::move(product);
+    return OkStatus();
+  };
+  KV_RETURN_IF_ERROR(times(flags.transport, [](const std::string& value, Point* p) {
+    p->transport = value;
+    return OneOf("transport", value, "shm", "tcp");
+  }));
+  KV_RETURN_IF_ERROR(times(flags.reply_mode, [](const std::string& value, Point* p) -> Status {
+    KV_ASSIGN_OR_RETURN(p->mode, ParseReplyMode(value));
+    return OkStatus();
+  }));
+  KV_RETURN_IF_ERROR(times(flags.transfer, [](const std::string& value, Point* p) {
+    p->int8 = value == "int8";
+    return OneOf("transfer", value, "native", "int8");
+  }));
+  KV_RETURN_IF_ERROR(times(flags.prefetch, [](const std::string& value, Point* p) {
+    p->prefetch = value == "on";
+    return OneOf("prefetch", value, "off", "on");
+  }));
+  KV_RETURN_IF_ERROR(times(flags.layer_reuse, [](const std::string& value, Point* p) -> Status {
+    p->layer_reuse = static_cast<uint32_t>(std::strtoul(value.c_str(), nullptr, 10));
+    if (p->layer_reuse >= 1 && p->layer_reuse <= kLayerReuseMax) return OkStatus();
+    return InvalidArgument("layer_reuse '" + value + "', expected 1 to " +
+                           std::to_string(kLayerReuseMax));
+  }));
+  return points;
 }
 
 class DecodeCommand final : public BenchCommand {
@@ -254,6 +315,11 @@ void DecodeCommand::AddFlags(ConfigParser* parser) {
   parser->Add("warmup", &flags_.warmup, "Tokens between the first (cold) and the timed ones");
   parser->AddList("transport", &flags_.transport, "shm, tcp");
   parser->AddList("reply_mode", &flags_.reply_mode, "auto, inline, mapped, attend");
+  parser->AddList("transfer", &flags_.transfer, "native, int8");
+  parser->AddList("prefetch", &flags_.prefetch, "off, on");
+  parser->Add("prefetch_cosine", &flags_.prefetch_cosine, "As icecache-worker --prefetch-cosine",
+              -1, 1);
+  parser->AddList("layer_reuse", &flags_.layer_reuse, "Layers per anchor: 1, 2, 4 ...");
   parser->Add("server_threads", &flags_.server_threads, "Shards of the server", 1, 64);
   parser->Add("policy", &flags_.policy, "Selection policy of the server");
   parser->Add("read_cap", &flags_.read_cap, "As icecache-worker --read-cap");
@@ -294,9 +360,12 @@ void DecodeCommand::Print(const Json& point) const {
     return;
   }
   const auto number = [&](const char* key) { return point.at(key).get<double>(); };
-  std::printf("%7.0f %-4s %-7s %7.2f = %6.2f + %5.2f + %5.2f %7.2f %8.2f %6.1f %7.4f %5.2f %9s\n",
+  std::printf("%7.0f %-4s %-7s %-6s %-4s %5.0f %7.2f = %6.2f + %5.2f + %5.2f %7.2f %8.2f %6.1f %7.4f %5.2f %9s\n",
               number("context"), point.at("transport").get<std::string>().c_str(),
-              point.at("reply_mode").get<std::string>().c_str(), number("remote_ms_p50"),
+              point.at("reply_mode").get<std::string>().c_str(),
+              point.at("transfer").get<std::string>().c_str(),
+              point.at("prefetch").get<bool>() ? "on" : "off", number("layer_reuse"),
+              number("remote_ms_p50"),
               number("select_ms_p50"), number("wait_ms_p50"), number("transfer_ms_p50"),
               number("attention_ms_p50"), number("full_ms_p50"), number("full_over_attention"),
               number("error_mean"), number("hit_rate"),
@@ -309,9 +378,9 @@ Status DecodeCommand::Run() {
   KV_ASSIGN_OR_RETURN(const ModelShape model, ShapeByName(flags_.shape));
   KV_ASSIGN_OR_RETURN(compute_, ChooseCompute(flags_.device, 0));
   if (!flags_.json) {
-    std::printf("%7s %-4s %-7s %7s = %6s + %5s + %5s %7s %8s %6s %7s %5s %9s\n", "context", "link",
-                "mode", "remote", "select", "wait", "trans", "attend", "full ms", "times", "error",
-                "hits", "B/token");
+    std::printf("%7s %-4s %-7s %-6s %-4s %5s %7s = %6s + %5s + %5s %7s %8s %6s %7s %5s %9s\n",
+                "context", "link", "mode", "bytes", "ahead", "reuse", "remote", "select", "wait",
+                "trans", "attend", "full ms", "times", "error", "hits", "B/token");
   }
   for (const std::string& text : flags_.context) {
     KV_ASSIGN_OR_RETURN(const uint32_t tokens, ParseTokens(text));
@@ -335,20 +404,13 @@ Status DecodeCommand::RunContext(uint32_t tokens, const ModelShape& model) {
                  options.shape.layers, model.layers);
   }
   const double overlap = scene->LayerOverlap(flags_.budget);
-  for (const std::string& transport : flags_.transport) {
-    if (transport != "shm" && transport != "tcp") {
-      return InvalidArgument("transport '" + transport + "', expected shm or tcp");
-    }
-    for (const std::string& mode : flags_.reply_mode) {
-      Point point;
-      point.transport = transport;
-      KV_ASSIGN_OR_RETURN(point.mode, ParseReplyMode(mode));
-      DecodeRun run(*scene, flags_, point, compute_);
-      KV_RETURN_IF_ERROR(run.Run());
-      Json result = run.Result(model);
-      result["layer_overlap"] = overlap;
-      Print(result);
-    }
+  KV_ASSIGN_OR_RETURN(const std::vector<Point> points, Points(flags_));
+  for (const Point& point : points) {
+    DecodeRun run(*scene, flags_, point, compute_);
+    KV_RETURN_IF_ERROR(run.Run());
+    Json result = run.Result(model);
+    result["layer_overlap"] = overlap;
+    Print(result);
   }
   return OkStatus();
 }

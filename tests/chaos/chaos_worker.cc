@@ -95,7 +95,7 @@ class Registry {
 class CheckingSink final : public SelectionSink {
  public:
   CheckingSink(const Content& content, LayerId layer) : content_(content), layer_(layer) {}
-  void ListResident(KvHeadId, std::vector<wire::ResidentPage>*) override { seen_.clear(); }
+  void FillHead(wire::SelectHead*) override { seen_.clear(); }
   void OnSelection(const wire::HeadSelection& selection,
                    std::vector<wire::ResidentPage>* refetch) override {
     for (const wire::PagePayload& page : selection.pages) {

@@ -5,6 +5,7 @@
 
 #include "common/limits.h"
 #include "common/wire/data_codec.h"
+#include "kernels/int8_rows.h"
 #include "tests/fuzz/fuzz_target.h"
 
 namespace icecache::fuzz {
@@ -38,6 +39,11 @@ void CheckSelectReply(const InMessage& m) {
       Inside(page.k_rows, m);
       Inside(page.v_rows, m);
       Inside(page.positions, m);
+      Inside(page.coded, m);
+      if (page.coded.empty()) continue;
+      std::vector<std::byte> k(page.fill * kShape.row_bytes()), v(k.size());
+      (void)DecodeInt8Rows(page.coded, kShape.dtype, page.fill, kShape.head_dim, k.data(),
+                           v.data());
     }
   }
 }
@@ -95,6 +101,11 @@ std::vector<std::string> Seeds() {
                          0.9f,
                          160});
   add(5, reply, 16 * (2 * row + 4));
+  select.heads[0].near = {17, 4, 39};
+  select.flags = wire::kSelectInt8;
+  add(4, select, 2 * 16 * 4 + 2 * row);
+  reply.heads[0].pages[0].coded_bytes = 600;
+  add(5, reply, 600 + 16 * 4);
   add(6, wire::FetchRowsRequest{.slices = slices, .part = wire::RowsPart::kTail}, 0);
   add(7, wire::FetchRowsReply{.first_position = 24, .count = 2, .checksum = 9}, 2 * 2 * 2 * row);
   add(8,

@@ -84,6 +84,25 @@ void AddWorkerOptions(ConfigParser& parser, WorkerOptions* o) {
   parser.Add("residual", &o->residual, "Merge the server's estimate of what is not fetched");
   parser.Add("resident_multiple", &o->resident_multiple,
              "Pages the worker keeps, in units of one selection's pages", 1, 64);
+  parser.Section("Speed for accuracy (docs/decode.md has what each costs)");
+  parser.Add("prefetch", &o->prefetch,
+             "Ask for a token's pages a step ahead, with the queries of the token before");
+  parser.Add("prefetch_cosine", &o->prefetch_cosine,
+             "With --prefetch: ask again for heads whose queries are less alike than this", -1, 1);
+  parser.Add("layer_reuse", &o->layer_reuse,
+             "Search everything in every so-manyth layer only, and the next layers near what it "
+             "chose; 1: in all layers",
+             1, kLayerReuseMax);
+  parser.Add("transfer", &o->transfer,
+             "native, or int8: pages that are sent (reply mode inline) come in about 0.57 of the "
+             "bytes");
+  parser.AddCheck("transfer", [o] {
+    return o->transfer == "native" || o->transfer == "int8"
+               ? OkStatus()
+               : InvalidArgument("'" + o->transfer + "', expected native or int8");
+  });
+
+  parser.Section("Patience");
   parser.AddMillis("select_deadline", &o->select_deadline_ms,
                    "How long a layer step waits for the server before it goes on without");
   AddOutputOptions(parser, o);
@@ -140,6 +159,10 @@ IceCacheOptions IceCacheOptionsOf(const WorkerOptions& options, const Compute& c
   icecache.read_cap = options.read_cap;
   icecache.min_mass = static_cast<float>(options.min_mass);
   icecache.residual = options.residual;
+  icecache.prefetch = options.prefetch;
+  icecache.prefetch_cosine = static_cast<float>(options.prefetch_cosine);
+  icecache.layer_reuse = options.layer_reuse;
+  icecache.int8 = options.transfer == "int8";
   icecache.select_deadline = std::chrono::milliseconds(options.select_deadline_ms);
   return icecache;
 }

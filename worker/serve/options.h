@@ -38,6 +38,10 @@ struct WorkerOptions {
   bool residual = true;
   uint32_t resident_multiple = 3;
   uint32_t select_deadline_ms = 2000;
+  bool prefetch = false;
+  double prefetch_cosine = 0.8;
+  uint32_t layer_reuse = 1;
+  std::string transfer = "native";
   std::string policy = "cluster_tree";
   uint64_t index_seed = 1;
 

@@ -50,6 +50,14 @@ std::string FormatSummary(const GenerateSummary& s) {
         static_cast<unsigned long long>(a.mapped_pages),
         static_cast<unsigned long long>(a.remote_pages));
   }
+  if (a.coded_pages > 0) {
+    Add(&text, "int8       %llu pages came coded\n",
+        static_cast<unsigned long long>(a.coded_pages));
+  }
+  if (a.asked_ahead > 0) {
+    Add(&text, "prefetch   %.1f %% of heads were asked again, since their queries had moved\n",
+        100 * static_cast<double>(a.asked_again) / static_cast<double>(a.asked_ahead));
+  }
   Add(&text, "worker KV  %s; full KV would take %s\n", FormatSize(d.kv_bytes).c_str(),
       FormatSize(d.full_kv_bytes).c_str());
   if (a.degraded_steps > 0 || a.bad_pages > 0) {

@@ -1,0 +1,97 @@
+#include "worker/layer_selection.h"
+
+#include <algorithm>
+
+namespace icecache {
+
+void LayerSelection::Begin(std::span<const KvHeadId> heads, const Range& range,
+                           const LayerSelection* anchor) {
+  range_ = range;
+  anchor_ = anchor;
+  for (const KvHeadId h : heads) {
+    Head& head = heads_[h.value];
+    head.arrived = false;
+    head.residual.clear();
+    head.missing.clear();
+  }
+}
+
+bool LayerSelection::any_missing() const {
+  return std::any_of(heads_.begin(), heads_.end(),
+                     [](const Head& head) { return !head.missing.empty(); });
+}
+
+void LayerSelection::FillHead(wire::SelectHead* wanted) {
+  if (caches_.empty()) return;
+  caches_[wanted->head.value].ListResident(&wanted->resident);
+  if (anchor_ != nullptr) wanted->near = anchor_->head(wanted->head).where;
+}
+
+void LayerSelection::RememberWhere() {
+  for (uint16_t h = 0; h < caches_.size(); ++h) {
+    std::vector<uint32_t>& where = heads_[h].where;
+    where.clear();  // stays so in reply mode "attend", which leaves nothing to go by
+    caches_[h].ListSelectedPositions(&where);
+    if (where.size() > wire::kNearPositionsMax) where.resize(wire::kNearPositionsMax);
+  }
+}
+
+void LayerSelection::OnSelection(const wire::HeadSelection& selection,
+                                 std::vector<wire::ResidentPage>* refetch) {
+  Head& head = heads_[selection.head.value];
+  head.arrived = true;
+  head.covered_end = range_.covered_end;
+  head.residual = selection.residual;
+  for (const wire::PagePayload& page : selection.pages) {
+    if (page.place != wire::PagePlace::kAttended) continue;
+    ++stats_->remote_pages;
+    stats_->attended_tokens += uint64_t{page.fill} * shape_.group();
+  }
+  if (caches_.empty()) return;
+  PageCache& pages = caches_[selection.head.value];
+  pages.BeginStep();
+  const auto count = [&](const wire::PagePayload& page, PageCache::Outcome outcome) {
+    switch (outcome) {
+      case PageCache::Outcome::kHit:
+        ++stats_->page_hits;
+        break;
+      case PageCache::Outcome::kReceived:
+        ++stats_->page_misses;
+        if (page.place == wire::PagePlace::kMapped) ++stats_->mapped_pages;
+        if (page.coded_bytes > 0) ++stats_->coded_pages;
+        if (page.from > 0) ++stats_->grown_pages;
+        break;
+      case PageCache::Outcome::kBad:
+        // A frame may have been reused between the reply and the copy: nothing is broken then.
+        ++(page.place == wire::PagePlace::kMapped ? stats_->mapped_gone : stats_->bad_pages);
+        head.missing.push_back({page.segment, page.page, page.version, page.fill});
+        break;
+      case PageCache::Outcome::kRepeated:
+        ++stats_->bad_pages;
+        break;
+    }
+  };
+  pages.ApplyAll(selection.pages, range_.indexed_begin, range_.indexed_end, count);
+  *refetch = head.missing;
+}
+
+void LayerSelection::OnRefetched(KvHeadId head, const wire::PagePayload& page) {
+  auto& missing = heads_[head.value].missing;
+  const auto wanted = std::find_if(missing.begin(), missing.end(), [&](const auto& m) {
+    return m.segment == page.segment && m.page == page.page;
+  });
+  if (wanted == missing.end()) return;
+  // Another version has other rows than those which the selection left to this page. More rows than
+  // then were pending at that time, and in the residual.
+  if (page.version != wanted->version || page.fill < wanted->fill || page.from != 0) return;
+  const auto outcome = caches_[head.value].Apply(page, range_.indexed_begin, range_.indexed_end,
+                                                 wanted->fill);
+  if (outcome == PageCache::Outcome::kReceived) {
+    ++stats_->page_misses;
+    missing.erase(wanted);
+  } else {
+    ++stats_->bad_pages;
+  }
+}
+
+}  // namespace icecache
