@@ -108,13 +108,23 @@ Result<Fact> MakeFact(const Tokenizer& tokenizer, const std::string& name, std::
   return fact;
 }
 
-Result<std::vector<Fact>> MakeFacts(const Tokenizer& tokenizer, uint32_t count, Random* random) {
+// `alike`: those with one adjective, or with one noun.
+std::vector<std::string> AllNames(bool alike, Random* random) {
+  const bool by_adjective = alike && random->Below(2) == 0;
+  const size_t half = alike ? random->Below(kNouns.size()) : 0;
   std::vector<std::string> names;
-  for (const std::string_view adjective : kAdjectives) {
-    for (const std::string_view noun : kNouns) {
-      names.push_back(std::string(adjective) + std::string(noun));
+  for (size_t a = 0; a < kAdjectives.size(); ++a) {
+    for (size_t n = 0; n < kNouns.size(); ++n) {
+      if (alike && (by_adjective ? a : n) != half) continue;
+      names.push_back(std::string(kAdjectives[a]) + std::string(kNouns[n]));
     }
   }
+  return names;
+}
+
+Result<std::vector<Fact>> MakeFacts(const Tokenizer& tokenizer, uint32_t count, bool alike,
+                                    Random* random) {
+  std::vector<std::string> names = AllNames(alike, random);
   if (count == 0 || count > names.size()) {
     return InvalidArgument("--facts " + std::to_string(count) + ": expected 1 to " +
                            std::to_string(names.size()));
@@ -141,7 +151,8 @@ Result<RecallDocument> MakeRecallDocument(const Tokenizer& tokenizer,
   }
   Random random(options.seed);
   KV_ASSIGN_OR_RETURN(const std::vector<int32_t> corpus, ReadCorpus(tokenizer, options));
-  KV_ASSIGN_OR_RETURN(std::vector<Fact> facts, MakeFacts(tokenizer, options.facts, &random));
+  KV_ASSIGN_OR_RETURN(std::vector<Fact> facts,
+                      MakeFacts(tokenizer, options.facts, options.alike, &random));
   size_t fact_tokens = 1;  // <bos>
   for (const Fact& fact : facts) fact_tokens += fact.tokens.size();
   if (fact_tokens > options.tokens) {

@@ -31,6 +31,8 @@ struct RecallDocumentOptions {
   uint32_t tokens = 16384;
   uint32_t facts = 64;
   uint64_t seed = 1;
+  bool alike =
+      false;  // names share their first or second half: only the whole name tells them apart
 };
 
 // INVALID_ARGUMENT when the facts do not fit, there are not so many names, or the tokenizer lacks
