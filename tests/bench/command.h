@@ -19,6 +19,7 @@ class BenchCommand {
   virtual Status Run() = 0;
 };
 
+std::unique_ptr<BenchCommand> MakeAccuracyCommand();
 std::unique_ptr<BenchCommand> MakeSelectCommand();
 std::unique_ptr<BenchCommand> MakeFetchCommand();
 std::unique_ptr<BenchCommand> MakeAttentionCommand();

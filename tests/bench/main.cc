@@ -9,6 +9,7 @@
 int main(int argc, char** argv) {
   using icecache::BenchCommand;
   std::vector<std::unique_ptr<BenchCommand>> commands;
+  commands.push_back(icecache::MakeAccuracyCommand());
   commands.push_back(icecache::MakeSelectCommand());
   commands.push_back(icecache::MakeFetchCommand());
   commands.push_back(icecache::MakeAttentionCommand());
