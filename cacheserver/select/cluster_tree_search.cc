@@ -52,6 +52,7 @@ void Search::Run(const Tree& tree, const ClusterTreeOptions& options, const Sele
   group_ = request.group;
   dim_ = tree.head_dim;
   out->pages.clear();
+  out->read.clear();
   out->covered_mass = 0;
   out->tokens_read = 0;
   out->residual.Reset(group_, dim_);
@@ -286,6 +287,7 @@ void Search::ReadCandidates() {
       Prefetch(kv_->pages[PageOf(candidates_[c + kPagesAhead])].k, kPageRows * kv_->row_bytes());
     }
     const PageView& page = kv_->pages[PageOf(candidates_[c])];
+    out_->read.emplace_back(PageOf(candidates_[c]));
     if (page.k == nullptr) continue;
     candidate_read_[c] = 1;
     out_->tokens_read += page.fill;

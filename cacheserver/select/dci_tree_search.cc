@@ -41,6 +41,7 @@ struct DciTree::SearchScratch {
   std::vector<Scored> frontier, next;
   uint64_t query_now = 0;  // stamp of the current query
   uint32_t tokens_read = 0;
+  std::vector<PageId> read;  // by the current query, cold ones too
   bool keep_next = false;  // children are candidates for the next level
 
   std::vector<std::vector<uint32_t>> lists;  // per head: pages, best first
@@ -90,6 +91,11 @@ void DciTree::Visit(const Child& child, const float* query, const PagedKv& pages
                     SearchScratch* s) const {
   const TokenInfo& info = tokens_[child.token];
   const PageView& page = pages.pages[info.page];
+  if (s->read_at[info.page] != s->query_now) {
+    s->read_at[info.page] = s->query_now;
+    s->read.emplace_back(info.page);
+    if (page.k != nullptr) s->tokens_read += page.fill;
+  }
   if (page.k == nullptr) return;
   float* scores = s->scores.data() + size_t{info.page} * limits::kPageTokens;
   if (s->scored_at[info.page] != s->now) {
@@ -97,10 +103,6 @@ void DciTree::Visit(const Child& child, const float* query, const PagedKv& pages
     s->scored_at[info.page] = s->now;
     DotRows(query, 1, page.k, pages.dtype, page.fill, options_.head_dim, scores,
             limits::kPageTokens);
-    if (s->read_at[info.page] != s->query_now) {
-      s->read_at[info.page] = s->query_now;
-      s->tokens_read += page.fill;
-    }
   }
   const float score = SaturatedLogit(scores[info.row]);
   s->visited.emplace_back(info.page, score);
@@ -195,6 +197,7 @@ void DciTree::Report(const SelectRequest& request, const PagedKv& pages, SearchS
 void DciTree::Select(const SelectRequest& request, const PagedKv& pages, Selection* out) const {
   thread_local SearchScratch s;
   out->pages.clear();
+  out->read.clear();
   out->residual.Reset(request.group, options_.head_dim);
   out->covered_mass = 0;
   out->tokens_read = 0;
@@ -203,6 +206,7 @@ void DciTree::Select(const SelectRequest& request, const PagedKv& pages, Selecti
   s.Fit(page_count());
   s.query_now = ++s.now;
   s.tokens_read = 0;
+  s.read.clear();
   s.lists.resize(request.group);
   s.visited_by_head.resize(request.group);
   const uint32_t wanted = std::min(request.max_pages, page_count());
@@ -224,6 +228,7 @@ void DciTree::Select(const SelectRequest& request, const PagedKv& pages, Selecti
     }
   }
   if (!s.pages.empty()) Report(request, pages, &s, out);
+  out->read.assign(s.read.begin(), s.read.end());
 }
 
 uint32_t DciTree::BeamParent(const float* key, const TokenInfo& info, uint32_t to,

@@ -39,8 +39,11 @@ class Exact final : public SelectionPolicy {
     out->covered_mass = 0;
     out->tokens_read = 0;
     s.pages.clear();
-    for (uint32_t p = 0; p < kv.page_count; ++p)
+    out->read.clear();
+    for (uint32_t p = 0; p < kv.page_count; ++p) {
+      out->read.emplace_back(p);
       if (kv.pages[p].k != nullptr) s.pages.emplace_back(p);
+    }
     if (s.pages.empty()) return;
     s.exact.Score(request, kv, s.pages);
     const PageScores scores = s.exact.scores();

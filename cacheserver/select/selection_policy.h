@@ -84,6 +84,10 @@ struct Selection {
   AttentionStates residual;         // [group]: everything indexed that is in no returned page
   float covered_mass = 0;           // estimated share of the indexed mass that `pages` hold, mean over the group
   uint32_t tokens_read = 0;         // rows of K read exactly (returned pages included)
+  // Pages whose rows the ranking read or, where they are not in memory, would have read; in any
+  // order. The owner brings what was missing and asks again: with all of them in memory the answer
+  // is that of a slice that is wholly in memory.
+  std::vector<PageId> read;
 };
 
 // Build options that come from outside the rows.

@@ -165,7 +165,8 @@ class Sequential final : public SelectionPolicy {
   }
 
   void Estimate(const SelectRequest& request, Scratch* s) const;
-  void ReadBest(const SelectRequest& request, const PagedKv& kv, Scratch* s) const;
+  void ReadBest(const SelectRequest& request, const PagedKv& kv, Scratch* s,
+                std::vector<PageId>* read) const;
   void AddResidual(const SelectRequest& request, const PagedKv& kv, Scratch* s,
                    AttentionStateRef residual) const;
   PageScores ScoresOf(const SelectRequest& request, const Scratch& s) const {
@@ -196,7 +197,8 @@ void Sequential::Estimate(const SelectRequest& request, Scratch* s) const {
 // Reads the best pages by estimate exactly and puts their exact scores into the estimate's place.
 // Beyond max_pages, a page counts as a full one against the cap, so the cap holds whichever are
 // returned.
-void Sequential::ReadBest(const SelectRequest& request, const PagedKv& kv, Scratch* s) const {
+void Sequential::ReadBest(const SelectRequest& request, const PagedKv& kv, Scratch* s,
+                          std::vector<PageId>* read) const {
   const uint32_t pages = fills_.page_count();
   const PageScores scores = ScoresOf(request, *s);
   s->totals.Assign(scores, request.local_lse);
@@ -206,7 +208,9 @@ void Sequential::ReadBest(const SelectRequest& request, const PagedKv& kv, Scrat
   TopPages(s->rank, std::min(pages, request.max_pages + extra), &s->candidates);
   s->exact_of.assign(pages, 0);
   s->read.clear();
+  read->clear();
   for (const uint32_t p : s->candidates) {
+    read->emplace_back(p);
     if (kv.pages[p].k == nullptr) continue;
     s->exact_of[p] = 1;
     s->read.emplace_back(p);
@@ -250,6 +254,7 @@ void Sequential::AddResidual(const SelectRequest& request, const PagedKv& kv, Sc
 void Sequential::Select(const SelectRequest& request, const PagedKv& kv, Selection* out) const {
   thread_local Scratch s;
   out->pages.clear();
+  out->read.clear();
   out->residual.Reset(request.group, options_.head_dim);
   out->covered_mass = 0;
   out->tokens_read = 0;
@@ -257,7 +262,7 @@ void Sequential::Select(const SelectRequest& request, const PagedKv& kv, Selecti
   KV_CHECK(kv.page_count == pages);
   if (pages == 0) return;
   Estimate(request, &s);
-  ReadBest(request, kv, &s);
+  ReadBest(request, kv, &s, &out->read);
   const PageScores scores = ScoresOf(request, s);
   // Only pages whose rank is exact, or cannot be had exactly, compete with each other.
   std::vector<uint32_t>& order = s.order;
