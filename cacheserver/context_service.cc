@@ -17,14 +17,17 @@ const char* ControlRequestName(const ControlRequestBody& request) {
 }
 
 ContextService::ContextService(ShardGroup& shards, TenantTable& tenants, LeaseTable& leases,
-                               MetricsRegistry& metrics)
+                               MetricsRegistry& metrics, ContextStore* store,
+                               uint64_t first_segment)
     : shards_(shards),
       tenants_(tenants),
       leases_(leases),
       metrics_(metrics),
       lease_gauge_(metrics.GetGauge("icecache_leases", "Leases that are alive.")),
       context_gauge_(metrics.GetGauge("icecache_contexts", "Contexts that the server holds.")),
-      segment_gauge_(metrics.GetGauge("icecache_segments", "Segments that the contexts share.")) {}
+      segment_gauge_(metrics.GetGauge("icecache_segments", "Segments that the contexts share.")),
+      store_(store),
+      table_(first_segment) {}
 
 void ContextService::CountGauges() {
   lease_gauge_.Set(leases_.count());
@@ -67,7 +70,7 @@ void ContextService::Admit(const Caller& caller, const ContextRecord& record,
                            std::function<Status(Shard&)> make, Done done) {
   Result<Lease> lease = leases_.Grant(record.id, caller.tenant, caller.connection, true);
   if (!lease.ok()) {
-    table_.Remove(record.id);
+    (void)table_.Remove(record.id);
     return done(lease.status());
   }
   struct Made {
@@ -124,17 +127,8 @@ void ContextService::Do(const Caller& caller, const wire::Create& request, Done 
                                                 .policy = *policy,
                                                 .seed = request.seed});
   if (!record.ok()) return done(record.status());
-  ContextSpec spec;
-  spec.id = record->id;
-  spec.segment = record->chain.back();
-  spec.tenant = record->tenant;
-  spec.shape = request.shape;
-  spec.sink_tokens = request.sink_tokens;
-  spec.window_tokens = request.window_tokens;
-  spec.policy = *policy;
-  spec.seed = request.seed;
   Admit(
-      caller, *record, [spec](Shard& shard) { return shard.CreateContext(spec); }, std::move(done));
+      caller, *record, [spec = SpecOf(*record)](Shard& shard) { return shard.CreateContext(spec); }, std::move(done));
 }
 
 void ContextService::Do(const Caller& caller, const wire::Fork& request, Done done) {
@@ -145,8 +139,16 @@ void ContextService::Do(const Caller& caller, const wire::Fork& request, Done do
   if (parent == nullptr || (!parent->published && !leases_.Find(caller.connection, parent->id))) {
     return done(NotFound("fork: no published context '" + request.parent + "'"));
   }
-  const ContextId parent_id = parent->id;
-  Result<ContextRecord> child = table_.Fork(parent_id, request.name);
+  WithLoaded(parent->id, [this, caller, id = parent->id, name = request.name,
+                          done = std::move(done)](const Status& loaded) {
+    if (!loaded.ok()) return done(loaded.WithContext("fork"));
+    GrantFork(caller, id, name, done);
+  });
+}
+
+void ContextService::GrantFork(const Caller& caller, ContextId parent_id, const std::string& name,
+                               Done done) {
+  Result<ContextRecord> child = table_.Fork(parent_id, name);
   if (!child.ok()) return done(child.status());
   Admit(
       caller, *child,
@@ -162,14 +164,23 @@ void ContextService::Do(const Caller& caller, const wire::Open& request, Done do
   if (record == nullptr || !record->published) {
     return done(NotFound("open: no published context '" + request.name + "'"));
   }
-  Result<Lease> lease = leases_.Grant(record->id, caller.tenant, caller.connection, false);
+  WithLoaded(record->id,
+             [this, caller, id = record->id, done = std::move(done)](const Status& loaded) {
+               if (!loaded.ok()) return done(loaded.WithContext("open"));
+               GrantRead(caller, id, done);
+             });
+}
+
+void ContextService::GrantRead(const Caller& caller, ContextId id, const Done& done) {
+  if (table_.Find(id) == nullptr) return done(Cancelled("the context was dropped"));
+  Result<Lease> lease = leases_.Grant(id, caller.tenant, caller.connection, false);
   if (!lease.ok()) return done(lease.status());
   shards_.Gather<Holdings>(
       [lease = *lease](Shard& shard) {
         shard.AddLease(lease);
         return shard.HoldingsOf(std::span(&lease.context, 1));
       },
-      [this, lease = *lease, done = std::move(done)](std::vector<Holdings> holdings) {
+      [this, lease = *lease, done](std::vector<Holdings> holdings) {
         FinishGrant(lease, std::move(holdings), done);
       });
 }
@@ -265,6 +276,7 @@ void ContextService::Do(const Caller& caller, const wire::Publish& request, Done
   if (!tenant.rights.share) {
     return done(PermissionDenied("tenant '" + tenant.name + "' has no right to share"));
   }
+  if (request.durable && !record->durable) return PublishDurable(*record, std::move(done));
   if (Status status = table_.Publish(record->id); !status.ok()) return done(status);
   LogInfo("context published", {{"tenant", tenant.name},
                                 {"context", record->name},
@@ -296,9 +308,7 @@ void ContextService::Do(const Caller& caller, const wire::Drop& request, Done do
   if (record == nullptr) return done(NotFound("drop: no context '" + request.name + "'"));
   LogInfo("context dropped", {{"tenant", tenant.name}, {"context", record->name}});
   RememberEnd(*record, "it was dropped");
-  DropContext(record->id);
-  shards_.Gather<bool>([](Shard&) { return true; },
-                       [done = std::move(done)](const std::vector<bool>&) { done(wire::Done{}); });
+  DropContext(record->id, [done = std::move(done)] { done(wire::Done{}); });
 }
 
 void ContextService::Do(const Caller& caller, const wire::List&, Done done) {
@@ -340,6 +350,7 @@ wire::ContextInfo ContextService::Info(const ContextRecord& record,
   info.seed = record.traits.seed;
   info.sealed = record.sealed;
   info.published = record.published;
+  info.durable = record.durable && record.published;
   info.tenant = tenants_.Get(record.tenant).name;
   for (const Holdings& of_shard : holdings) {
     auto end = of_shard.ends.find(record.id);
@@ -353,7 +364,7 @@ wire::ContextInfo ContextService::Info(const ContextRecord& record,
     part.sealed = segment->sealed;
     part.references = segment->references;
     part.tokens =
-        segment->sealed ? segment->tokens : info.tokens - (record.tokens - record.tail_tokens);
+        segment->sealed ? segment->tokens() : info.tokens - (record.tokens - record.tail_tokens);
     for (const Holdings& of_shard : holdings) {
       auto bytes = of_shard.segments.find(id);
       if (bytes == of_shard.segments.end()) continue;
@@ -418,7 +429,7 @@ void ContextService::EndLeases(const std::vector<Lease>& ended, const char* reas
   CountGauges();
 }
 
-void ContextService::DropContext(ContextId id) {
+void ContextService::DropContext(ContextId id, std::function<void()> done) {
   for (const Lease& lease : leases_.EndContext(id)) {
     metrics_
         .GetCounter("icecache_leases_ended_total", "Leases that ended, by reason.",
@@ -426,8 +437,27 @@ void ContextService::DropContext(ContextId id) {
         .Add();
     shards_.Tell([epoch = lease.epoch](Shard& shard) { shard.EndLease(epoch); });
   }
-  if (!table_.Remove(id)) return;
-  shards_.Tell([id](Shard& shard) { shard.DropContext(id); });
+  const ContextRecord* found = table_.Find(id);
+  if (found == nullptr) return;
+  const bool durable = found->durable && store_ != nullptr;
+  const ContextManifest manifest = durable ? ManifestOf(*found) : ContextManifest{};
+  const std::vector<SegmentId> freed = *table_.Remove(id);
+  shards_.Gather<bool>(
+      [id](Shard& shard) {
+        shard.DropContext(id);
+        return true;
+      },
+      [this, durable, manifest, freed, done = std::move(done)](const std::vector<bool>&) {
+        const auto finish = [this, freed, done](const Status&) {
+          // The shards write no part of these any more.
+          for (SegmentId segment : freed) {
+            if (store_ != nullptr) store_->DeleteSegment(segment);
+          }
+          if (done) done();
+        };
+        if (!durable) return finish(OkStatus());
+        store_->Forget(manifest, finish);
+      });
 }
 
 void ContextService::EndConnection(ConnectionId connection) {

@@ -42,8 +42,10 @@ struct ServerHooks {
 
 class ContextService {
  public:
+  // store: the cold store, nullptr when there is none. first_segment: as ContextTable.
   ContextService(ShardGroup& shards, TenantTable& tenants, LeaseTable& leases,
-                 MetricsRegistry& metrics);
+                 MetricsRegistry& metrics, ContextStore* store = nullptr,
+                 uint64_t first_segment = 1);
   ContextService(const ContextService&) = delete;
   ContextService& operator=(const ContextService&) = delete;
 
@@ -61,6 +63,10 @@ class ContextService {
   void StopAdmitting() { admitting_ = false; }
   // Sends the tenants' quotas to the shards: at start and after a reload.
   void ApplyQuotas();
+
+  // Offers a context that was found in the cold store; it is read when somebody opens it. Before the
+  // first request. NOT_FOUND: its tenant is not in the token file (it stays on disk).
+  Status Recover(const ContextManifest& manifest);
 
   void Report(std::function<void(ContextReport)> done);
   uint32_t lease_count() const { return leases_.count(); }
@@ -102,6 +108,16 @@ class ContextService {
                    const std::vector<Result<std::optional<uint32_t>>>& ends, Done done);
   void FinishSeal(ContextId id, bool added_nothing,
                   const std::vector<Result<std::optional<SegmentEnds>>>& ends, const Done& done);
+  // Calls then(OK) when the shards know the context, which may take a read from the cold store.
+  void WithLoaded(ContextId id, std::function<void(Status)> then);
+  void RestoreOnShards(ContextId id, const std::shared_ptr<const ContextStore::Rows>& rows);
+  void FinishLoading(ContextId id, const Status& status);
+  void PublishDurable(const ContextRecord& record, Done done);
+  void Commit(ContextId id, const Done& done);
+  ContextManifest ManifestOf(const ContextRecord& record) const;
+  ContextSpec SpecOf(const ContextRecord& record) const;
+  void GrantRead(const Caller& caller, ContextId id, const Done& done);
+  void GrantFork(const Caller& caller, ContextId parent, const std::string& name, Done done);
   // The record of a context that the caller holds a writable lease on.
   Result<ContextRecord> Owned(const Caller& caller, ContextId id) const;
   Result<ContextRecord> OfTenant(const Caller& caller, ContextId id) const;
@@ -109,7 +125,8 @@ class ContextService {
   void Describe(std::vector<ContextRecord> records,
                 std::function<void(std::vector<wire::ContextInfo>)> done);
   void EndLeases(const std::vector<Lease>& ended, const char* reason);
-  void DropContext(ContextId id);
+  // done: when nothing of it can come back. May be empty.
+  void DropContext(ContextId id, std::function<void()> done = {});
   void CountGauges();
 
   ShardGroup& shards_;
@@ -119,6 +136,7 @@ class ContextService {
   Gauge& lease_gauge_;
   Gauge& context_gauge_;
   Gauge& segment_gauge_;
+  ContextStore* const store_;
   ContextTable table_;
   ServerHooks hooks_;
   struct Ended {
@@ -127,6 +145,7 @@ class ContextService {
     TimePoint when;
   };
   std::deque<Ended> ended_;  // contexts that are gone, the last at the end
+  std::map<ContextId, std::vector<std::function<void(Status)>>> loading_;
   bool admitting_ = true;
 };
 

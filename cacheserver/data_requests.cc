@@ -166,7 +166,9 @@ Status DataService::AppendRows(const Fenced& fenced, const wire::SelectRequest& 
   return OkStatus();
 }
 
-Status DataService::SelectHeads(Context& context, const wire::SelectRequest& request) {
+// All heads, also after a miss: what they lack is brought together.
+Status DataService::SelectHeads(Context& context, const wire::SelectRequest& request,
+                                Misses* misses) {
   const ModelShape& shape = context.spec().shape;
   const size_t floats_per_head = size_t{shape.group()} * shape.head_dim;
   scratch_.heads.resize(request.heads.size());
@@ -187,7 +189,8 @@ Status DataService::SelectHeads(Context& context, const wire::SelectRequest& req
     wire::HeadSelection& chosen = scratch_.heads[i];
     answer.near = head.near;
     KV_RETURN_IF_ERROR(
-        context.Select(request.layer, head.head, select, head.resident, &chosen, answer));
+        context.Select(request.layer, head.head, select, head.resident, &chosen, misses, answer));
+    if (!misses->empty()) continue;
     if ((request.flags & wire::kSelectMapped) != 0) NameByExtent(&chosen);
     CountPages(chosen);
     tokens_read_.Add(chosen.tokens_read);
@@ -270,7 +273,9 @@ Status DataService::Select(Connection& connection, const InMessage& message) {
   if (request.heads.empty()) return InvalidArgument("select: no heads");
   KV_RETURN_IF_ERROR(AppendRows(fenced, request));
   const TimePoint appended = reactor_.clock().Now();
-  KV_RETURN_IF_ERROR(SelectHeads(context, request));
+  Misses misses;
+  KV_RETURN_IF_ERROR(SelectHeads(context, request, &misses));
+  if (!misses.empty()) return WaitForPages(connection, message, misses);
   const TimePoint selected = reactor_.clock().Now();
 
   OutMessage reply;
@@ -345,8 +350,10 @@ Status DataService::FetchPages(Connection& connection, const InMessage& message)
                       wire::DecodeFetchPagesRequest(message, fenced.context->spec().shape));
   KV_RETURN_IF_ERROR(CheckEpoch(fenced, request.epoch));
   scratch_.heads.resize(1);
-  KV_RETURN_IF_ERROR(
-      fenced.context->FetchPages(request.layer, request.head, request.pages, &scratch_.heads[0]));
+  Misses misses;
+  KV_RETURN_IF_ERROR(fenced.context->FetchPages(request.layer, request.head, request.pages,
+                                                &scratch_.heads[0], &misses));
+  if (!misses.empty()) return WaitForPages(connection, message, misses);
   if ((request.flags & wire::kSelectMapped) != 0) NameByExtent(&scratch_.heads[0]);
   OutMessage reply;
   KV_RETURN_IF_ERROR(GatherPages(&reply));

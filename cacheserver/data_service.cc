@@ -133,6 +133,10 @@ void DataService::Handle(Connection& connection, const InMessage& message) {
   } else {
     status = Dispatch(connection, message);
   }
+  if (status.code() == StatusCode::kResourceExhausted &&
+      (message.kind == wire::kPutRows || message.kind == wire::kSelect)) {
+    status = WaitForRoom(connection, message, status);
+  }
   if (status.ok()) return;  // answered, or will be
   Count(message.kind, status.code());
   connection.channel->ReplyError(message.id, status);

@@ -7,6 +7,9 @@
 // lease. Only then is the context asked. Whatever fails answers with an error and leaves the
 // connection open: the peer's next request may be fine.
 //
+// A request that misses something in memory, or finds no memory, waits and is made again
+// (data_waiting.cc).
+//
 // Replies carry pages straight from their frames, under a pin. What a selection appended is indexed
 // after its answer has left. Thread: the shard's. Bounds: limits.h, "Server".
 #pragma once
@@ -47,7 +50,7 @@ class DataService {
   void StopAccepting() { accepting_ = false; }
 
   size_t connection_count() const { return connections_.size(); }
-  uint64_t requests_open() const { return requests_open_; }  // taken and not yet answered
+  uint64_t requests_open() const { return requests_open_ + requests_waiting_; }  // not yet answered
 
  private:
   struct Connection {
@@ -63,6 +66,7 @@ class DataService {
     const Lease* lease = nullptr;
   };
   struct BuildInFlight;
+  struct Waiting;
 
   void Handle(Connection& connection, const InMessage& message);
   Status Dispatch(Connection& connection,
@@ -78,12 +82,20 @@ class DataService {
   Status FetchPages(Connection& connection, const InMessage& message);
 
   Status AppendRows(const Fenced& fenced, const wire::SelectRequest& request);
-  Status SelectHeads(Context& context, const wire::SelectRequest& request);
+  Status SelectHeads(Context& context, const wire::SelectRequest& request, Misses* misses);
   static void NameByExtent(wire::HeadSelection* selection);
   void CountPages(const wire::HeadSelection& selection);
   void RememberSelection(const wire::SelectRequest& request, Duration took);
   // Body parts of scratch_'s pages, neighbours in memory as one part.
   Status GatherPages(OutMessage* out) const;
+
+  // OK: the request is answered later.
+  Status WaitForPages(const Connection& connection, const InMessage& message, const Misses& misses);
+  // As above; `status`, why there is no room, where waiting is of no use.
+  Status WaitForRoom(const Connection& connection, const InMessage& message, const Status& status);
+  Result<std::shared_ptr<Waiting>> Keep(const Connection& connection, const InMessage& message);
+  void WaitForFrames(const std::shared_ptr<Waiting>& kept, const Status& status);
+  void Again(const std::shared_ptr<Waiting>& kept, Status status);
 
   void Reply(Connection& connection, const InMessage& request, OutMessage reply);
   void FinishBuild(const BuildInFlight& build);
@@ -112,6 +124,8 @@ class DataService {
       closed_;  // until the next turn: not inside their own callbacks
   uint64_t next_connection_ = 1;
   uint64_t requests_open_ = 0;
+  uint32_t requests_waiting_ = 0;
+  std::shared_ptr<Waiting> current_;  // while a request that waited is made again
   bool accepting_ = true;
   Reactor::TimerId sweep_ = 0;
   wire::SelectReply scratch_;  // reused by every Select: its vectors keep their memory

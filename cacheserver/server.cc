@@ -7,6 +7,7 @@
 
 #include "cacheserver/admin.h"
 #include "cacheserver/build_pool.h"
+#include "cacheserver/context_store.h"
 #include "cacheserver/context_service.h"
 #include "cacheserver/control_service.h"
 #include "cacheserver/data_service.h"
@@ -23,11 +24,12 @@ namespace {
 
 constexpr Duration kDrainCheckInterval = std::chrono::milliseconds(20);
 
-// Larger than any epoch of an earlier run on this machine, whatever that run granted.
-Epoch FirstEpoch() {
+// Ids and epochs start here: larger than any of an earlier run on this machine, so that neither a late
+// request nor a page that a worker kept passes for one of this run.
+uint64_t MicrosSince1970() {
   const auto since = std::chrono::system_clock::now().time_since_epoch();
-  return Epoch(
-      static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::microseconds>(since).count()));
+  return static_cast<uint64_t>(
+      std::chrono::duration_cast<std::chrono::microseconds>(since).count());
 }
 
 double Seconds(Duration d) { return std::chrono::duration<double>(d).count(); }
@@ -45,7 +47,7 @@ struct Server::ShardThread {
     shard = std::make_unique<Shard>(
         ShardOptions{
             .id = id, .count = config.threads, .memory_bytes = config.memory_size / config.threads},
-        reactor, *server.builds_, server.metrics_);
+        reactor, *server.builds_, server.metrics_, server.cold_.get());
     extents = std::make_unique<ExtentService>(*shard, reactor, server.metrics_);
     service = std::make_unique<DataService>(
         *shard, reactor, server.metrics_,
@@ -86,10 +88,11 @@ struct Server::ShardThread {
 
 struct Server::ControlPlane {
   ControlPlane(Server& server, std::vector<ShardGroup::Member> members,
-               ControlServiceOptions options)
+               ControlServiceOptions options, uint64_t first_id)
       : shards(*server.reactor_, std::move(members)),
-        leases(*server.clock_, options.lease_time, FirstEpoch()),
-        contexts(shards, server.parts_.tenants, leases, server.metrics_),
+        leases(*server.clock_, options.lease_time, Epoch(first_id)),
+        contexts(shards, server.parts_.tenants, leases, server.metrics_,
+                 server.context_store_.get(), first_id),
         service(*server.reactor_, contexts, server.parts_.tenants, server.metrics_,
                 std::move(options)) {}
 
@@ -111,6 +114,7 @@ Server::~Server() {
   ready_ = false;
   control_.reset();
   builds_->Stop();
+  if (cold_ != nullptr) cold_->Stop();
   for (const auto& shard : shards_) shard->reactor.Stop();
   for (const auto& shard : shards_) {
     if (shard->thread.joinable()) shard->thread.join();
@@ -119,10 +123,24 @@ Server::~Server() {
 
 Result<std::unique_ptr<Server>> Server::Start(ServerParts parts) {
   std::unique_ptr<Server> server(new Server(std::move(parts)));
+  KV_RETURN_IF_ERROR(server->OpenColdStore());
   KV_RETURN_IF_ERROR(server->StartShards());
   KV_RETURN_IF_ERROR(server->StartControl());
   server->ready_ = true;
   return server;
+}
+
+Status Server::OpenColdStore() {
+  const ServerConfig& config = parts_.config;
+  if (config.data_dir.empty()) return OkStatus();
+  ColdStoreOptions options;
+  options.directory = config.data_dir;
+  options.write_bytes_per_second = config.cold_write_rate;
+  options.direct_io = config.cold_direct_io;
+  KV_ASSIGN_OR_RETURN(std::unique_ptr<ColdStore> store, OpenRocksColdStore(options));
+  cold_ = std::make_unique<ColdPool>(std::move(store), config.cold_threads, *clock_, metrics_);
+  context_store_ = std::make_unique<ContextStore>(*reactor_, *cold_);
+  return OkStatus();
 }
 
 Status Server::StartShards() {
@@ -155,7 +173,16 @@ Status Server::StartControl() {
   options.tls = parts_.tls;
   std::vector<ShardGroup::Member> members;
   for (const auto& shard : shards_) members.push_back({&shard->reactor, shard->shard.get()});
-  control_ = std::make_unique<ControlPlane>(*this, std::move(members), std::move(options));
+  ContextStore::Recovered recovered;
+  recovered.first_id = MicrosSince1970();
+  if (context_store_ != nullptr) {
+    Result<ContextStore::Recovered> found = context_store_->Recover(recovered.first_id);
+    if (!found.ok()) return found.status().WithContext("--data-dir " + config.data_dir);
+    recovered = std::move(found).value();
+  }
+  control_ = std::make_unique<ControlPlane>(*this, std::move(members), std::move(options),
+                                            recovered.first_id);
+  OfferRecovered(recovered.contexts, recovered.orphans);
   control_->contexts.ApplyQuotas();
   control_->contexts.SetHooks(
       {.drain = [this] { Drain(); },
@@ -186,6 +213,22 @@ Status Server::StartControl() {
   KV_ASSIGN_OR_RETURN(control_address_,
                       control_->service.Listen(config.host, static_cast<uint16_t>(config.port)));
   return OkStatus();
+}
+
+void Server::OfferRecovered(const std::vector<ContextManifest>& contexts, uint64_t orphans) {
+  uint64_t offered = 0;
+  for (const ContextManifest& manifest : contexts) {
+    const Status status = control_->contexts.Recover(manifest);
+    offered += status.ok();
+    if (status.ok()) continue;
+    LogWarn("durable context not offered", {{"tenant", manifest.tenant},
+                                            {"context", manifest.name},
+                                            {"reason", status.ToString()}});
+  }
+  if (context_store_ == nullptr) return;
+  LogInfo("cold store open", {{"folder", parts_.config.data_dir},
+                              {"contexts", std::to_string(offered)},
+                              {"segments_discarded", std::to_string(orphans)}});
 }
 
 Status Server::Run() {

@@ -27,6 +27,10 @@
 
 namespace icecache {
 
+class ColdPool;
+class ContextStore;
+struct ContextManifest;
+
 struct ServerParts {
   ServerConfig config;
   std::string merged_config;  // for /config
@@ -65,8 +69,10 @@ class Server {
   struct ControlPlane;
 
   explicit Server(ServerParts parts);
+  Status OpenColdStore();
   Status StartShards();
   Status StartControl();
+  void OfferRecovered(const std::vector<ContextManifest>& contexts, uint64_t orphans);
   void ContinueDrain(TimePoint deadline);
   void MeasureLag(Reactor& reactor, const std::string& loop);
   void RenderStatus(std::function<void(std::string)> answer);
@@ -78,6 +84,8 @@ class Server {
   std::unique_ptr<Reactor> reactor_;  // control
   std::vector<std::unique_ptr<ShardThread>> shards_;
   std::unique_ptr<class BuildPool> builds_;
+  std::unique_ptr<ColdPool> cold_;            // nullptr: nothing is kept on disk
+  std::unique_ptr<ContextStore> context_store_;  // with cold_
   std::unique_ptr<ControlPlane> control_;
   std::string control_address_;
   std::string http_address_;

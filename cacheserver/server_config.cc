@@ -4,12 +4,17 @@
 #include <sched.h>
 #include <sys/resource.h>
 #include <sys/statvfs.h>
+#include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <charconv>
+#include <cstring>
+#include <filesystem>
 #include <fstream>
 #include <sstream>
 
+#include "common/cold_limits.h"
 #include "common/limits.h"
 #include "common/size.h"
 #include "common/ucx_environment.h"
@@ -170,11 +175,14 @@ Status CheckLockedMemory(const ServerConfig& c, const Machine& machine) {
       "memlock=-1)");
 }
 
-// A setting that is taken and does nothing would be believed.
 Status CheckDataDir(const ServerConfig& c) {
   if (c.data_dir.empty()) return OkStatus();
-  return Unimplemented("data-dir " + c.data_dir +
-                       ": this version keeps contexts in memory only; leave --data-dir out");
+  std::error_code error;
+  std::filesystem::create_directories(c.data_dir, error);
+  if (!error && access(c.data_dir.c_str(), R_OK | W_OK | X_OK) == 0) return OkStatus();
+  return InvalidArgument("data-dir " + c.data_dir + ": " +
+                         (error ? error.message() : std::strerror(errno)) +
+                         "; name a folder that this user can write");
 }
 
 // Three times, so that two lost renewals are survived.
@@ -194,6 +202,7 @@ constexpr char kExamples[] =
     "icecache-server --config /etc/icecache/server.toml --check-config\n"
     "icecache-server --host 0.0.0.0 --token-file /etc/icecache/tokens.toml --tls-cert server.pem "
     "--tls-key server.key\n"
+    "icecache-server --memory-size 16GiB --data-dir /var/lib/icecache\n"
     "icecache-server --port 0 --http-port 0 --port-file /tmp/ports.json\n"
     "ICECACHE_LOG_LEVEL=debug icecache-server --print-config";
 
@@ -207,7 +216,14 @@ void AddKeys(ConfigParser& parser, ServerConfig& c) {
   parser.AddSize("memory_size", &c.memory_size,
                  "memory for pages and rows, as 4GiB or 512MiB, over all shards");
   parser.Add("data_dir", &c.data_dir,
-             "folder for what must outlive the process; not in this version: leave it empty");
+             "folder of the cold store: durable contexts, and pages that memory has no room for; empty: "
+             "all in memory");
+  parser.Add("cold_threads", &c.cold_threads, "threads that read and write the cold store", 1,
+             limits::kColdThreadsMax);
+  parser.AddSize("cold_write_rate", &c.cold_write_rate,
+                 "bound on background writes of the cold store, bytes a second; 0: none");
+  parser.Add("cold_direct_io", &c.cold_direct_io,
+             "read and write the cold store past the kernel's page cache");
   parser.Add("threads", &c.threads, "shards: threads that own and serve the pages", 1,
              limits::kShardsMax);
   parser.Add("build_threads", &c.build_threads, "threads that cluster pages in the background", 1,

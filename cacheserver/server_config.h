@@ -25,6 +25,9 @@ struct ServerConfig {
   uint32_t http_port = 7401;
   uint64_t memory_size = 0;  // bytes of page frames and rows, over all shards
   std::string data_dir;      // empty: nothing is written to disk
+  uint32_t cold_threads = 4;
+  uint64_t cold_write_rate = 0;  // bytes a second; 0: no bound
+  bool cold_direct_io = false;
   uint32_t threads = 1;      // shards
   uint32_t build_threads = 1;
   std::string transports;  // UCX_TLS; empty: the default of common/transport.h

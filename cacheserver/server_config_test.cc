@@ -127,8 +127,8 @@ TEST(ServerConfig, MissingResourcesAreRefusedWithTheRemedy) {
   machine = kMachine;
   machine.memlock = ~0ull;
   EXPECT_TRUE(CheckServerConfig(config, machine).ok());
-  config.data_dir = "/var/lib/icecache";
-  EXPECT_THAT(CheckServerConfig(config, machine).message(), HasSubstr("leave --data-dir out"));
+  config.data_dir = "/proc/icecache";
+  EXPECT_THAT(CheckServerConfig(config, machine).message(), HasSubstr("can write"));
   config.data_dir.clear();
   config.heartbeat_ms = config.lease_ms;
   EXPECT_THAT(CheckServerConfig(config, machine).message(), HasSubstr("lease-ms"));

@@ -69,12 +69,15 @@ std::vector<TenantSum> SumTenants(const std::vector<ShardStatus>& shards,
 std::string StatusJson(const ServerReport& report, const TenantTable& tenants) {
   json shards = json::array();
   uint64_t used = 0, held = 0, data_connections = 0, jobs = 0;
+  TierUsage tier;
   for (const ShardStatus& shard : report.shards) {
     shards.push_back(ShardJson(shard));
     used += shard.pool.frame_bytes + shard.pool.row_bytes;
     held += shard.pool.held_bytes();
     data_connections += shard.connections;
     jobs += shard.jobs;
+    tier.pages_warm += shard.tier.pages_warm;
+    tier.pages_cold += shard.tier.pages_cold;
   }
   json contexts = json::array();
   for (const wire::ContextInfo& context : report.contexts.contexts)
@@ -94,6 +97,7 @@ std::string StatusJson(const ServerReport& report, const TenantTable& tenants) {
       {"uptime_seconds", report.uptime_seconds},
       {"control_address", report.control_address},
       {"memory", {{"size_bytes", report.memory_size}, {"used_bytes", used}, {"held_bytes", held}}},
+      {"tier", {{"pages_warm", tier.pages_warm}, {"pages_cold", tier.pages_cold}}},
       {"segments",
        {{"count", report.contexts.segments},
         {"kv_bytes", report.contexts.kv_bytes},

@@ -30,7 +30,7 @@ std::string SliceText(LayerId layer, KvHeadId head) {
 }  // namespace
 
 Shard::Shard(const ShardOptions& options, Reactor& reactor, BuildPool& builds,
-             MetricsRegistry& metrics)
+             MetricsRegistry& metrics, ColdPool* cold)
     : options_(options),
       reactor_(reactor),
       builds_(builds),
@@ -46,6 +46,7 @@ Shard::Shard(const ShardOptions& options, Reactor& reactor, BuildPool& builds,
           "icecache_cluster_job_seconds",
           "From the submission of a build or re-clustering to its installation.")),
       pool_(options.memory_bytes),
+      tier_(reactor, pool_, cold, metrics),
       attention_(MakeCpuAttention()),
       checksum_failures_(
           metrics.GetCounter("icecache_checksum_failures_total",
@@ -78,6 +79,27 @@ Status Shard::ForkContext(ContextId parent_id, ContextId child, SegmentId segmen
   return OkStatus();
 }
 
+Status Shard::RestoreContext(ContextSpec spec, std::span<const SegmentSpec> chain,
+                             std::span<const SegmentEnds> ends, const ContextStore::Rows& rows) {
+  if (contexts_.contains(spec.id)) return OkStatus();
+  spec.shard = options_.id;
+  spec.shard_count = options_.count;
+  std::vector<std::shared_ptr<const Segment>> segments;
+  for (size_t i = 0; i < chain.size(); ++i) {
+    std::shared_ptr<const Segment> segment = tier_.Find(chain[i].id);
+    if (segment == nullptr) {
+      SegmentSpec own = chain[i];
+      own.shard = options_.id;
+      own.shard_count = options_.count;
+      KV_ASSIGN_OR_RETURN(segment, Segment::Restore(pool_, own, ends[i], rows[i]));
+      tier_.Add(segment, true);
+    }
+    segments.push_back(std::move(segment));
+  }
+  contexts_.emplace(spec.id, Context::Restore(spec, std::move(segments), pool_, *attention_));
+  return OkStatus();
+}
+
 Result<std::optional<uint32_t>> Shard::CheckSealable(ContextId id) const {
   auto it = contexts_.find(id);
   if (it == contexts_.end()) return Gone(id);
@@ -107,6 +129,7 @@ Result<std::optional<SegmentEnds>> Shard::SealContext(ContextId id) {
   Context* context = FindContext(id);
   if (context == nullptr) return Gone(id);
   KV_RETURN_IF_ERROR(context->Seal());
+  tier_.Add(context->chain().back(), false);
   return context->sealed_ends();
 }
 
@@ -148,6 +171,7 @@ ShardStatus Shard::status() {
   ShardStatus status;
   status.id = options_.id;
   status.pool = pool_.usage();
+  status.tier = tier_.usage();
   for (TenantId tenant : pool_.tenants()) status.tenants[tenant] = pool_.usage(tenant);
   status.contexts = contexts_.size();
   status.leases = leases_.size();
@@ -180,6 +204,16 @@ void Shard::Build(ContextId id, LayerId layer, KvHeadId head, uint32_t token_cou
   }
   Result<std::unique_ptr<SliceJob>> work =
       context->PrepareBuild(layer, head, token_count, query_energy);
+  if (work.status().code() == StatusCode::kResourceExhausted) {
+    // Ends: every wait that is worth it has stored a segment.
+    const std::vector<float> energy(query_energy.begin(), query_energy.end());
+    return tier_.WaitForRoom([=, this, status = work.status(), done = std::move(done),
+                              alive = std::weak_ptr<int>(alive_)](bool room) {
+      if (alive.expired()) return;
+      if (!room) return done(status);
+      Build(id, layer, head, token_count, energy, done);
+    });
+  }
   if (!work.ok()) return done(work.status());
   if (*work == nullptr) return done(context->PageCount(layer, head));
   Submit({id, layer, head}, std::move(*work), std::move(done));

@@ -27,8 +27,10 @@
 #include "cacheserver/build_pool.h"
 #include "cacheserver/context/context.h"
 #include "cacheserver/context/lease_table.h"
+#include "cacheserver/context_store.h"
 #include "cacheserver/shard_report.h"
 #include "cacheserver/store/page_pool.h"
+#include "cacheserver/tier.h"
 #include "common/metrics.h"
 #include "common/reactor.h"
 
@@ -53,6 +55,7 @@ struct Holdings {
 struct ShardStatus {
   ShardId id;
   PoolUsage pool;
+  TierUsage tier;
   std::map<TenantId, TenantUsage> tenants;
   uint64_t contexts = 0;
   uint64_t leases = 0;
@@ -64,8 +67,9 @@ struct ShardStatus {
 
 class Shard {
  public:
-  // All borrowed things outlive the shard.
-  Shard(const ShardOptions& options, Reactor& reactor, BuildPool& builds, MetricsRegistry& metrics);
+  // All borrowed things outlive the shard; `cold` may be nullptr.
+  Shard(const ShardOptions& options, Reactor& reactor, BuildPool& builds, MetricsRegistry& metrics,
+        ColdPool* cold = nullptr);
   ~Shard();
   Shard(const Shard&) = delete;
   Shard& operator=(const Shard&) = delete;
@@ -75,6 +79,10 @@ class Shard {
   Status CreateContext(ContextSpec spec);
   // The child takes shape, policy and sizes from its parent.
   Status ForkContext(ContextId parent, ContextId child, SegmentId segment);
+  // A sealed context from the cold store: spec and chain describe it, rows are those of the chain's
+  // segments. Segments that this shard holds already are shared. Harmless when repeated.
+  Status RestoreContext(ContextSpec spec, std::span<const SegmentSpec> chain,
+                        std::span<const SegmentEnds> ends, const ContextStore::Rows& rows);
   // Where the slices of the private segment end if all of them can be sealed now; nullopt when the
   // shard owns none. FAILED_PRECONDITION names the slice that is behind or being built. Changes
   // nothing.
@@ -114,6 +122,7 @@ class Shard {
   }
 
   PagePool& pool() { return pool_; }
+  Tier& tier() { return tier_; }
   const ShardOptions& options() const { return options_; }
   uint64_t jobs() const { return jobs_.size(); }
 
@@ -145,6 +154,7 @@ class Shard {
   Histogram& build_seconds_;
 
   PagePool pool_;
+  Tier tier_;
   std::unique_ptr<AttentionBackend> attention_;
   std::unordered_map<ContextId, std::unique_ptr<Context>> contexts_;
   std::unordered_map<Epoch, Lease> leases_;

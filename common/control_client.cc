@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "common/address.h"
+#include "common/cold_limits.h"
 #include "common/control_stream.h"
 
 namespace icecache {
@@ -144,13 +145,12 @@ struct ControlClient::Impl : std::enable_shared_from_this<ControlClient::Impl> {
   bool Interrupted() const { return options.interrupted && options.interrupted(); }
 
   // Waits for `done`, the deadline or SIGINT.
-  Status Wait(const std::function<bool()>& done, const std::string& what) {
-    reactor.RunUntil([&] { return done() || Interrupted(); },
-                     reactor.clock().Now() + options.deadline);
+  Status Wait(const std::function<bool()>& done, const std::string& what, Duration deadline) {
+    reactor.RunUntil([&] { return done() || Interrupted(); }, reactor.clock().Now() + deadline);
     if (done()) return OkStatus();
     if (Interrupted()) return Cancelled("interrupted");
     return DeadlineExceeded("cache server " + options.address + " did not answer to " + what +
-                            " within " + std::to_string(options.deadline / milliseconds(1)) +
+                            " within " + std::to_string(deadline / milliseconds(1)) +
                             " ms");
   }
 
@@ -173,13 +173,14 @@ struct ControlClient::Impl : std::enable_shared_from_this<ControlClient::Impl> {
     asio::async_connect(
         stream->socket(), endpoints,
         [self = shared_from_this(), result](const error_code& e, const auto&) { *result = e; });
-    KV_RETURN_IF_ERROR(Wait([&] { return result->has_value(); }, "connect"));
+    KV_RETURN_IF_ERROR(Wait([&] { return result->has_value(); }, "connect", options.deadline));
     if (**result) return refused((**result).message());
     stream->socket().set_option(asio::ip::tcp::no_delay(true), error);
     result->reset();
     stream->HandshakeAsClient(
         where.host, [self = shared_from_this(), result](const error_code& e) { *result = e; });
-    KV_RETURN_IF_ERROR(Wait([&] { return result->has_value(); }, "the TLS handshake"));
+    KV_RETURN_IF_ERROR(Wait([&] { return result->has_value(); }, "the TLS handshake",
+                            options.deadline));
     if (!**result) return OkStatus();
     return Unauthenticated("cache server " + options.address + ": TLS: " + (**result).message() +
                            "; does it serve TLS, with a certificate for " + where.host +
@@ -189,10 +190,14 @@ struct ControlClient::Impl : std::enable_shared_from_this<ControlClient::Impl> {
   // One request and its reply. `Reply` is the alternative that is expected.
   template <typename Reply, typename Request>
   Result<Reply> Ask(Request request, const std::string& what) {
+    return Ask<Reply>(std::move(request), what, options.deadline);
+  }
+  template <typename Reply, typename Request>
+  Result<Reply> Ask(Request request, const std::string& what, Duration deadline) {
     const auto answer = std::make_shared<std::optional<Result<wire::ControlReply>>>();
     Send(std::move(request),
          [answer](Result<wire::ControlReply> r) { answer->emplace(std::move(r)); });
-    KV_RETURN_IF_ERROR(Wait([&] { return answer->has_value(); }, what));
+    KV_RETURN_IF_ERROR(Wait([&] { return answer->has_value(); }, what, deadline));
     Result<wire::ControlReply>& reply = **answer;
     if (!reply.ok()) return reply.status().WithContext(what);
     Reply* body = std::get_if<Reply>(&reply->body);
@@ -267,8 +272,11 @@ Status ControlClient::Seal(ContextId context) {
   return impl_->Ask<wire::Done>(wire::Seal{context}, "seal context").status();
 }
 
-Status ControlClient::Publish(ContextId context) {
-  return impl_->Ask<wire::Done>(wire::Publish{context}, "publish context").status();
+Status ControlClient::Publish(ContextId context, bool durable) {
+  // Gigabytes may have to reach the disk.
+  const Duration deadline = durable ? Duration(limits::kPublishDeadline) : impl_->options.deadline;
+  return impl_->Ask<wire::Done>(wire::Publish{context, durable}, "publish context", deadline)
+      .status();
 }
 
 Status ControlClient::Release(ContextId context) {

@@ -47,7 +47,8 @@ class ControlClient {
   Result<wire::Grant> Open(const std::string& name);
   Result<wire::Grant> Fork(const std::string& parent, const std::string& name);
   Status Seal(ContextId context);
-  Status Publish(ContextId context);
+  // durable: answered when the context is on disk; a large one takes as long as the disk needs.
+  Status Publish(ContextId context, bool durable = false);
   Status Release(ContextId context);
   Status Drop(const std::string& name);
   Result<std::vector<wire::ContextInfo>> List();

@@ -41,8 +41,10 @@ class AttendMissing : public testing::Test {
     request.read_cap = limits::kReadCapMax;
     request.residual = residual;
     wire::HeadSelection selection;
-    const Status status = context_->Select(kLayer, kHead, request, resident, &selection,
+    Misses misses;
+    const Status status = context_->Select(kLayer, kHead, request, resident, &selection, &misses,
                                            {.attend_missing = attend, .whole_pages = whole_});
+    EXPECT_TRUE(misses.empty());
     EXPECT_TRUE(status.ok()) << status.ToString();
     return selection;
   }

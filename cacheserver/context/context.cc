@@ -95,6 +95,15 @@ Result<std::unique_ptr<Context>> Context::Fork(const Context& parent, const Cont
   return context;
 }
 
+std::unique_ptr<Context> Context::Restore(const ContextSpec& spec,
+                                          std::vector<std::shared_ptr<const Segment>> chain,
+                                          PagePool& pool, AttentionBackend& attention) {
+  KV_CHECK(!chain.empty());
+  std::unique_ptr<Context> context(new Context(spec, pool, attention));
+  context->chain_ = std::move(chain);
+  return context;
+}
+
 Result<HeadSlice*> Context::MutableSlice(LayerId layer, KvHeadId head) {
   KV_RETURN_IF_ERROR(CheckSlice(layer, head));
   if (!tail_) {

@@ -15,6 +15,7 @@
 #include <utility>
 #include <vector>
 
+#include "cacheserver/context/misses.h"
 #include "cacheserver/context/segment.h"
 #include "common/wire/data_codec.h"
 #include "kernels/attention.h"
@@ -69,6 +70,10 @@ class Context {
   // O(slices), nothing is copied. FAILED_PRECONDITION when the parent is not sealed;
   // RESOURCE_EXHAUSTED: chain too long.
   static Result<std::unique_ptr<Context>> Fork(const Context& parent, const ContextSpec& spec);
+  // A sealed context of these segments, all sealed, oldest first, not empty.
+  static std::unique_ptr<Context> Restore(const ContextSpec& spec,
+                                          std::vector<std::shared_ptr<const Segment>> chain,
+                                          PagePool& pool, AttentionBackend& attention);
 
   Context(const Context&) = delete;
   Context& operator=(const Context&) = delete;
@@ -93,14 +98,16 @@ class Context {
 
   // One ranking over the chain under one budget. Fills head, pages (spans into the frames for the
   // rows that the worker lacks: K rows, V rows, positions of [from, fill)), residual, covered_mass
+  // What is not in memory is added to *misses; while there is any, *out is undefined: bring it and
+  // ask again. With everything in memory, the answer does not depend on what was not before.
   // and tokens_read of *out, reusing its memory. The spans hold while a PagePool::Pin() taken after
   // the call and before the next change lives.
   Status Select(LayerId layer, KvHeadId head, const SelectRequest& request,
                 std::span<const wire::ResidentPage> resident, wire::HeadSelection* out,
-                const AnswerOptions& options = {}) const;
+                Misses* misses, const AnswerOptions& options = {}) const;
   // Whole pages by name; those that no longer stand under that name are left out. log_mass is 0.
   Status FetchPages(LayerId layer, KvHeadId head, std::span<const wire::ResidentPage> names,
-                    wire::HeadSelection* out) const;
+                    wire::HeadSelection* out, Misses* misses) const;
   // Sinks of the chain's first segment; live tail of its last sealed segment (the window a fork
   // starts with), or when nothing is sealed yet the tail of the private one.
   Result<RowsView> FetchRows(LayerId layer, KvHeadId head, wire::RowsPart part) const;
@@ -115,6 +122,7 @@ class Context {
   Result<uint32_t> NextPosition(LayerId layer, KvHeadId head) const;
 
   const ContextSpec& spec() const { return spec_; }
+  const std::vector<std::shared_ptr<const Segment>>& chain() const { return chain_; }
   size_t segment_count() const { return chain_.size() + (tail_ ? 1 : 0); }
   ContextUsage usage() const;  // walks all slices
   PagePool& pool() const { return pool_; }
@@ -139,6 +147,7 @@ class Context {
 
   bool AddedNothing() const;
   Status CheckSlice(LayerId layer, KvHeadId head) const;
+  void ListLinks(LayerId layer, KvHeadId head, Misses* misses) const;
   Result<HeadSlice*> MutableSlice(LayerId layer, KvHeadId head);
 
   const ContextSpec spec_;

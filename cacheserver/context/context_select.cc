@@ -26,6 +26,7 @@ struct Candidate {
 struct Link {
   const Segment* segment;
   const HeadSlice* slice;
+  const std::shared_ptr<const Segment>* owner;  // nullptr: private, all in memory
 };
 
 // Reused from call to call, so that a selection allocates nothing once sizes have settled. A thread
@@ -159,9 +160,25 @@ uint32_t ReadShare(const SelectRequest& request, size_t links, uint64_t indexed,
   return static_cast<uint32_t>(rest * indexed / indexed_total);
 }
 
-// Selects in every link, ranks the pages, and folds those that did not make it into the residual of
-// their segment. Returns how many of scratch.candidates are kept.
-size_t RankChain(const SelectRequest& request, std::span<const uint32_t> near,
+// Policies that fill Selection::read and take pages that are not in memory. All others are asked when
+// their whole slice is there.
+bool ReadsWhatItSays(PolicyKind kind) {
+  return kind == PolicyKind::kClusterTree || kind == PolicyKind::kDciTree ||
+         kind == PolicyKind::kExact || kind == PolicyKind::kSequential;
+}
+
+// All pages of the slice that are not in memory.
+std::vector<PageId> ColdPages(const PageTable& table) {
+  std::vector<PageId> pages;
+  if (table.cold_count() == 0 && table.loading_count() == 0) return pages;
+  for (uint32_t p = 0; p < table.page_count(); ++p) {
+    if (table.residency(PageId(p)) != Residency::kWarm) pages.emplace_back(p);
+  }
+  return pages;
+}
+
+// Every link selects as if it were alone; its pages are candidates.
+void SelectLinks(const SelectRequest& request, std::span<const uint32_t> near,
                  AttentionBackend& attention, Scratch& scratch, uint32_t* tokens_read) {
   uint64_t indexed = 0;
   for (const Link& link : scratch.links) indexed += link.slice->indexed_count();
@@ -182,6 +199,35 @@ size_t RankChain(const SelectRequest& request, std::span<const uint32_t> near,
     for (const SelectedPage& p : selection.pages)
       scratch.candidates.push_back({p.log_mass, i, p.page});
   }
+}
+
+// Notes what the link's ranking wanted and did not find in memory, and that the rest was used.
+void CollectMisses(const Link& link, const Selection& selection, LayerId layer, KvHeadId head,
+                   Misses* misses) {
+  if (link.owner == nullptr) return;
+  PageTable& table = link.slice->table();
+  if (table.cold_count() == 0 && table.loading_count() == 0) {
+    for (const PageId page : selection.read) table.Touch(page);
+    for (const SelectedPage& page : selection.pages) table.Touch(page.page);
+    return;
+  }
+  Misses::Slice missing{*link.owner, layer, head, false, {}};
+  const auto look = [&](PageId page) {
+    if (table.residency(page) == Residency::kWarm) return table.Touch(page);
+    missing.pages.push_back(page);
+  };
+  for (const PageId page : selection.read) look(page);
+  for (const SelectedPage& page : selection.pages) look(page.page);
+  if (missing.pages.empty()) return;
+  std::sort(missing.pages.begin(), missing.pages.end());
+  const auto end = std::unique(missing.pages.begin(), missing.pages.end());
+  missing.pages.erase(end, missing.pages.end());
+  misses->slices.push_back(std::move(missing));
+}
+
+// Ranks the pages of all links and folds those that did not make it into the residual of their
+// segment. Returns how many of scratch.candidates are kept.
+size_t RankChain(const SelectRequest& request, AttentionBackend& attention, Scratch& scratch) {
   if (scratch.links.size() > 1)
     std::sort(scratch.candidates.begin(), scratch.candidates.end(), BetterCandidate);
   const size_t kept = std::min<size_t>(request.max_pages, scratch.candidates.size());
@@ -219,9 +265,29 @@ void AttendMissing(const SelectRequest& request, AttentionBackend& attention, Sc
 
 }  // namespace
 
+void Context::ListLinks(LayerId layer, KvHeadId head, Misses* misses) const {
+  Scratch& scratch = ThreadScratch();
+  scratch.links.clear();
+  for (const std::shared_ptr<const Segment>& segment : chain_) {
+    const HeadSlice* slice = segment->slice(layer, head);
+    if (!slice->index_loaded()) {
+      misses->slices.push_back({segment, layer, head, true, {}});
+    } else if (slice->page_count() > 0) {
+      scratch.links.push_back({segment.get(), slice, &segment});
+      if (ReadsWhatItSays(segment->spec().policy)) continue;
+      std::vector<PageId> cold = ColdPages(slice->table());
+      if (!cold.empty()) misses->slices.push_back({segment, layer, head, false, std::move(cold)});
+    }
+  }
+  const HeadSlice* slice = tail_ ? tail_->slice(layer, head) : nullptr;
+  if (slice != nullptr && (slice->page_count() > 0 || slice->pending_count() > 0)) {
+    scratch.links.push_back({tail_.get(), slice, nullptr});
+  }
+}
+
 Status Context::Select(LayerId layer, KvHeadId head, const SelectRequest& request,
                        std::span<const wire::ResidentPage> resident, wire::HeadSelection* out,
-                       const AnswerOptions& options) const {
+                       Misses* misses, const AnswerOptions& options) const {
   KV_RETURN_IF_ERROR(CheckSlice(layer, head));
   if (request.group != spec_.shape.group()) {
     return InvalidArgument("select: " + std::to_string(request.group) +
@@ -229,18 +295,18 @@ Status Context::Select(LayerId layer, KvHeadId head, const SelectRequest& reques
                            " per kv head");
   }
   Scratch& scratch = ThreadScratch();
-  scratch.links.clear();
-  const auto add = [&](const Segment& segment) {
-    const HeadSlice* slice = segment.slice(layer, head);
-    if (slice->page_count() > 0 || slice->pending_count() > 0)
-      scratch.links.push_back({&segment, slice});
-  };
-  for (const auto& segment : chain_) add(*segment);
-  if (tail_) add(*tail_);
+  const size_t missed = misses->slices.size();
+  ListLinks(layer, head, misses);
+  if (misses->slices.size() > missed) return OkStatus();
 
   out->head = head;
   out->tokens_read = 0;
-  const size_t kept = RankChain(request, options.near, attention_, scratch, &out->tokens_read);
+  SelectLinks(request, options.near, attention_, scratch, &out->tokens_read);
+  for (size_t i = 0; i < scratch.links.size(); ++i) {
+    CollectMisses(scratch.links[i], scratch.selections[i], layer, head, misses);
+  }
+  if (misses->slices.size() > missed) return OkStatus();
+  const size_t kept = RankChain(request, attention_, scratch);
   out->covered_mass = 1;  // of an empty index
   if (scratch.links.size() == 1) {
     out->covered_mass = scratch.selections[0].covered_mass;
@@ -274,7 +340,7 @@ Status Context::Select(LayerId layer, KvHeadId head, const SelectRequest& reques
 }
 
 Status Context::FetchPages(LayerId layer, KvHeadId head, std::span<const wire::ResidentPage> names,
-                           wire::HeadSelection* out) const {
+                           wire::HeadSelection* out, Misses* misses) const {
   KV_RETURN_IF_ERROR(CheckSlice(layer, head));
   out->head = head;
   out->pages.clear();
@@ -282,15 +348,23 @@ Status Context::FetchPages(LayerId layer, KvHeadId head, std::span<const wire::R
   out->covered_mass = 0;
   out->tokens_read = 0;
   for (const wire::ResidentPage& name : names) {
-    const Segment* found = tail_ && tail_->id() == name.segment ? tail_.get() : nullptr;
+    const std::shared_ptr<const Segment>* shared = nullptr;
     for (const auto& segment : chain_) {
-      if (segment->id() == name.segment) found = segment.get();
+      if (segment->id() == name.segment) shared = &segment;
     }
-    if (found == nullptr) continue;
-    const std::optional<PageContent> content =
-        found->slice(layer, head)->FindPage(name.page, name.version);
-    if (!content) continue;
-    FillPayload(name.segment, name.page, *content, 0, 0, pool_, &out->pages.emplace_back());
+    const bool own = tail_ && tail_->id() == name.segment;
+    if (shared == nullptr && !own) continue;
+    const HeadSlice* slice = (own ? *tail_ : **shared).slice(layer, head);
+    if (!slice->index_loaded()) {
+      misses->slices.push_back({*shared, layer, head, true, {}});
+    } else if (!slice->HasPage(name.page, name.version)) {
+      continue;
+    } else if (slice->table().residency(name.page) != Residency::kWarm) {
+      misses->slices.push_back({*shared, layer, head, false, {name.page}});
+    } else if (misses->empty()) {
+      FillPayload(name.segment, name.page, slice->page(name.page), 0, 0, pool_,
+                  &out->pages.emplace_back());
+    }
   }
   return OkStatus();
 }

@@ -56,7 +56,10 @@ Result<ContextRecord> ContextTable::Insert(ContextRecord record) {
   ++next_context_;
   const SegmentId tail(next_segment_++);
   record.chain.push_back(tail);
-  segments_.emplace(tail, SegmentRecord{});
+  SegmentRecord grows;
+  grows.tenant = record.tenant;
+  grows.first = record.tokens - record.tail_tokens;
+  segments_.emplace(tail, grows);
   for (SegmentId segment : record.chain) ++segments_.at(segment).references;
   names_.emplace(std::pair(record.tenant, record.name), record.id);
   contexts_.emplace(record.id, record);
@@ -100,12 +103,12 @@ void ContextTable::MarkSealed(ContextId id, uint32_t tokens, uint32_t tail_token
   KV_CHECK(!record.sealed);
   SegmentRecord& segment = segments_.at(record.chain.back());
   KV_CHECK(!segment.sealed && segment.references == 1);
-  segment.sealed = true;
   // The child's segment starts at its parent's first tail position, so the tail counts once, in the
   // child.
-  const uint32_t begin = record.tokens - record.tail_tokens;
-  KV_CHECK(tokens >= begin);
-  segment.tokens = tokens - begin;
+  KV_CHECK(tokens >= segment.first && tail_tokens <= tokens - segment.first);
+  segment.sealed = true;
+  segment.end = tokens;
+  segment.tail_first = tokens - tail_tokens;
   record.sealed = true;
   record.tokens = tokens;
   record.tail_tokens = tail_tokens;
@@ -132,17 +135,47 @@ Status ContextTable::Publish(ContextId id) {
   return OkStatus();
 }
 
-bool ContextTable::Remove(ContextId id) {
+Result<ContextRecord> ContextTable::Recover(ContextRecord record,
+                                            std::span<const SegmentRecord> segments) {
+  KV_RETURN_IF_ERROR(CheckName(record.name));
+  KV_RETURN_IF_ERROR(CheckTraits(record.traits));
+  KV_CHECK(!record.chain.empty() && segments.size() == record.chain.size());
+  if (contexts_.size() >= limits::kContextsMax) {
+    return ResourceExhausted("the server holds " + std::to_string(contexts_.size()) +
+                             " contexts, its maximum");
+  }
+  if (names_.contains({record.tenant, record.name})) {
+    return AlreadyExists("context '" + record.name + "' is there twice");
+  }
+  record.id = ContextId(next_context_++);
+  record.sealed = record.published = record.durable = true;
+  record.loaded = false;
+  record.tokens = segments.back().end;
+  record.tail_tokens = segments.back().end - segments.back().tail_first;
+  for (size_t i = 0; i < segments.size(); ++i) {
+    const auto [it, fresh] = segments_.try_emplace(record.chain[i], segments[i]);
+    it->second.sealed = true;
+    it->second.references = fresh ? 1 : it->second.references + 1;
+  }
+  names_.emplace(std::pair(record.tenant, record.name), record.id);
+  contexts_.emplace(record.id, record);
+  return record;
+}
+
+std::optional<std::vector<SegmentId>> ContextTable::Remove(ContextId id) {
   auto it = contexts_.find(id);
-  if (it == contexts_.end()) return false;
+  if (it == contexts_.end()) return std::nullopt;
+  std::vector<SegmentId> freed;
   for (SegmentId segment : it->second.chain) {
     auto held = segments_.find(segment);
     KV_CHECK(held != segments_.end() && held->second.references > 0);
-    if (--held->second.references == 0) segments_.erase(held);
+    if (--held->second.references > 0) continue;
+    freed.push_back(segment);
+    segments_.erase(held);
   }
   names_.erase({it->second.tenant, it->second.name});
   contexts_.erase(it);
-  return true;
+  return freed;
 }
 
 const ContextRecord* ContextTable::Find(ContextId id) const {

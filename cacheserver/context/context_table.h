@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <map>
 #include <optional>
+#include <span>
 #include <string>
 #include <string_view>
 #include <unordered_map>
@@ -45,16 +46,26 @@ struct ContextRecord {
   bool published = false;
   uint32_t tokens = 0;       // of the sealed segments of the chain
   uint32_t tail_tokens = 0;  // unindexed rows at the end of the last sealed segment
+  bool durable = false;      // a record of it is on disk, or on its way there
+  bool loaded = true;        // false: the shards do not know it yet; it is in the cold store
 };
 
+// Where its tokens are is known once it is sealed.
 struct SegmentRecord {
+  TenantId tenant;  // whose memory it takes
   bool sealed = false;
-  uint32_t tokens = 0;  // sinks, indexed, tail; known once sealed
+  uint32_t first = 0;       // position of its first token
+  uint32_t tail_first = 0;  // a child starts here
+  uint32_t end = 0;
   uint32_t references = 0;
+  uint32_t tokens() const { return end - first; }  // sinks, indexed, tail
 };
 
 class ContextTable {
  public:
+  // first_segment: larger than any id that was ever used in the cold store.
+  explicit ContextTable(uint64_t first_segment = 1) : next_segment_(first_segment) {}
+
   // An empty name is replaced by "~<id>". INVALID_ARGUMENT for a bad name, shape or window,
   // ALREADY_EXISTS, RESOURCE_EXHAUSTED above kContextsMax.
   Result<ContextRecord> Create(TenantId tenant, std::string name, ContextTraits traits);
@@ -70,9 +81,15 @@ class ContextTable {
   void MarkSealedEmpty(ContextId id);
   // FAILED_PRECONDITION when it is not sealed. Publishing twice is harmless.
   Status Publish(ContextId id);
-  // Takes the context out; its segments live on while other chains hold them. False: it was not
-  // there.
-  bool Remove(ContextId id);
+  // A sealed, published context from the cold store, not loaded. segments[i] describes chain[i].
+  // ALREADY_EXISTS, RESOURCE_EXHAUSTED.
+  Result<ContextRecord> Recover(ContextRecord record, std::span<const SegmentRecord> segments);
+  void SetDurable(ContextId id, bool durable) { contexts_.at(id).durable = durable; }
+  void SetLoaded(ContextId id) { contexts_.at(id).loaded = true; }
+
+  // Takes the context out; its segments live on while other chains hold them. Answers with those
+  // that nobody holds any more; nullopt: it was not there.
+  std::optional<std::vector<SegmentId>> Remove(ContextId id);
 
   // Valid until the next call that changes the table.
   const ContextRecord* Find(ContextId id) const;
@@ -92,7 +109,7 @@ class ContextTable {
   Result<ContextRecord> Insert(ContextRecord record);
 
   uint64_t next_context_ = 1;
-  uint64_t next_segment_ = 1;
+  uint64_t next_segment_;
   std::unordered_map<ContextId, ContextRecord> contexts_;
   std::map<std::pair<TenantId, std::string>, ContextId> names_;
   std::unordered_map<SegmentId, SegmentRecord> segments_;

@@ -77,16 +77,16 @@ TEST(ContextTable, ForkSharesSealedSegmentsAndAddsOne) {
   EXPECT_EQ(child.chain[0], parent.chain[0]);
   EXPECT_EQ(child.tokens, 100u);
   EXPECT_EQ(table.FindSegment(parent.chain[0])->references, 2u);
-  EXPECT_EQ(table.FindSegment(parent.chain[0])->tokens, 100u);
+  EXPECT_EQ(table.FindSegment(parent.chain[0])->tokens(), 100u);
   EXPECT_TRUE(table.Validate().ok());
 
-  EXPECT_TRUE(table.Remove(parent.id));
+  EXPECT_EQ(table.Remove(parent.id)->size(), 0u);
   EXPECT_EQ(table.FindSegment(parent.chain[0])->references, 1u);
   table.MarkSealed(child.id, 130, 16);
-  EXPECT_EQ(table.FindSegment(child.chain[1])->tokens,
+  EXPECT_EQ(table.FindSegment(child.chain[1])->tokens(),
             46u);  // from position 84, the parent's tail, on
   EXPECT_TRUE(table.Validate().ok());
-  EXPECT_TRUE(table.Remove(child.id));
+  EXPECT_EQ(table.Remove(child.id)->size(), 2u);
   EXPECT_FALSE(table.Remove(child.id));
   EXPECT_EQ(table.segment_count(), 0u);
 }
@@ -145,7 +145,7 @@ TEST(ContextTable, StaysValidUnderRandomOperations) {
     ASSERT_TRUE(table.Validate().ok()) << table.Validate().ToString();
     ASSERT_EQ(table.count(), living.size());
   }
-  for (ContextId id : living) table.Remove(id);
+  for (ContextId id : living) EXPECT_TRUE(table.Remove(id));
   EXPECT_EQ(table.segment_count(), 0u);
 }
 

@@ -120,7 +120,9 @@ class ContextTest : public testing::Test {
     request.group = kGroup;
     request.max_pages = max_pages;
     request.read_cap = limits::kReadCapMax;
-    const Status status = context.Select(layer, head, request, resident, &selected.reply);
+    Misses misses;
+    const Status status = context.Select(layer, head, request, resident, &selected.reply, &misses);
+    EXPECT_TRUE(misses.empty());
     EXPECT_TRUE(status.ok()) << status.ToString();
     EXPECT_LE(selected.reply.pages.size(), max_pages);
     return selected;
@@ -312,7 +314,8 @@ TEST_F(ContextTest, FetchPagesGivesWholePagesAndLeavesOutOldNames) {
       {page.segment, PageId(1000), page.version, page.fill},
       {SegmentId(5), page.page, page.version, page.fill}};
   wire::HeadSelection out;
-  ASSERT_TRUE(context->FetchPages(LayerId(0), KvHeadId(0), names, &out).ok());
+  Misses misses;
+  ASSERT_TRUE(context->FetchPages(LayerId(0), KvHeadId(0), names, &out, &misses).ok());
   ASSERT_EQ(out.pages.size(), 1u);
   EXPECT_EQ(out.pages[0].k_rows.data(), page.k_rows.data());
   EXPECT_EQ(out.pages[0].checksum, page.checksum);

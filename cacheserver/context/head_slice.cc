@@ -356,6 +356,8 @@ Status HeadSlice::Seal() {
 
 void HeadSlice::Select(const SelectRequest& request, AttentionBackend& attention,
                        Selection* out) const {
+  KV_CHECK(index_loaded_);
+  out->read.clear();  // not every policy says
   if (policy_ && table_->page_count() > 0) {
     policy_->Select(request, table_->view(), out);
   } else {
@@ -383,11 +385,8 @@ void HeadSlice::PagesAt(std::span<const uint32_t> positions, std::vector<PageId>
   pages->erase(std::unique(pages->begin(), pages->end()), pages->end());
 }
 
-std::optional<PageContent> HeadSlice::FindPage(PageId page, uint32_t version) const {
-  if (page.value >= table_->page_count()) return std::nullopt;
-  PageContent content = table_->content(page);
-  if (content.version != version) return std::nullopt;
-  return content;
+bool HeadSlice::HasPage(PageId page, uint32_t version) const {
+  return page.value < table_->page_count() && table_->name(page).version == version;
 }
 
 RowsView HeadSlice::sinks() const {

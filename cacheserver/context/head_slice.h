@@ -10,8 +10,12 @@
 //
 // Lifecycle: PutRows* -> PrepareBuild/Run/Install -> (Append | Select | IndexPending | recluster)*
 // -> PutRows (window) -> Seal. Build may be left out (a fork that only decodes). After Seal only
-// const members may be called. Thread: the shard's; after Seal const members on any thread. Rows
-// are checked finite at the door.
+// const members may be called. Rows are checked finite at the door.
+//
+// A sealed slice has a stored form (head_slice_store.cc): SaveRows, SaveIndex and its pages. Restore
+// brings it back with its rows alone; until AdoptIndex has given it its index, index_loaded() is
+// false and Select may not be called. Pages of a stored slice come and go through table().
+// Thread: the shard's; Save... of a sealed slice on any thread while its pages stay.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +23,9 @@
 #include <memory>
 #include <optional>
 #include <span>
+#include <string>
 #include <string_view>
+#include <vector>
 
 #include "cacheserver/context/slice_job.h"
 #include "cacheserver/select/selection_policy.h"
@@ -46,6 +52,12 @@ struct RowsView {
   uint32_t first_position = 0;
   TokenRows rows;
   std::shared_ptr<const void> pin;
+};
+
+// A stored index, read back.
+struct SliceIndex {
+  std::vector<PageTable::PageName> pages;
+  std::unique_ptr<SelectionPolicy> policy;
 };
 
 class HeadSlice {
@@ -86,11 +98,25 @@ class HeadSlice {
   // kWindowTokensMax rows (FAILED_PRECONDITION: Build is missing). Harmless when sealed.
   Status Seal();
 
+  // The stored form. REQUIRES: sealed (and index_loaded() for the index).
+  std::string SaveRows() const;
+  std::string SaveIndex() const;
+  // A sealed slice without its index. DATA_LOSS, FAILED_PRECONDITION (newer format),
+  // RESOURCE_EXHAUSTED.
+  static Result<std::unique_ptr<HeadSlice>> Restore(PagePool& pool, const SliceOptions& options,
+                                                    std::string_view rows);
+  static Result<SliceIndex> ParseIndex(const SliceOptions& options, std::string_view blob);
+  // All pages are cold then. DATA_LOSS when it does not fit the slice. Harmless when repeated.
+  Status AdoptIndex(SliceIndex index);
+  bool index_loaded() const { return index_loaded_; }
+  PageTable& table() const { return *table_; }  // residency, holds and the clock's bits
+  const SliceOptions& options() const { return options_; }
+
   // Best pages of the index, and the residual of everything indexed or pending that is in none of
   // them (empty when !request.residual). `attention` is the calling thread's.
   void Select(const SelectRequest& request, AttentionBackend& attention, Selection* out) const;
-  // nullopt: no such page, or it stands under another version.
-  std::optional<PageContent> FindPage(PageId page, uint32_t version) const;
+  // Whether the page stands under this version, in memory or not.
+  bool HasPage(PageId page, uint32_t version) const;
   PageContent page(PageId page) const { return table_->content(page); }
   PagedKv pages() const { return table_->view(); }
   // Pages of the index that hold any of these positions, each once, ascending.
@@ -105,7 +131,10 @@ class HeadSlice {
   bool building() const { return job_ == Job::kBuild; }
   uint32_t sink_count() const { return sinks_ ? sinks_->count() : 0; }
   uint32_t pending_count() const { return pending_.count(); }
-  uint64_t indexed_count() const { return table_->token_count(); }
+  uint64_t indexed_count() const {
+    return index_loaded_ ? table_->token_count()
+                         : next_append_ - options_.first_position - sink_count();
+  }
   uint32_t page_count() const { return table_->page_count(); }
   uint32_t next_append() const { return next_append_; }
   uint32_t end() const;          // after the last row held
@@ -154,6 +183,7 @@ class HeadSlice {
   uint64_t generation_ = 0;  // a job of an earlier one is out of date
   Job job_ = Job::kNone;
   bool sealed_ = false;
+  bool index_loaded_ = true;
 };
 
 }  // namespace icecache

@@ -21,20 +21,47 @@ uint64_t SliceSeed(uint64_t seed, uint64_t flat_index) {
 
 }  // namespace
 
+SliceOptions Segment::OptionsOf(const SegmentSpec& spec, uint32_t flat_index) {
+  SliceOptions options;
+  options.segment = spec.id;
+  options.first_position = spec.first_position;
+  options.tenant = spec.tenant;
+  options.dtype = spec.shape.dtype;
+  options.head_dim = spec.shape.head_dim;
+  options.policy = spec.policy;
+  options.seed = SliceSeed(spec.seed, flat_index);
+  return options;
+}
+
 Segment::Segment(PagePool& pool, const SegmentSpec& spec) : spec_(spec) {
   KV_CHECK(spec.shard_count > 0 && spec.shard.value < spec.shard_count);
   const uint32_t total = spec.shape.layers * spec.shape.kv_heads;
   for (uint32_t flat = spec.shard.value; flat < total; flat += spec.shard_count) {
-    SliceOptions options;
-    options.segment = spec.id;
-    options.first_position = spec.first_position;
-    options.tenant = spec.tenant;
-    options.dtype = spec.shape.dtype;
-    options.head_dim = spec.shape.head_dim;
-    options.policy = spec.policy;
-    options.seed = SliceSeed(spec.seed, flat);
-    slices_.push_back(std::make_unique<HeadSlice>(pool, options));
+    slices_.push_back(std::make_unique<HeadSlice>(pool, OptionsOf(spec, flat)));
   }
+}
+
+Result<std::shared_ptr<Segment>> Segment::Restore(PagePool& pool, const SegmentSpec& spec,
+                                                  std::optional<SegmentEnds> ends,
+                                                  std::span<const std::string> rows) {
+  auto segment = std::make_shared<Segment>(pool, spec);
+  KV_CHECK(rows.size() == size_t{spec.shape.layers} * spec.shape.kv_heads);
+  for (size_t i = 0; i < segment->slices_.size(); ++i) {
+    const auto flat = static_cast<uint32_t>(i * spec.shard_count + spec.shard.value);
+    const std::string where = "segment " + std::to_string(spec.id.value) + " slice " +
+                              std::to_string(flat);
+    Result<std::unique_ptr<HeadSlice>> slice =
+        HeadSlice::Restore(pool, OptionsOf(spec, flat), rows[flat]);
+    if (!slice.ok()) return slice.status().WithContext(where);
+    if (ends && (*slice)->next_append() != ends->tail_first) {
+      return DataLoss(where + " ends at token " + std::to_string((*slice)->next_append()) +
+                      ", its segment at " + std::to_string(ends->tail_first));
+    }
+    segment->slices_[i] = std::move(*slice);
+  }
+  if (!segment->slices_.empty()) segment->ends_ = ends;
+  segment->sealed_ = true;
+  return segment;
 }
 
 // The inverse of ShardOf: slices go round the shards in (layer, head) order.

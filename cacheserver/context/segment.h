@@ -8,6 +8,9 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
+#include <span>
+#include <string>
 #include <vector>
 
 #include "cacheserver/context/head_slice.h"
@@ -38,12 +41,31 @@ struct SegmentEnds {
 class Segment {
  public:
   Segment(PagePool& pool, const SegmentSpec& spec);
+  // A sealed segment from its stored rows (HeadSlice::SaveRows), by slice of the whole model:
+  // rows[layer * kv_heads + head]. Indexes come later, slice by slice. Errors as HeadSlice::Restore,
+  // naming the slice.
+  static Result<std::shared_ptr<Segment>> Restore(PagePool& pool, const SegmentSpec& spec,
+                                                  std::optional<SegmentEnds> ends,
+                                                  std::span<const std::string> rows);
   Segment(const Segment&) = delete;
   Segment& operator=(const Segment&) = delete;
 
   // nullptr when another shard owns it or the shape has no such slice.
   HeadSlice* slice(LayerId layer, KvHeadId head);
   const HeadSlice* slice(LayerId layer, KvHeadId head) const;
+
+  // Of a sealed segment, for the shard's Tier alone: indexes and pages come and go, content never
+  // changes.
+  size_t slice_count() const { return slices_.size(); }
+  HeadSlice& stored_slice(size_t index) const { return *slices_[index]; }
+  HeadSlice& stored_slice(LayerId layer, KvHeadId head) const {
+    return *slices_[*IndexOf(layer, head)];
+  }
+  // Number of a slice in the whole model: layer * kv_heads + head.
+  uint32_t flat_index(size_t index) const {
+    return static_cast<uint32_t>(index) * spec_.shard_count + spec_.shard.value;
+  }
+  static SliceOptions OptionsOf(const SegmentSpec& spec, uint32_t flat_index);
 
   // Seals every slice. FAILED_PRECONDITION when slices end at different positions (names two of
   // them) or a build runs; then nothing is sealed. May be repeated.

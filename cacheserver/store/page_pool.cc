@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <string>
@@ -109,7 +110,22 @@ Status PagePool::MakeRoom(TenantId tenant, const Account& account, uint64_t byte
                           const FrameClass* keep) {
   if (Status status = CheckRoom(tenant, account, bytes); status.ok()) return status;
   TrimEmptyExtents(keep);
+  Status status = CheckRoom(tenant, account, bytes);
+  if (status.ok() || !reclaim_ || reclaiming_) return status;
+  const uint64_t quota = account.usage.quota_bytes;
+  const bool of_tenant = quota != 0 && account.usage.held_bytes() + bytes > quota;
+  AskReclaimer({.tenant = tenant, .of_tenant = of_tenant, .bytes = bytes});
+  TrimEmptyExtents(keep);
   return CheckRoom(tenant, account, bytes);
+}
+
+// What it gives back comes through Release; it asks for nothing.
+void PagePool::AskReclaimer(const Shortage& shortage) {
+  if (!reclaim_ || reclaiming_) return;
+  reclaiming_ = true;
+  reclaim_(shortage);
+  reclaiming_ = false;
+  Reclaim();
 }
 
 Status PagePool::AddExtent(TenantId tenant, Account& account, uint32_t frame_bytes) {
@@ -176,6 +192,17 @@ Status PagePool::Reserve(TenantId tenant, uint32_t frame_bytes, uint32_t count,
   Reclaim();
   Account& account = accounts_[tenant];
   FrameClass& frames = account.classes[frame_bytes];
+  const auto extent_bytes = [&] {
+    const uint64_t per_extent = limits::kExtentBytes / frame_bytes;
+    const uint64_t missing = count - std::min<uint64_t>(count, frames.frames_free);
+    return (missing + per_extent - 1) / per_extent * limits::kExtentBytes;
+  };
+  // Frames of the same kind are the cheapest to take back.
+  if (frames.frames_free < count && !CheckRoom(tenant, account, extent_bytes()).ok()) {
+    AskReclaimer({.tenant = tenant,
+                  .frame_bytes = frame_bytes,
+                  .frames = count - static_cast<uint32_t>(frames.frames_free)});
+  }
   if (frames.frames_free < count) {
     const uint64_t per_extent = limits::kExtentBytes / frame_bytes;
     const uint64_t extents = (count - frames.frames_free + per_extent - 1) / per_extent;

@@ -83,6 +83,24 @@ class PagePool {
   // REQUIRES: each was reserved by this tenant at this size and is released once.
   void Release(TenantId tenant, uint32_t frame_bytes, std::span<const Frame> frames);
 
+  // Asked when there is no room: gives back what can be had again from the cold store. frames > 0:
+  // so many frames of `tenant` and `frame_bytes` would do. Otherwise whole extents of
+  // kExtentBytes, `bytes` in all, of `tenant` alone when its quota is what is in the way.
+  struct Shortage {
+    TenantId tenant;
+    bool of_tenant = false;
+    uint32_t frame_bytes = 0;
+    uint32_t frames = 0;
+    uint64_t bytes = 0;
+  };
+  void SetReclaimer(std::function<void(const Shortage&)> reclaim) { reclaim_ = std::move(reclaim); }
+  // Frames in use in an extent, and its frame size; 0 when the slot is free.
+  uint32_t FramesUsed(uint32_t slot) const {
+    return static_cast<uint32_t>(extents_[slot].frame_count - extents_[slot].free_frames.size());
+  }
+  TenantId ExtentTenant(uint32_t slot) const { return extents_[slot].tenant; }
+  uint32_t slot_count() const { return static_cast<uint32_t>(extents_.size()); }
+
   // Charges bytes that live outside the frames. ReserveBytes: as Reserve.
   Status ReserveBytes(TenantId tenant, uint64_t bytes);
   void ReleaseBytes(TenantId tenant, uint64_t bytes);
@@ -148,6 +166,7 @@ class PagePool {
   Status AddExtent(TenantId tenant, Account& account, uint32_t frame_bytes);
   void DropExtent(Account& account, uint32_t slot);
   void TrimEmptyExtents(const FrameClass* keep);
+  void AskReclaimer(const Shortage& shortage);
   void StartGeneration();
   void FreeFrames(TenantId tenant, uint32_t frame_bytes, std::span<const Frame> frames);
 
@@ -160,6 +179,8 @@ class PagePool {
   std::shared_ptr<Generation> generation_;
   bool generation_pinned_ = false;  // a pin was taken since it started
   std::deque<Waiting> waiting_;     // oldest first
+  std::function<void(const Shortage&)> reclaim_;
+  bool reclaiming_ = false;
 };
 
 }  // namespace icecache

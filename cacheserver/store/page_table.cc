@@ -24,7 +24,10 @@ PageTable::~PageTable() {
   ReleaseSpares();
   std::vector<Frame> frames;
   frames.reserve(entries_.size());
-  for (const Entry& entry : entries_) frames.push_back(entry.frame);
+  for (const Entry& entry : entries_) {
+    // A load in flight holds its segment, so there is none here.
+    if (entry.residency != Residency::kCold) frames.push_back(entry.frame);
+  }
   pool_.Release(options_.tenant, frame_bytes_, frames);
 }
 
@@ -102,6 +105,94 @@ PageId PageTable::Split(PageId page, uint16_t mask, uint32_t kept_version, uint3
   Commit(added);
   pool_.Release(options_.tenant, frame_bytes_, {&old.frame, 1});
   return added;
+}
+
+void PageTable::RestoreCold(std::span<const PageName> pages) {
+  KV_CHECK(entries_.empty());
+  ReservePages(static_cast<uint32_t>(pages.size()));
+  for (const PageName& page : pages) {
+    KV_CHECK(page.fill > 0 && page.fill <= limits::kPageTokens);
+    Entry entry;
+    entry.checksum = page.checksum;
+    entry.version = page.version;
+    entry.residency = Residency::kCold;
+    entry.committed = true;
+    entries_.push_back(entry);
+    views_.push_back({nullptr, nullptr, page.fill});
+    token_count_ += page.fill;
+  }
+  cold_count_ = page_count();
+}
+
+PageTable::PageName PageTable::name(PageId page) const {
+  const Entry& entry = entries_[page.value];
+  KV_CHECK(entry.committed);
+  return {entry.version, views_[page.value].fill, entry.checksum};
+}
+
+void PageTable::Evict(PageId page) {
+  Entry& entry = entries_[page.value];
+  KV_CHECK(entry.residency == Residency::kWarm && entry.committed && entry.holds == 0);
+  pool_.Release(options_.tenant, frame_bytes_, {&entry.frame, 1});
+  entry.frame = {};
+  entry.residency = Residency::kCold;
+  views_[page.value].k = views_[page.value].v = nullptr;
+  ++cold_count_;
+}
+
+Status PageTable::BeginLoad(PageId page) {
+  Entry& entry = entries_[page.value];
+  KV_CHECK(entry.residency == Residency::kCold);
+  KV_RETURN_IF_ERROR(ReserveFrames(1));
+  entry.frame = TakeSpare();
+  entry.residency = Residency::kLoading;
+  --cold_count_;
+  ++loading_count_;
+  return OkStatus();
+}
+
+Status PageTable::FillLoading(PageId page, std::span<const std::byte> stored) const {
+  const Entry& entry = entries_[page.value];
+  const uint32_t fill = views_[page.value].fill;
+  const size_t rows_bytes = fill * row_bytes_;
+  const size_t expected = 2 * rows_bytes + fill * sizeof(uint32_t);
+  const auto lost = [&](const std::string& what) {
+    return DataLoss("page " + std::to_string(page.value) + " of segment " +
+                    std::to_string(options_.segment.value) + " in the cold store: " + what +
+                    "; drop the context and prefill it again");
+  };
+  if (stored.size() != expected) {
+    return lost(std::to_string(stored.size()) + " bytes, expected " + std::to_string(expected));
+  }
+  std::memcpy(k_row(entry.frame, 0), stored.data(), rows_bytes);
+  std::memcpy(v_row(entry.frame, 0), stored.data() + rows_bytes, rows_bytes);
+  std::memcpy(position_row(entry.frame), stored.data() + 2 * rows_bytes, fill * sizeof(uint32_t));
+  if (Checksum(page) != entry.checksum) return lost("its checksum does not match");
+  return OkStatus();
+}
+
+void PageTable::EndLoad(PageId page, bool loaded) {
+  Entry& entry = entries_[page.value];
+  KV_CHECK(entry.residency == Residency::kLoading);
+  --loading_count_;
+  if (!loaded) {
+    pool_.Release(options_.tenant, frame_bytes_, {&entry.frame, 1});
+    entry.frame = {};
+    entry.residency = Residency::kCold;
+    ++cold_count_;
+    return;
+  }
+  entry.residency = Residency::kWarm;
+  entry.referenced = true;
+  views_[page.value].k = k_row(entry.frame, 0);
+  views_[page.value].v = v_row(entry.frame, 0);
+}
+
+void PageTable::AppendStored(PageId page, std::string* out) const {
+  const PageContent c = content(page);
+  for (std::span<const std::byte> part : {c.k_rows, c.v_rows, c.positions}) {
+    out->append(reinterpret_cast<const char*>(part.data()), part.size());
+  }
 }
 
 PagedKv PageTable::view() const {

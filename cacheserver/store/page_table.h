@@ -5,6 +5,10 @@
 // (ModelShape::page_bytes()). Rows in a frame never change; a split moves rows to new frames under
 // new versions.
 //
+// A page of a sealed slice that is stored below may lose its frame (Evict) and get one again
+// (BeginLoad, the content is copied in, FinishLoad). Summaries, names and checksums stay; the view of
+// a page that is not warm has null rows.
+//
 // Writing never asks the pool: frames are set aside first (ReserveFrames, owner's thread), so that
 // a job may fill a table of its own on any thread and hand it over. Thread: one at a time;
 // ReserveFrames, ReleaseSpares, Split and destruction on the pool owner's.
@@ -14,6 +18,8 @@
 #include <cstdint>
 #include <optional>
 #include <span>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "cacheserver/store/page_pool.h"
@@ -48,6 +54,12 @@ class PageTable {
     DType dtype = DType::kF16;
     uint32_t head_dim = 0;
   };
+  // What is known of a page without its rows.
+  struct PageName {
+    uint32_t version = 0;
+    uint32_t fill = 0;
+    uint64_t checksum = 0;
+  };
   PageTable(PagePool& pool, const Options& options);
   ~PageTable();  // releases all frames
   PageTable(const PageTable&) = delete;
@@ -70,6 +82,29 @@ class PageTable {
   // both parts have rows.
   PageId Split(PageId page, uint16_t mask, uint32_t kept_version, uint32_t moved_version);
 
+  // All pages at once, cold. REQUIRES: an empty table; fills in 1..kPageTokens.
+  void RestoreCold(std::span<const PageName> pages);
+  PageName name(PageId page) const;
+  // Gives the frame back. REQUIRES: warm, committed, not held.
+  void Evict(PageId page);
+  // RESOURCE_EXHAUSTED: unchanged. REQUIRES: cold.
+  Status BeginLoad(PageId page);
+  // Copies stored content (StoredPage's form) into the frame of a page that is loading, after
+  // checking it against the checksum. DATA_LOSS names the page. Any thread.
+  Status FillLoading(PageId page, std::span<const std::byte> stored) const;
+  // REQUIRES: loading. loaded: it is warm from now on; else cold again.
+  void EndLoad(PageId page, bool loaded);
+  // The content of a warm page as it is stored: K rows [fill], V rows [fill], positions [fill].
+  void AppendStored(PageId page, std::string* out) const;
+  // The clock's bit: set when the page is used, taken back by the hand.
+  void Touch(PageId page) { entries_[page.value].referenced = true; }
+  bool TakeReferenced(PageId page) { return std::exchange(entries_[page.value].referenced, false); }
+  bool referenced(PageId page) const { return entries_[page.value].referenced; }
+  // A held page is not evicted. Holds count.
+  void Hold(PageId page) { ++entries_[page.value].holds; }
+  void Unhold(PageId page) { --entries_[page.value].holds; }
+  bool held(PageId page) const { return entries_[page.value].holds > 0; }
+
   uint32_t page_count() const { return static_cast<uint32_t>(entries_.size()); }
   uint64_t token_count() const { return token_count_; }
   PagedKv view() const;
@@ -79,9 +114,13 @@ class PageTable {
   std::optional<PageId> FindPosition(uint32_t position) const;
   Residency residency(PageId page) const { return entries_[page.value].residency; }
   Frame frame(PageId page) const { return entries_[page.value].frame; }
+  uint32_t frame_bytes() const { return frame_bytes_; }
   uint64_t frame_bytes_held() const {
-    return uint64_t{frame_bytes_} * (entries_.size() + spares_.size());
+    return uint64_t{frame_bytes_} * (entries_.size() - cold_count_ + spares_.size());
   }
+  uint32_t cold_count() const { return cold_count_; }  // pages without a frame
+  uint32_t loading_count() const { return loading_count_; }
+  TenantId tenant() const { return options_.tenant; }
 
   // Recomputes every checksum. DATA_LOSS names the first page that differs.
   Status Validate() const;
@@ -93,6 +132,8 @@ class PageTable {
     uint32_t version = 0;
     Residency residency = Residency::kWarm;
     bool committed = false;
+    bool referenced = false;
+    uint16_t holds = 0;
   };
   std::byte* k_row(const Frame& frame, uint32_t row) const {
     return frame.data + size_t{row} * row_bytes_;
@@ -118,6 +159,8 @@ class PageTable {
   // token, 0.8 % of a 16-bit K and V of 128.
   static constexpr uint32_t kPositionsPerBlock = 1024;
   std::vector<std::vector<uint32_t>> page_of_;
+  uint32_t cold_count_ = 0;
+  uint32_t loading_count_ = 0;
 };
 
 }  // namespace icecache

@@ -34,6 +34,7 @@ struct ContextInfo {
   tenant @11 :Text;
   seed @12 :UInt64;
   tailTokens @13 :UInt32;     # rows in the unindexed tail of the last sealed segment
+  durable @14 :Bool;          # on disk: survives the server
 }
 struct ShardAddress { address @0 :Text; }
 struct Grant {                # the right to use a context over the data plane
@@ -61,6 +62,7 @@ struct Request {
     inspect :group { topic @22 :UInt8; name @23 :Text; }  # a report in JSON; name: of a context, or empty
     drain @24 :Void;          # as SIGTERM; for admins
   }
+  publishDurable @25 :Bool;   # with publish: answered when the context is on disk
 }
 struct Reply {
   id @0 :UInt64;

@@ -46,6 +46,7 @@ void Write(const ContextInfo& in, schema::ContextInfo::Builder out) {
   out.setSeed(in.seed);
   out.setSealed(in.sealed);
   out.setPublished(in.published);
+  out.setDurable(in.durable);
   out.setTenant(Chars(in.tenant));
   auto segments = out.initSegments(static_cast<unsigned>(in.segments.size()));
   for (unsigned i = 0; i < segments.size(); ++i) {
@@ -86,7 +87,10 @@ void Write(const Open& in, schema::Request::Builder root) { root.setOpen(Chars(i
 void Write(const Drop& in, schema::Request::Builder root) { root.setDrop(Chars(in.name)); }
 void Write(const Describe& in, schema::Request::Builder root) { root.setDescribe(Chars(in.name)); }
 void Write(const Seal& in, schema::Request::Builder root) { root.setSeal(in.context.value); }
-void Write(const Publish& in, schema::Request::Builder root) { root.setPublish(in.context.value); }
+void Write(const Publish& in, schema::Request::Builder root) {
+  root.setPublish(in.context.value);
+  root.setPublishDurable(in.durable);
+}
 void Write(const Release& in, schema::Request::Builder root) { root.setRelease(in.context.value); }
 void Write(const List&, schema::Request::Builder root) { root.setList(); }
 void Write(const Inspect& in, schema::Request::Builder root) {
@@ -167,6 +171,7 @@ Status ReadContext(const MessageChecks& check, schema::ContextInfo::Reader in, C
   out->seed = in.getSeed();
   out->sealed = in.getSealed();
   out->published = in.getPublished();
+  out->durable = in.getDurable();
   KV_RETURN_IF_ERROR(check.AtMost("tokens", out->tokens, limits::kContextTokensMax));
   KV_RETURN_IF_ERROR(check.AtMost("sinkTokens", out->sink_tokens, limits::kSinkTokensMax));
   KV_RETURN_IF_ERROR(check.AtMost("windowTokens", out->window_tokens, limits::kWindowTokensMax));
@@ -232,7 +237,7 @@ Status ReadRequest(const MessageChecks& check, schema::Request::Reader root, Con
       body = Seal{ContextId(root.getSeal())};
       return OkStatus();
     case schema::Request::PUBLISH:
-      body = Publish{ContextId(root.getPublish())};
+      body = Publish{ContextId(root.getPublish()), root.getPublishDurable()};
       return OkStatus();
     case schema::Request::RELEASE:
       body = Release{ContextId(root.getRelease())};

@@ -38,6 +38,7 @@ struct ContextInfo {
   uint64_t seed = 0;
   bool sealed = false;
   bool published = false;
+  bool durable = false;
   std::vector<SegmentInfo> segments;
   std::string tenant;
 };
@@ -62,7 +63,7 @@ struct Create {
 struct Open { std::string name; };
 struct Fork { std::string parent, name; };
 struct Seal { ContextId context; };
-struct Publish { ContextId context; };
+struct Publish { ContextId context; bool durable = false; };
 struct Release { ContextId context; };
 struct Drop { std::string name; };
 struct List {};

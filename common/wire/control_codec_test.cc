@@ -52,6 +52,7 @@ class Random {
     c.seed = U64();
     c.sealed = Flip();
     c.published = Flip();
+    c.durable = Flip();
     c.tenant = Label();
     c.segments.resize(Below(limits::kSegmentsPerContextMax + 1));
     for (auto& s : c.segments) {
@@ -82,6 +83,7 @@ void ExpectEqual(const ContextInfo& a, const ContextInfo& b) {
   EXPECT_EQ(a.seed, b.seed);
   EXPECT_EQ(a.sealed, b.sealed);
   EXPECT_EQ(a.published, b.published);
+  EXPECT_EQ(a.durable, b.durable);
   EXPECT_EQ(a.tenant, b.tenant);
   ASSERT_EQ(a.segments.size(), b.segments.size());
   for (size_t i = 0; i < a.segments.size(); ++i) {

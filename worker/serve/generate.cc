@@ -71,6 +71,9 @@ Result<std::string> TextOf(const std::string& text, const std::string& file, con
 Status Generation::ReadInputs() {
   KV_ASSIGN_OR_RETURN(method_, ParseMethod(options_.method));
   const bool fork = !options_.fork_of.empty();
+  if (options_.durable && !options_.publish) {
+    return InvalidArgument("--durable says how to publish; add --publish");
+  }
   if ((fork || options_.publish) && method_ != Method::kIceCache) {
     return InvalidArgument("--fork-of and --publish need --method icecache, not " +
                            options_.method);
@@ -132,7 +135,7 @@ Status Generation::PrepareServed() {
   if (options_.publish) {
     // What is published is the document; this worker goes on in a fork of its own.
     KV_RETURN_IF_ERROR(link_->control().Seal(served_->handle.id));
-    KV_RETURN_IF_ERROR(link_->control().Publish(served_->handle.id));
+    KV_RETURN_IF_ERROR(link_->control().Publish(served_->handle.id, options_.durable));
     if (options_.max_new_tokens > 0 || !question_.empty()) {
       KV_ASSIGN_OR_RETURN(
           served_, ForkFromServer(*link_, model, name, FreshContextName(name), served_->window));
@@ -232,7 +235,7 @@ void AddGenerateCommand(ConfigParser& parser, GenerateOptions* o) {
       "generate", "Continue a prompt, with its KV cache in the cache server",
       "icecache-worker generate --model DIR --prompt-file book.txt --question 'Who is Ahab?'\n"
       "icecache-worker generate --model DIR --prompt-file book.txt --context book --publish "
-      "--max-new-tokens 0\n"
+      "--durable --max-new-tokens 0\n"
       "icecache-worker generate --model DIR --fork-of book --question-file q.txt --budget 512");
   AddWorkerOptions(command, &o->worker);
   command.Section("Text");
@@ -244,6 +247,8 @@ void AddGenerateCommand(ConfigParser& parser, GenerateOptions* o) {
   command.Section("Sharing");
   command.Add("context", &o->context, "Name of the context that is made; empty: a fresh one");
   command.Add("publish", &o->publish, "Seal the prompt and let other workers fork it by name");
+  command.Add("durable", &o->durable,
+              "Publish on the server's disk, too: the context outlives the server");
   command.Add("fork_of", &o->fork_of, "Continue a published context instead of a prompt");
   command.Section("Generation");
   command.Add("method", &o->method,

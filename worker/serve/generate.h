@@ -19,6 +19,7 @@ struct GenerateOptions {
   std::string context;  // name to give; empty: a fresh one
   std::string fork_of;
   bool publish = false;
+  bool durable = false;
   std::string method = "icecache";
   uint32_t max_new_tokens = 64;
   bool ignore_eos = false;

@@ -1,0 +1,192 @@
+// The part of ContextService that has to do with the cold store: durable publication, and contexts
+// of an earlier run.
+#include <utility>
+
+#include "cacheserver/context_service.h"
+#include "common/log.h"
+
+namespace icecache {
+
+ContextSpec ContextService::SpecOf(const ContextRecord& record) const {
+  ContextSpec spec;
+  spec.id = record.id;
+  spec.segment = record.chain.back();
+  spec.tenant = record.tenant;
+  spec.shape = record.traits.shape;
+  spec.sink_tokens = record.traits.sink_tokens;
+  spec.window_tokens = record.traits.window_tokens;
+  spec.policy = record.traits.policy;
+  spec.seed = record.traits.seed;
+  return spec;
+}
+
+ContextManifest ContextService::ManifestOf(const ContextRecord& record) const {
+  ContextManifest manifest;
+  manifest.tenant = tenants_.Get(record.tenant).name;
+  manifest.name = record.name;
+  manifest.shape = record.traits.shape;
+  manifest.model = record.traits.model;
+  manifest.sink_tokens = record.traits.sink_tokens;
+  manifest.window_tokens = record.traits.window_tokens;
+  manifest.policy = record.traits.policy;
+  manifest.seed = record.traits.seed;
+  for (const SegmentId id : record.chain) {
+    const SegmentRecord segment = *table_.FindSegment(id);
+    manifest.segments.push_back({id, tenants_.Get(segment.tenant).name, segment.first,
+                                 segment.tail_first, segment.end});
+  }
+  return manifest;
+}
+
+void ContextService::PublishDurable(const ContextRecord& record, Done done) {
+  if (store_ == nullptr) {
+    return done(
+        FailedPrecondition("publish: the server keeps nothing on disk; start it with --data-dir, or "
+                           "publish without durable"));
+  }
+  if (!record.sealed) {
+    return done(FailedPrecondition("context '" + record.name +
+                                   "' is not sealed; seal it before it is published"));
+  }
+  // All parts of all segments; those that are stored already answer at once.
+  shards_.GatherLater<Status>(
+      [chain = record.chain](Shard& shard, std::function<void(Status)> answer) {
+        struct Parts {
+          size_t missing;
+          Status status;
+        };
+        auto parts = std::make_shared<Parts>(Parts{chain.size(), OkStatus()});
+        for (const SegmentId segment : chain) {
+          shard.tier().Store(segment, [parts, answer](const Status& status) {
+            if (parts->status.ok()) parts->status = status;
+            if (--parts->missing == 0) answer(parts->status);
+          });
+        }
+      },
+      [this, id = record.id, done = std::move(done)](const std::vector<Status>& stored) {
+        for (const Status& status : stored) {
+          if (!status.ok()) return done(status.WithContext("publish"));
+        }
+        Commit(id, done);
+      });
+}
+
+void ContextService::Commit(ContextId id, const Done& done) {
+  const ContextRecord* record = table_.Find(id);
+  if (record == nullptr) return done(Cancelled("publish: the context was dropped"));
+  // From here on a drop deletes the record, also one that is still on its way to the disk.
+  table_.SetDurable(id, true);
+  store_->Commit(ManifestOf(*record), [this, id, done](const Status& status) {
+    const ContextRecord* committed = table_.Find(id);
+    if (committed == nullptr) return done(Cancelled("publish: the context was dropped"));
+    if (!status.ok()) {
+      table_.SetDurable(id, false);
+      // It may have reached the disk all the same.
+      store_->Forget(ManifestOf(*committed), [](const Status&) {});
+      return done(status.WithContext("publish"));
+    }
+    (void)table_.Publish(id);
+    LogInfo("context published", {{"tenant", tenants_.Get(committed->tenant).name},
+                                  {"context", committed->name},
+                                  {"tokens", std::to_string(committed->tokens)},
+                                  {"durable", "yes"}});
+    done(wire::Done{});
+  });
+}
+
+Status ContextService::Recover(const ContextManifest& manifest) {
+  const auto tenant_of = [this](const std::string& name) -> Result<TenantId> {
+    for (const Tenant& tenant : tenants_.all()) {
+      if (tenant.name == name) return tenant.id;
+    }
+    return NotFound("tenant '" + name + "' is not in the token file");
+  };
+  ContextRecord record;
+  KV_ASSIGN_OR_RETURN(record.tenant, tenant_of(manifest.tenant));
+  record.name = manifest.name;
+  record.traits = {.shape = manifest.shape,
+                   .model = manifest.model,
+                   .sink_tokens = manifest.sink_tokens,
+                   .window_tokens = manifest.window_tokens,
+                   .policy = manifest.policy,
+                   .seed = manifest.seed};
+  std::vector<SegmentRecord> segments;
+  for (const SegmentManifest& s : manifest.segments) {
+    SegmentRecord& segment = segments.emplace_back();
+    KV_ASSIGN_OR_RETURN(segment.tenant, tenant_of(s.tenant));
+    segment.first = s.first_position;
+    segment.tail_first = s.tail_first;
+    segment.end = s.end;
+    record.chain.push_back(s.id);
+  }
+  const Status status = table_.Recover(std::move(record), segments).status();
+  CountGauges();
+  return status;
+}
+
+void ContextService::WithLoaded(ContextId id, std::function<void(Status)> then) {
+  const ContextRecord* record = table_.Find(id);
+  if (record == nullptr) return then(Cancelled("the context was dropped"));
+  if (record->loaded) return then(OkStatus());
+  std::vector<std::function<void(Status)>>& waiting = loading_[id];
+  waiting.push_back(std::move(then));
+  if (waiting.size() > 1) return;
+  const ModelShape& shape = record->traits.shape;
+  store_->ReadRows(record->chain, shape.layers * shape.kv_heads,
+                   [this, id](Result<std::shared_ptr<const ContextStore::Rows>> rows) {
+                     if (!rows.ok()) return FinishLoading(id, rows.status());
+                     RestoreOnShards(id, *rows);
+                   });
+}
+
+void ContextService::RestoreOnShards(ContextId id,
+                                     const std::shared_ptr<const ContextStore::Rows>& rows) {
+  const ContextRecord* record = table_.Find(id);
+  if (record == nullptr) return FinishLoading(id, Cancelled("the context was dropped"));
+  std::vector<SegmentSpec> chain;
+  std::vector<SegmentEnds> ends;
+  for (const SegmentId segment_id : record->chain) {
+    const SegmentRecord segment = *table_.FindSegment(segment_id);
+    SegmentSpec& spec = chain.emplace_back();
+    spec.id = segment_id;
+    spec.first_position = segment.first;
+    spec.tenant = segment.tenant;
+    spec.shape = record->traits.shape;
+    spec.policy = record->traits.policy;
+    spec.seed = record->traits.seed;
+    ends.push_back({segment.tail_first, segment.end});
+  }
+  shards_.Gather<Status>(
+      [spec = SpecOf(*record), chain, ends, rows](Shard& shard) {
+        return shard.RestoreContext(spec, chain, ends, *rows);
+      },
+      [this, id](const std::vector<Status>& restored) {
+        Status status;
+        for (const Status& of_shard : restored) {
+          if (status.ok()) status = of_shard;
+        }
+        FinishLoading(id, status);
+      });
+}
+
+void ContextService::FinishLoading(ContextId id, const Status& status) {
+  auto node = loading_.extract(id);
+  KV_CHECK(!node.empty());
+  const ContextRecord* record = table_.Find(id);
+  const bool here = status.ok() && record != nullptr;
+  if (here) {
+    table_.SetLoaded(id);
+  } else {
+    // What some shards have of it goes; the next open tries again.
+    shards_.Tell([id](Shard& shard) { shard.DropContext(id); });
+  }
+  if (!status.ok()) {
+    LogError("durable context not loaded", {{"context", std::to_string(id.value)},
+                                            {"status", status.ToString()}});
+  }
+  const Status answer =
+      here || !status.ok() ? status : Cancelled("the context was dropped while it was read");
+  for (const auto& then : node.mapped()) then(answer);
+}
+
+}  // namespace icecache

@@ -1,0 +1,136 @@
+#include "cacheserver/context_store.h"
+
+#include <algorithm>
+#include <unordered_set>
+#include <utility>
+
+#include "cacheserver/store/cold_keys.h"
+#include "common/log.h"
+
+namespace icecache {
+namespace {
+
+// More ids than one run can use.
+constexpr uint64_t kIdsPerStart = uint64_t{1} << 32;
+
+std::string KeyOf(const ContextManifest& manifest) {
+  return cold_keys::ContextRecord(manifest.segments.back().id, manifest.tenant, manifest.name);
+}
+
+SegmentId SegmentOfKey(std::string_view key, std::string_view prefix) {
+  uint64_t value = 0;
+  for (const char c : key.substr(prefix.size(), sizeof value)) value = value << 8 | static_cast<uint8_t>(c);
+  return SegmentId(value);
+}
+
+Result<uint64_t> NextFirstId(ColdStore& store, uint64_t now_us) {
+  KV_ASSIGN_OR_RETURN(const std::optional<std::string> last,
+                      store.Get(ColdColumn::kRecords, cold_keys::kStart));
+  uint64_t first_id = now_us;
+  if (last) {
+    KV_ASSIGN_OR_RETURN(const uint64_t used, DecodeStartRecord(*last));
+    // The clock may have been set back.
+    first_id = std::max(now_us, used + kIdsPerStart);
+  }
+  const ColdWrite write{ColdColumn::kRecords, cold_keys::kStart, EncodeStartRecord(first_id)};
+  KV_RETURN_IF_ERROR(store.Put({&write, 1}, true));
+  return first_id;
+}
+
+}  // namespace
+
+Result<ContextStore::Recovered> ContextStore::Recover(uint64_t now_us) {
+  ColdStore& store = pool_.store();
+  Recovered found;
+  KV_ASSIGN_OR_RETURN(found.first_id, NextFirstId(store, now_us));
+  std::unordered_set<SegmentId> named;
+  Status newer;
+  KV_RETURN_IF_ERROR(store.Scan(
+      ColdColumn::kRecords, cold_keys::kContexts,
+      [&](std::string_view key, std::string_view value) {
+        Result<ContextManifest> manifest = DecodeManifest(value);
+        if (manifest.status().code() == StatusCode::kFailedPrecondition) newer = manifest.status();
+        if (!manifest.ok()) {
+          // Kept for whoever repairs it. Its segments have no other name than the last one's.
+          const SegmentId last = SegmentOfKey(key, cold_keys::kContexts);
+          LogError("durable context not recovered", {{"segment", std::to_string(last.value)},
+                                                     {"status", manifest.status().ToString()}});
+          ++found.unreadable;
+          return newer.ok();
+        }
+        for (const SegmentManifest& s : manifest->segments) named.insert(s.id);
+        found.contexts.push_back(std::move(manifest).value());
+        return true;
+      }));
+  KV_RETURN_IF_ERROR(newer);
+  std::vector<SegmentId> orphans;
+  KV_RETURN_IF_ERROR(store.Scan(ColdColumn::kRecords, cold_keys::kSegments,
+                                [&](std::string_view key, std::string_view) {
+                                  const SegmentId id = SegmentOfKey(key, cold_keys::kSegments);
+                                  if (!named.contains(id)) orphans.push_back(id);
+                                  return true;
+                                }));
+  // What an unreadable record names is not known: nothing is deleted then.
+  if (found.unreadable > 0) return found;
+  found.orphans = orphans.size();
+  for (const SegmentId id : orphans) pool_.DeleteSegment(id);
+  return found;
+}
+
+template <typename T>
+void ContextStore::Answer(std::function<void(T)> done, T value) {
+  // `done` dies on the control thread, answered or not.
+  struct Call {
+    std::function<void(T)> done;
+    T value;
+  };
+  auto call = std::make_shared<Call>(Call{std::move(done), std::move(value)});
+  control_.Post([call, alive = std::weak_ptr<int>(alive_)] {
+    if (!alive.expired()) call->done(std::move(call->value));
+  });
+}
+
+void ContextStore::Commit(const ContextManifest& manifest, std::function<void(Status)> done) {
+  pool_.SubmitRecord([this, record = EncodeManifest(manifest),
+                      key = KeyOf(manifest), done = std::move(done)]() mutable {
+    Status status = pool_.store().Sync();
+    if (status.ok()) {
+      const ColdWrite write{ColdColumn::kRecords, std::move(key), std::move(record)};
+      status = pool_.store().Put({&write, 1}, true);
+    }
+    Answer<Status>(std::move(done), pool_.NoteWrite(std::move(status)));
+  });
+}
+
+void ContextStore::Forget(const ContextManifest& manifest, std::function<void(Status)> done) {
+  pool_.SubmitRecord([this, key = KeyOf(manifest), done = std::move(done)]() mutable {
+    Status status = pool_.store().DeletePrefix(ColdColumn::kRecords, key);
+    Answer<Status>(std::move(done), pool_.NoteWrite(std::move(status)));
+  });
+}
+
+void ContextStore::ReadRows(std::vector<SegmentId> segments, uint32_t slices,
+                            std::function<void(Result<std::shared_ptr<const Rows>>)> done) {
+  pool_.Submit([this, segments = std::move(segments), slices, done = std::move(done)]() mutable {
+    const auto read = [&]() -> Result<std::shared_ptr<const Rows>> {
+      auto rows = std::make_shared<Rows>();
+      for (const SegmentId segment : segments) {
+        std::vector<std::string>& of_segment = rows->emplace_back();
+        for (uint32_t flat = 0; flat < slices; ++flat) {
+          KV_ASSIGN_OR_RETURN(
+              std::optional<std::string> blob,
+              pool_.store().Get(ColdColumn::kIndex, cold_keys::Rows(segment, flat)));
+          if (!blob) {
+            return DataLoss("segment " + std::to_string(segment.value) + ": the stored rows of slice " +
+                            std::to_string(flat) + " are missing; drop the context");
+          }
+          of_segment.push_back(*std::move(blob));
+        }
+      }
+      return std::shared_ptr<const Rows>(std::move(rows));
+    };
+    Answer<Result<std::shared_ptr<const Rows>>>(std::move(done), read());
+  });
+}
+
+}  // namespace icecache

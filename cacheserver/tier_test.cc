@@ -1,0 +1,335 @@
+// One shard over a cold store in memory: what is evicted comes back and answers the same; a broken or
+// full store spoils nothing else; and whatever happens, the ledger adds up to the byte.
+#include "cacheserver/tier.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <map>
+#include <random>
+
+#include "cacheserver/context/test_rows.h"
+#include "cacheserver/shard.h"
+#include "cacheserver/store/cold_keys.h"
+#include "cacheserver/test_client.h"
+#include "common/checksum.h"
+
+namespace icecache {
+namespace {
+
+constexpr ModelShape kShape{
+    .layers = 1, .kv_heads = 2, .query_heads = 4, .head_dim = 64, .dtype = DType::kF16};
+constexpr uint32_t kSinks = 4, kWindow = 16;
+constexpr LayerId kLayer(0);
+
+class TierTest : public ::testing::Test {
+ protected:
+  void Open(uint64_t memory_bytes, uint32_t tenants = 1) {
+    QuietLog();
+    ColdFaults faults;
+    faults.before = [this](std::string_view operation) { return fault_ ? fault_(operation) : OkStatus(); };
+    cold_ = std::make_unique<ColdPool>(MakeMemoryColdStore(faults), 2, *clock_, metrics_);
+    shard_ = std::make_unique<Shard>(ShardOptions{.id = ShardId(0), .count = 1, .memory_bytes = memory_bytes},
+                                     reactor_, builds_, metrics_, cold_.get());
+    for (uint32_t t = 0; t < tenants; ++t) shard_->SetQuota(TenantId(t), 0);
+  }
+  void TearDown() override {
+    builds_.Stop();
+    if (cold_) cold_->Stop();
+    shard_.reset();
+  }
+  bool Until(const std::function<bool()>& done) {
+    return reactor_.RunUntil(done, clock_->Now() + std::chrono::seconds(20));
+  }
+  TestRows& Rows(ContextId id, uint16_t head) {
+    return rows_.try_emplace({id.value, head}, id.value * 31 + head, kShape.dtype, kShape.head_dim)
+        .first->second;
+  }
+  Status Put(ContextId id, uint32_t first, uint32_t count) {
+    for (uint16_t head = 0; head < kShape.kv_heads; ++head) {
+      TestRows& rows = Rows(id, head);
+      KV_RETURN_IF_ERROR(shard_->FindContext(id)->PutRows(kLayer, KvHeadId(head), first, count,
+                                                          rows.K(first, count),
+                                                          rows.V(first, count)));
+    }
+    return OkStatus();
+  }
+  Status Build(ContextId id, uint32_t tokens) {
+    Status status;
+    uint32_t missing = kShape.kv_heads;
+    for (uint16_t head = 0; head < kShape.kv_heads; ++head) {
+      shard_->Build(id, kLayer, KvHeadId(head), tokens, {}, [&](const Result<uint32_t>& pages) {
+        if (!pages.ok()) status = pages.status();
+        --missing;
+      });
+    }
+    EXPECT_TRUE(Until([&] { return missing == 0; }));
+    return status;
+  }
+  ContextId Create(uint32_t tenant = 0, PolicyKind policy = PolicyKind::kClusterTree) {
+    ContextSpec spec;
+    spec.id = ContextId(next_++);
+    spec.segment = SegmentId(next_++);
+    spec.tenant = TenantId(tenant);
+    spec.shape = kShape;
+    spec.sink_tokens = kSinks;
+    spec.window_tokens = kWindow;
+    spec.policy = policy;
+    EXPECT_TRUE(shard_->CreateContext(spec).ok());
+    return spec.id;
+  }
+  ContextId Sealed(uint32_t tokens, PolicyKind policy = PolicyKind::kClusterTree) {
+    const ContextId id = Create(0, policy);
+    EXPECT_TRUE(Put(id, 0, tokens).ok());
+    EXPECT_TRUE(Build(id, tokens).ok());
+    EXPECT_TRUE(shard_->SealContext(id).ok());
+    return id;
+  }
+  Status Store(ContextId id) {
+    std::optional<Status> stored;
+    shard_->tier().Store(shard_->FindContext(id)->chain().back()->id(),
+                         [&](const Status& status) { stored = status; });
+    EXPECT_TRUE(Until([&] { return stored.has_value(); }));
+    return *stored;
+  }
+  void EvictAll(ContextId id) {
+    const Segment& segment = *shard_->FindContext(id)->chain().back();
+    for (size_t i = 0; i < segment.slice_count(); ++i) {
+      PageTable& table = segment.stored_slice(i).table();
+      for (uint32_t p = 0; p < table.page_count(); ++p) {
+        if (table.residency(PageId(p)) == Residency::kWarm) table.Evict(PageId(p));
+      }
+    }
+  }
+  struct Answer {
+    Status status;
+    std::string text;
+    int rounds = 0;  // of loading
+  };
+  Answer Select(ContextId id, uint16_t head, uint64_t seed, uint32_t tokens, uint32_t pages = 6) {
+    const std::vector<float> queries = Rows(id, head).Queries(seed, kShape.group(), tokens);
+    SelectRequest request;
+    request.queries = queries.data();
+    request.group = kShape.group();
+    request.max_pages = pages;
+    request.read_cap = 512;
+    Answer answer;
+    for (;; ++answer.rounds) {
+      Misses misses;
+      wire::HeadSelection out;
+      answer.status =
+          shard_->FindContext(id)->Select(kLayer, KvHeadId(head), request, {}, &out, &misses);
+      if (!answer.status.ok()) return answer;
+      if (misses.empty()) {
+        for (const wire::PagePayload& page : out.pages) {
+          answer.text += std::to_string(page.page.value) + "#" + std::to_string(page.checksum) + " ";
+          EXPECT_EQ(page.checksum, PageChecksum({page.segment.value, page.page.value, page.version},
+                                                page.k_rows, page.v_rows, page.positions));
+        }
+        return answer;
+      }
+      std::optional<Status> loaded;
+      shard_->tier().Load(misses, [&](const Status& status) { loaded = status; });
+      EXPECT_TRUE(Until([&] { return loaded.has_value(); }));
+      answer.status = *loaded;
+      if (!loaded->ok()) return answer;
+    }
+  }
+
+  std::unique_ptr<Clock> clock_ = MakeSteadyClock();
+  MetricsRegistry metrics_;
+  Reactor reactor_{*clock_, Duration::zero()};
+  BuildPool builds_{1};
+  std::function<Status(std::string_view)> fault_;
+  std::unique_ptr<ColdPool> cold_;
+  std::unique_ptr<Shard> shard_;
+  std::map<std::pair<uint64_t, uint16_t>, TestRows> rows_;
+  uint64_t next_ = 1;
+};
+
+TEST_F(TierTest, EvictedPagesComeBackAndEveryPolicyAnswersTheSame) {
+  Open(64u << 20);
+  for (const PolicyKind policy : {PolicyKind::kClusterTree, PolicyKind::kDciTree,
+                                  PolicyKind::kExact, PolicyKind::kSequential, PolicyKind::kQuest}) {
+    SCOPED_TRACE(std::string(PolicyKindName(policy)));
+    const ContextId id = Sealed(3000, policy);
+    std::vector<Answer> warm;
+    for (uint64_t seed = 0; seed < 8; ++seed) warm.push_back(Select(id, 0, seed, 3000));
+    ASSERT_TRUE(Store(id).ok());
+    for (uint64_t seed = 0; seed < 8; ++seed) {
+      EvictAll(id);
+      const Answer cold = Select(id, 0, seed, 3000);
+      EXPECT_TRUE(cold.status.ok()) << cold.status.ToString();
+      EXPECT_EQ(cold.text, warm[seed].text);
+      EXPECT_GT(cold.rounds, 0);
+      EXPECT_EQ(Select(id, 0, seed, 3000).rounds, 0);  // it stays
+    }
+    EXPECT_TRUE(shard_->FindContext(id)->Validate().ok());
+    shard_->DropContext(id);
+  }
+}
+
+TEST_F(TierTest, MemoryForAQuarterOfTheContextsHoldsThemAll) {
+  Open(16u << 20);
+  std::vector<ContextId> ids;
+  for (int i = 0; i < 8; ++i) {  // 4 MB each, two extents
+    ids.push_back(Create());
+    const ContextId id = ids.back();
+    Status status = Put(id, 0, 8000);
+    for (int tries = 0; !status.ok() && tries < 100; ++tries) {
+      std::optional<bool> room;
+      shard_->tier().WaitForRoom([&](bool r) { room = r; });
+      ASSERT_TRUE(Until([&] { return room.has_value(); }));
+      status = Put(id, 0, 8000);
+    }
+    ASSERT_TRUE(status.ok()) << status.ToString();
+    ASSERT_TRUE(Build(id, 8000).ok());
+    ASSERT_TRUE(shard_->SealContext(id).ok());
+  }
+  std::mt19937_64 random(3);
+  std::map<std::pair<uint64_t, uint64_t>, std::string> known;
+  for (int step = 0; step < 200; ++step) {
+    const ContextId id = ids[random() % ids.size()];
+    const uint64_t seed = random() % 3;
+    const Answer answer = Select(id, 1, seed, 8000);
+    ASSERT_TRUE(answer.status.ok()) << answer.status.ToString();
+    const auto [it, fresh] = known.emplace(std::pair(id.value, seed), answer.text);
+    EXPECT_TRUE(fresh || it->second == answer.text);
+    ASSERT_TRUE(shard_->pool().Validate().ok());
+  }
+  EXPECT_GT(shard_->tier().usage().pages_cold, 0u);
+}
+
+TEST_F(TierTest, APageThatCannotBeReadIsAnErrorOfItsRequestAlone) {
+  Open(64u << 20);
+  const ContextId bad = Sealed(1000), good = Sealed(1000);
+  const Answer warm = Select(good, 0, 1, 1000);
+  ASSERT_TRUE(Store(bad).ok());
+  ASSERT_TRUE(Store(good).ok());
+  EvictAll(bad);
+  EvictAll(good);
+  const SegmentId segment = shard_->FindContext(bad)->chain().back()->id();
+  for (uint32_t p = 0; p < 200; ++p) {  // other bytes of the right length, then none at all
+    const std::string key = cold_keys::Page(segment, 0, PageId(p));
+    const auto stored = cold_->store().Get(ColdColumn::kPages, key);
+    if (!stored.ok() || !stored->has_value()) break;
+    ColdWrite write{ColdColumn::kPages, key, **stored};
+    write.value[5] ^= 1;
+    ASSERT_TRUE(cold_->store().Put({&write, 1}, false).ok());
+  }
+  EXPECT_EQ(Select(bad, 0, 1, 1000).status.code(), StatusCode::kDataLoss);
+  ASSERT_TRUE(cold_->store()
+                  .DeletePrefix(ColdColumn::kPages, cold_keys::SegmentPrefix(segment))
+                  .ok());
+  EXPECT_EQ(Select(bad, 1, 1, 1000).status.code(), StatusCode::kDataLoss);
+  const Answer cold = Select(good, 0, 1, 1000);
+  EXPECT_TRUE(cold.status.ok());
+  EXPECT_EQ(cold.text, warm.text);
+}
+
+TEST_F(TierTest, AFullDiskKeepsContextsInMemoryAndSaysSo) {
+  Open(64u << 20);
+  const ContextId id = Sealed(1000);
+  fault_ = [](std::string_view operation) {
+    return operation == "put" ? ResourceExhausted("disk full") : OkStatus();
+  };
+  EXPECT_EQ(Store(id).code(), StatusCode::kResourceExhausted);
+  EXPECT_EQ(metrics_.GetGauge("icecache_cold_store_degraded", "").value(), 1);
+  EXPECT_TRUE(Select(id, 0, 1, 1000).status.ok());
+  std::optional<bool> room;
+  shard_->tier().WaitForRoom([&](bool r) { room = r; });
+  EXPECT_EQ(room, false);  // at once: nothing can be stored now
+  fault_ = {};
+  EXPECT_TRUE(Store(id).ok());
+  EXPECT_EQ(metrics_.GetGauge("icecache_cold_store_degraded", "").value(), 0);
+}
+
+// Random life of contexts of three tenants, in memory that is too small for them.
+class Ledger : public TierTest {
+ protected:
+  struct Living {
+    ContextId id;
+    uint32_t tokens = 0;
+    bool sealed = false;
+  };
+  void Step() {
+    const size_t at = living_.empty() ? 0 : random_() % living_.size();
+    switch (living_.size() < 3 ? 0 : random_() % 7) {
+      case 0:
+        if (living_.size() < 12) living_.push_back({Create(random_() % 3)});
+        return;
+      case 1:  // a prefill of which some fail for want of memory
+        if (living_[at].tokens > 0) return;
+        living_[at].tokens = 100 + random_() % 6000;
+        if (!Put(living_[at].id, 0, living_[at].tokens).ok() ||
+            !Build(living_[at].id, living_[at].tokens).ok()) {
+          Drop(at);
+        }
+        return;
+      case 2:
+        if (living_[at].tokens == 0 || living_[at].sealed) return;
+        living_[at].sealed = shard_->SealContext(living_[at].id).ok();
+        return;
+      case 3: {
+        if (!living_[at].sealed) return;
+        const Living child{ContextId(next_++), living_[at].tokens, false};
+        if (shard_->ForkContext(living_[at].id, child.id, SegmentId(next_++)).ok()) {
+          living_.push_back(child);
+        }
+        return;
+      }
+      case 4:
+        if (living_[at].sealed) (void)Store(living_[at].id);
+        return;
+      case 5:
+        if (living_[at].sealed) (void)Select(living_[at].id, 0, random_(), 100);
+        return;
+      default:
+        if (random_() % 2 == 0) Drop(at);
+    }
+  }
+  void Drop(size_t at) {
+    shard_->DropContext(living_[at].id);
+    living_.erase(living_.begin() + static_cast<ptrdiff_t>(at));
+  }
+  // Every tenant's account and every segment's own count, against the pool.
+  void Check() {
+    PagePool& pool = shard_->pool();
+    ASSERT_TRUE(pool.Validate().ok()) << pool.Validate().ToString();
+    uint64_t held = 0, used = 0;
+    for (const TenantId tenant : pool.tenants()) {
+      held += pool.usage(tenant).held_bytes();
+      used += pool.usage(tenant).frame_bytes + pool.usage(tenant).row_bytes;
+    }
+    EXPECT_EQ(held, pool.usage().held_bytes());
+    EXPECT_EQ(used, pool.usage().frame_bytes + pool.usage().row_bytes);
+    std::vector<ContextId> ids;
+    for (const Living& l : living_) ids.push_back(l.id);
+    // A segment that is being stored outlives its context for that long.
+    EXPECT_TRUE(Until([&] {
+      uint64_t counted = 0;
+      for (const auto& [id, bytes] : shard_->HoldingsOf(ids).segments) counted += bytes.kv_bytes;
+      return counted == pool.usage().frame_bytes + pool.usage().row_bytes;
+    }));
+  }
+  std::mt19937_64 random_;
+  std::vector<Living> living_;
+};
+
+TEST_F(Ledger, AddsUpAfterAnySequenceOfOperations) {
+  const uint64_t seed = std::random_device{}();
+  SCOPED_TRACE("seed " + std::to_string(seed));
+  random_.seed(seed);
+  Open(48u << 20, 3);
+  shard_->SetQuota(TenantId(2), 16u << 20);
+  for (int step = 0; step < 300; ++step) {
+    Step();
+    Check();
+    if (HasFatalFailure()) return;
+  }
+  while (!living_.empty()) Drop(0);
+  EXPECT_TRUE(Until([&] { return shard_->pool().usage().held_bytes() == 0; }));
+}
+
+}  // namespace
+}  // namespace icecache
