@@ -25,5 +25,6 @@ std::unique_ptr<BenchCommand> MakeFetchCommand();
 std::unique_ptr<BenchCommand> MakeAttentionCommand();
 std::unique_ptr<BenchCommand> MakeGatherCommand();
 std::unique_ptr<BenchCommand> MakeDecodeCommand();
+std::unique_ptr<BenchCommand> MakeTierCommand();
 
 }  // namespace icecache

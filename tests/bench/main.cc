@@ -15,6 +15,7 @@ int main(int argc, char** argv) {
   commands.push_back(icecache::MakeAttentionCommand());
   commands.push_back(icecache::MakeGatherCommand());
   commands.push_back(icecache::MakeDecodeCommand());
+  commands.push_back(icecache::MakeTierCommand());
 
   icecache::ConfigParser parser(
       "icecache-bench", "Measures the parts of icecache.",
