@@ -25,7 +25,7 @@ class AccuracyCommand final : public BenchCommand {
            "icecache-bench accuracy --model DIR --tasks longbench:hotpotqa --data LongBench/data\n"
            "icecache-bench accuracy --model tests/models/recall --tasks single --lengths 16384 "
            "--policies "
-           "cluster_tree,cluster_tree/strict,cluster_tree/rerank_pages_max=10,dci_tree/reference";
+           "cluster_tree,cluster_tree/strict,cluster_tree/rerank_pages_max=10,dci_tree/improved";
   }
   void AddFlags(ConfigParser* parser) override;
   Status Run() override;

@@ -85,8 +85,8 @@ std::map<std::string, Setter> DciOptions(DciTreeOptions* dci) {
           {"build_field_of_view", Number(&dci->build_field_of_view)},
           {"insert_field_of_view", Number(&dci->insert_field_of_view)},
           {"anchor_interval", Number(&dci->anchor_interval)},
-          {"reference", [dci](const std::string&) {
-             *dci = DciTreeOptions::Reference();
+          {"improved", [dci](const std::string&) {
+             *dci = DciTreeOptions::Improved();
              return OkStatus();
            }}};
 }

@@ -32,7 +32,8 @@ TEST(AccuracyMethod, OptionsFollowTheName) {
   EXPECT_FLOAT_EQ(method->min_mass, 0.9f);
   EXPECT_TRUE(method->custom);
   EXPECT_EQ(ParseAccuracyMethod("full")->kind, AccuracyMethod::Kind::kFull);
-  EXPECT_EQ(ParseAccuracyMethod("dci_tree/reference")->dci.anchor_interval, 120u);
+  EXPECT_EQ(ParseAccuracyMethod("dci_tree")->dci.anchor_interval, 120u);  // the reference's
+  EXPECT_EQ(ParseAccuracyMethod("dci_tree/improved")->dci.anchor_interval, 0u);
 }
 
 TEST(AccuracyMethod, WhatIsNotUnderstoodIsNamed) {
