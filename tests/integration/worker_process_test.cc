@@ -37,8 +37,8 @@ class Workers : public ::testing::TestWithParam<const char*> {
   }
   std::vector<std::string> Generate(const TestServer& server, std::vector<std::string> more) const {
     std::vector<std::string> args = {
-        "generate",     "--model", SourcePath("tests/models/recall"), "--server", server.address(),
-        "--transports", GetParam()};
+        "generate",     "--model",  SourcePath("tests/models/recall"), "--server", server.address(),
+        "--transports", GetParam(), "--device",                        "cpu"};
     args.insert(args.end(), more.begin(), more.end());
     return args;
   }
