@@ -2,12 +2,18 @@
 
 #include <unistd.h>
 
+#include <algorithm>
+#include <chrono>
 #include <cstdio>
+#include <functional>
 #include <memory>
 #include <optional>
+#include <thread>
 #include <utility>
 #include <vector>
 
+#include "common/limits.h"
+#include "common/log.h"
 #include "common/size.h"
 #include "worker/attention_exact.h"
 #include "worker/attention_full.h"
@@ -39,7 +45,11 @@ class Generation {
   Status ReadInputs();
   Status PrepareServed();
   Status PrepareLocal();
+  void BeginServed();
   Status Decode();
+  Status DecodeOn(const std::function<bool(int32_t)>& on_token);
+  Status Resume(const Status& lost);
+  Status ForkAgain();
   PrefillOptions PrefillSettings(ProgressBar* bar);
   Status Pump() {
     if (link_) return link_->Pump();
@@ -57,6 +67,10 @@ class Generation {
   std::unique_ptr<DecodeAttention> attention_;
   uint32_t tokens_ = 0;  // of the sequence when decoding starts
   std::vector<float> last_hidden_;
+  std::string parent_;  // what the sequence was forked from, by name; empty: from nothing that lasts
+  std::optional<DecodeLoop> loop_;
+  std::optional<Sampler> sampler_;
+  Tokens history_;  // the question and what was sampled: what follows tokens_
   GenerateSummary summary_;
 };
 
@@ -66,6 +80,12 @@ Result<std::string> TextOf(const std::string& text, const std::string& file, con
                            "-file are both given; use one");
   }
   return file.empty() ? Result<std::string>(text) : ReadTextFile(file);
+}
+
+// Of a server that may come back.
+bool MayPass(const Status& status) {
+  return status.code() == StatusCode::kUnavailable ||
+         status.code() == StatusCode::kDeadlineExceeded;
 }
 
 Status Generation::ReadInputs() {
@@ -116,8 +136,8 @@ Status Generation::PrepareServed() {
   const std::string name =
       options_.context.empty() ? FreshContextName("generate") : options_.context;
   if (!options_.fork_of.empty()) {
-    KV_ASSIGN_OR_RETURN(served_,
-                        ForkFromServer(*link_, model, options_.fork_of, name, std::nullopt));
+    parent_ = options_.fork_of;
+    KV_ASSIGN_OR_RETURN(served_, ForkFromServer(*link_, model, parent_, name, std::nullopt));
   } else {
     ProgressBar bar("prefill", progress_);
     PrefillRequest request;
@@ -136,18 +156,23 @@ Status Generation::PrepareServed() {
     // What is published is the document; this worker goes on in a fork of its own.
     KV_RETURN_IF_ERROR(link_->control().Seal(served_->handle.id));
     KV_RETURN_IF_ERROR(link_->control().Publish(served_->handle.id, options_.durable));
+    parent_ = name;
     if (options_.max_new_tokens > 0 || !question_.empty()) {
       KV_ASSIGN_OR_RETURN(
           served_, ForkFromServer(*link_, model, name, FreshContextName(name), served_->window));
     }
   }
-  auto attention =
-      std::make_unique<AttentionIceCache>(model.shape(), link_->cache(), *loaded_.compute.attention,
-                                          IceCacheOptionsOf(options_.worker, loaded_.compute));
+  BeginServed();
+  return OkStatus();
+}
+
+void Generation::BeginServed() {
+  auto attention = std::make_unique<AttentionIceCache>(
+      loaded_.model->shape(), link_->cache(), *loaded_.compute.attention,
+      IceCacheOptionsOf(options_.worker, loaded_.compute));
   attention->Begin(served_->handle, served_->window, served_->grant.context.segments);
   attention_ = std::move(attention);
   tokens_ = served_->tokens;
-  return OkStatus();
 }
 
 Status Generation::PrepareLocal() {
@@ -177,35 +202,82 @@ Status Generation::PrepareLocal() {
   return OkStatus();
 }
 
-Status Generation::Decode() {
-  DecodeLoop loop(*loaded_.model, *attention_, [this] { return Pump(); });
-  loop.Begin(tokens_, last_hidden_);
-  ProgressBar bar("generate", progress_ && ::isatty(STDOUT_FILENO) == 0);
-  uint64_t done = 0;
-  const uint64_t total = question_.size() + options_.max_new_tokens;
-  Status status;
-  for (const int32_t token : question_) {
-    status = loop.Feed(token);
-    if (!status.ok()) break;
-    bar.Update(++done, total);
-  }
-  StreamDecoder decoder(*loaded_.tokenizer);
-  Sampler sampler({options_.temperature, options_.top_p, options_.seed});
+// Feeds what is in history_ and not in the attention, then samples, until the count is full.
+Status Generation::DecodeOn(const std::function<bool(int32_t)>& on_token) {
+  loop_.emplace(*loaded_.model, *attention_, [this] { return Pump(); });
+  loop_->Begin(tokens_, last_hidden_);
+  size_t fed = 0;
   const std::vector<int32_t> stop =
       options_.ignore_eos ? std::vector<int32_t>{} : loaded_.config.eos_ids;
-  if (status.ok() && options_.max_new_tokens > 0) {
-    status = loop.Generate(sampler, options_.max_new_tokens, stop, [&](int32_t token) {
-      const std::string text = decoder.Push(token);
-      std::fwrite(text.data(), 1, text.size(), stdout);
-      bar.Update(++done, total);
-      ++summary_.generated_tokens;
-      return std::fflush(stdout) == 0;  // nobody reads any more: stop
-    });
+  const size_t end = question_.size() + options_.max_new_tokens;
+  for (;;) {
+    for (; fed < history_.size(); ++fed) KV_RETURN_IF_ERROR(loop_->Feed(history_[fed]));
+    if (history_.size() == end) return OkStatus();
+    const int32_t token = sampler_->Sample(loop_->logits());
+    if (std::find(stop.begin(), stop.end(), token) != stop.end() || !on_token(token)) {
+      return OkStatus();
+    }
+    history_.push_back(token);
+    if (history_.size() == end) return OkStatus();  // nothing needs the last one's logits
+  }
+}
+
+Status Generation::ForkAgain() {
+  KV_ASSIGN_OR_RETURN(link_, ConnectToServer(options_.worker));
+  KV_ASSIGN_OR_RETURN(served_, ForkFromServer(*link_, *loaded_.model, parent_,
+                                              FreshContextName(parent_), std::nullopt));
+  BeginServed();
+  return OkStatus();
+}
+
+// The server went away, and with it the rows of this sequence. When it is back with the context
+// that the sequence was forked from, a new fork takes its place; the tokens since are run again.
+Status Generation::Resume(const Status& lost) {
+  LogWarn("cache server lost; waiting for it", {{"reason", lost.ToString()}});
+  const auto start = std::chrono::steady_clock::now();
+  Status status = lost;
+  while (std::chrono::steady_clock::now() - start < limits::kLeaseTime && !Interrupted()) {
+    loop_.reset();
+    attention_.reset();
+    served_.reset();
+    link_.reset();
+    status = ForkAgain();
+    // Not there any more, or not ours: waiting does not help.
+    if (status.ok() || !MayPass(status)) break;
+    std::this_thread::sleep_for(limits::kReconnectBackoffMin);
+  }
+  if (!status.ok()) {
+    LogWarn("not resumed", {{"reason", status.ToString()}});
+    return lost;
+  }
+  LogWarn("resumed on a new fork",
+          {{"parent", parent_}, {"tokens_again", std::to_string(history_.size())}});
+  return OkStatus();
+}
+
+Status Generation::Decode() {
+  ProgressBar bar("generate", progress_ && ::isatty(STDOUT_FILENO) == 0);
+  const uint64_t total = question_.size() + options_.max_new_tokens;
+  StreamDecoder decoder(*loaded_.tokenizer);
+  sampler_.emplace(SamplerOptions{options_.temperature, options_.top_p, options_.seed});
+  history_ = question_;
+  const auto on_token = [&](int32_t token) {
+    const std::string text = decoder.Push(token);
+    std::fwrite(text.data(), 1, text.size(), stdout);
+    bar.Update(history_.size() + 1, total);
+    ++summary_.generated_tokens;
+    return std::fflush(stdout) == 0;  // nobody reads any more: stop
+  };
+  Status status = DecodeOn(on_token);
+  while (!status.ok() && !parent_.empty() && MayPass(status)) {
+    const Status resumed = Resume(status);
+    status = resumed.ok() ? DecodeOn(on_token) : resumed;
+    if (!resumed.ok()) break;
   }
   bar.Finish();
   if (options_.max_new_tokens > 0) std::fputs((decoder.Finish() + "\n").c_str(), stdout);
   std::fflush(stdout);
-  summary_.decode = loop.stats();
+  if (loop_) summary_.decode = loop_->stats();
   return status;
 }
 
@@ -221,7 +293,7 @@ Status Generation::Run() {
   const Status status = Decode();
   if (summary_.decode.tokens > 0 || summary_.prefill_tokens > 0) PrintSummary(summary_);
   // A context that is not published goes now, not when the server notices that we have gone.
-  if (served_ && link_->Pump().ok()) {
+  if (served_ && link_ && link_->Pump().ok()) {
     const Status released = link_->control().Release(served_->handle.id);
     if (status.ok() && !released.ok()) return released;
   }
