@@ -45,7 +45,7 @@ struct Flags {
   std::vector<std::string> factor = {"0.5", "4"};
   uint64_t memory = 128u << 20;
   uint64_t durable = 512u << 20;  // of the restart; 0: none
-  uint32_t doc_tokens = 8192;
+  uint32_t doc_tokens = 4096;
   uint32_t pages = 16;
   uint32_t rounds = 400;
   bool direct_io = false;
