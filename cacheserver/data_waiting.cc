@@ -4,7 +4,6 @@
 #include <utility>
 
 #include "cacheserver/data_service.h"
-#include "common/cold_limits.h"
 #include "common/limits.h"
 
 namespace icecache {

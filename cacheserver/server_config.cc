@@ -14,7 +14,6 @@
 #include <fstream>
 #include <sstream>
 
-#include "common/cold_limits.h"
 #include "common/limits.h"
 #include "common/size.h"
 #include "common/ucx_environment.h"

@@ -11,12 +11,6 @@
 
 namespace icecache {
 
-namespace limits {
-inline constexpr uint32_t kSelectionsRememberedMax = 8;  // per context and shard
-inline constexpr uint32_t kEndedRememberedMax = 512;     // contexts that are gone, and why
-inline constexpr uint32_t kDamageReportedMax = 16;       // per shard and verification
-}  // namespace limits
-
 // What `explain` tells of a context on one shard.
 struct SegmentDetail {
   uint32_t slices = 0;

@@ -5,7 +5,6 @@
 #include "cacheserver/context/manifest.h"
 #include "cacheserver/store/cold_keys.h"
 #include "cacheserver/tier.h"
-#include "common/cold_limits.h"
 #include "common/limits.h"
 #include "common/log.h"
 

@@ -11,7 +11,7 @@
 #include <utility>
 
 #include "common/address.h"
-#include "common/cold_limits.h"
+#include "common/limits.h"
 #include "common/control_stream.h"
 
 namespace icecache {

@@ -42,6 +42,8 @@ inline constexpr uint32_t kReclusterTokens =
 inline constexpr uint32_t kPagesPerSelectMax = 4096;  // per kv head
 inline constexpr uint32_t kReadCapMax = 1u << 16;     // tokens read exactly for the residual
 inline constexpr uint32_t kHeadsPerSelectMax = kKvHeadsMax;
+inline constexpr uint32_t kNearPositionsMax = 4096;   // of a head; more would be everywhere
+inline constexpr uint32_t kLayerReuseMax = 16;        // layers that search where an anchor looked
 
 // Messages.
 inline constexpr size_t kControlMessageBytesMax = 1u << 20;
@@ -66,6 +68,7 @@ inline constexpr int kHeartbeatMisses = 5;  // silent intervals after which a pe
 inline constexpr milliseconds kSilenceAnnouncedMax{60000};  // Channel::AnnounceSilence
 inline constexpr milliseconds kRequestDeadline{5000};  // default of a data request
 inline constexpr milliseconds kControlDeadline{10000};
+inline constexpr milliseconds kPrefetchDeadline{10000};  // of a question sent ahead: it waits for its step
 inline constexpr milliseconds kLeaseTime{10000};
 inline constexpr milliseconds kDrainTimeout{20000};
 inline constexpr milliseconds kReconnectBackoffMin{20};
@@ -99,10 +102,23 @@ inline constexpr milliseconds kHelloTimeout{5000};              // a control con
 inline constexpr milliseconds kAttachTimeout{10000};            // a data connection must attach within
 inline constexpr milliseconds kLoopLagInterval{250};            // how often a loop measures its own lag
 
-// Cold tier.
+// Cold tier and durable publication.
 inline constexpr size_t kColdKeyBytesMax = 1024;
+inline constexpr uint32_t kColdThreadsMax = 64;
+inline constexpr uint32_t kStoreBatchPages = 64;             // pages of one write
+inline constexpr uint32_t kLoadBatchPages = 16;              // pages that one thread reads in a row
+inline constexpr milliseconds kPromotionTime{2000};          // a request's wait for pages or room
+inline constexpr milliseconds kTierInterval{50};             // how often a shard looks at its watermarks
+inline constexpr milliseconds kStoreRetryTime{5000};         // after a failed write, until the next
+inline constexpr uint32_t kPromotionsMax = 4096;             // requests of a shard that wait for pages
+inline constexpr milliseconds kPublishDeadline{600000};      // of a durable publication
 
 inline constexpr size_t kConfigFileBytesMax = 1u << 20;
+
+// Reports.
+inline constexpr uint32_t kSelectionsRememberedMax = 8;  // per context and shard
+inline constexpr uint32_t kEndedRememberedMax = 512;     // contexts that are gone, and why
+inline constexpr uint32_t kDamageReportedMax = 16;       // per shard and verification
 
 // HTTP admin.
 inline constexpr milliseconds kHttpTimeout{5000};               // of one request, from its first byte to the last of its reply

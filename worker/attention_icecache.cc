@@ -146,7 +146,7 @@ void AttentionIceCache::AskAhead(LayerId layer, const float* queries) {
   l.ahead_end = params.append_first.value + static_cast<uint32_t>(l.appended.size());
   params.queries = l.asked.data();
   params.append = l.appended;
-  params.deadline = kPrefetchDeadline;
+  params.deadline = limits::kPrefetchDeadline;
   l.selection.Begin(all_heads_,
                     {TokenPos(window_.sink_count(layer)), TokenPos(l.ahead_end), l.ahead_end},
                     AnchorOf(layer));

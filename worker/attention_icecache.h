@@ -36,10 +36,6 @@ namespace gpu {
 class DeviceFrames;
 }
 
-inline constexpr uint32_t kLayerReuseMax = 16;
-// Of a question sent ahead: it waits for its step, and a model may take long over that.
-inline constexpr Duration kPrefetchDeadline = std::chrono::seconds(10);
-
 struct IceCacheOptions {
   SparseBudget budget;
   uint32_t resident_multiple = 3;  // pages kept here, in units of one selection's pages

@@ -32,7 +32,7 @@ void LayerSelection::RememberWhere() {
     std::vector<uint32_t>& where = heads_[h].where;
     where.clear();  // stays so in reply mode "attend", which leaves nothing to go by
     caches_[h].ListSelectedPositions(&where);
-    if (where.size() > wire::kNearPositionsMax) where.resize(wire::kNearPositionsMax);
+    if (where.size() > limits::kNearPositionsMax) where.resize(limits::kNearPositionsMax);
   }
 }
 

@@ -9,7 +9,6 @@
 #include <utility>
 
 #include "cacheserver/store/cold_keys.h"
-#include "common/cold_limits.h"
 #include "common/limits.h"
 #include "common/log.h"
 

@@ -295,7 +295,7 @@ Result<SelectHead> ReadSelectHead(const MessageChecks& check, schema::SelectHead
   KV_RETURN_IF_ERROR(CheckHead(check, out.head.value, last, shape));
   KV_ASSIGN_OR_RETURN(out.resident, ReadResident(check, in.getResident()));
   const auto near = in.getNear();
-  KV_RETURN_IF_ERROR(check.AtMost("near.size", near.size(), kNearPositionsMax));
+  KV_RETURN_IF_ERROR(check.AtMost("near.size", near.size(), limits::kNearPositionsMax));
   out.near.reserve(near.size());
   for (const uint32_t position : near) out.near.push_back(position);
   const auto lse = in.getLocalLse();

@@ -77,7 +77,6 @@ struct ResidentPage {
   uint32_t version = 0;
   uint8_t fill = 0;
 };
-inline constexpr uint32_t kNearPositionsMax = 4096;  // of a head; more would be everywhere
 struct SelectHead {
   KvHeadId head;
   std::vector<ResidentPage> resident;

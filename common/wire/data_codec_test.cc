@@ -304,7 +304,7 @@ TEST(DataCodecChecks, Select) {
   expect(SelectWith([](S* s) { s->min_mass = NAN; }), "minMass = nan");
   expect(SelectWith([](S* s) { s->rank = 3; }), "rank = 3");
   expect(SelectWith([](S* s) { s->flags = 16; }), "flags = 16");
-  expect(SelectWith([](S* s) { s->heads[0].near.resize(kNearPositionsMax + 1); }),
+  expect(SelectWith([](S* s) { s->heads[0].near.resize(limits::kNearPositionsMax + 1); }),
          "near.size = 4097");
   expect(SelectWith([](S* s) { s->flags = kSelectMapped | kSelectAttend; }), "flags = 6");
   expect(SelectWith([](S* s) { s->append_count = limits::kPendingTokensMax + 1; }),

@@ -12,6 +12,7 @@
 #include <cstdio>
 #include <nlohmann/json.hpp>
 
+#include "common/limits.h"
 #include "common/log.h"
 #include "common/size.h"
 #include "tests/bench/command.h"
@@ -274,9 +275,9 @@ Result<std::vector<Point>> Points(const Flags& flags) {
   }));
   KV_RETURN_IF_ERROR(times(flags.layer_reuse, [](const std::string& value, Point* p) -> Status {
     p->layer_reuse = static_cast<uint32_t>(std::strtoul(value.c_str(), nullptr, 10));
-    if (p->layer_reuse >= 1 && p->layer_reuse <= kLayerReuseMax) return OkStatus();
+    if (p->layer_reuse >= 1 && p->layer_reuse <= limits::kLayerReuseMax) return OkStatus();
     return InvalidArgument("layer_reuse '" + value + "', expected 1 to " +
-                           std::to_string(kLayerReuseMax));
+                           std::to_string(limits::kLayerReuseMax));
   }));
   return points;
 }

@@ -92,7 +92,7 @@ void AddWorkerOptions(ConfigParser& parser, WorkerOptions* o) {
   parser.Add("layer_reuse", &o->layer_reuse,
              "Search everything in every so-manyth layer only, and the next layers near what it "
              "chose; 1: in all layers",
-             1, kLayerReuseMax);
+             1, limits::kLayerReuseMax);
   parser.Add("transfer", &o->transfer,
              "native, or int8: pages that are sent (reply mode inline) come in about 0.57 of the "
              "bytes");
