@@ -212,13 +212,13 @@ TEST(Server, QuotaHoldsForItsTenantAlone) {
 TEST(Server, DropWhileABuildRunsIsClean) {
   RunningServer server;
   for (int i = 0; i < 5; ++i) {
+    std::optional<Status> status;  // outlives the worker, whose end answers the call
     Worker worker(server.address(), 13);
     ASSERT_TRUE(worker.Create("doc", "cluster_tree").ok());
     for (uint32_t first = 0; first < 2048; first += 512)
       ASSERT_TRUE(worker.PutRows(0, 0, first, 512).ok());
     OutMessage out;
     wire::Encode(wire::BuildRequest{.slices = worker.Slices(0, 0), .token_count = 2048}, &out);
-    std::optional<Status> status;
     worker.shard_of(0, 0).channel().Call(
         std::move(out), std::chrono::seconds(10),
         [&](Result<InMessage> reply) { status = reply.ok() ? OkStatus() : reply.status(); });

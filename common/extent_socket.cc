@@ -160,7 +160,9 @@ Result<ExtentRequest> ReceiveExtentRequest(int fd) {
   const std::byte* at = bytes.data() + sizeof(header);
   request.ticket.assign(at, at + header.ticket_bytes);
   request.serials.resize(header.serials);
-  std::memcpy(request.serials.data(), at + header.ticket_bytes, header.serials * sizeof(uint64_t));
+  if (header.serials > 0) {
+    std::memcpy(request.serials.data(), at + header.ticket_bytes, header.serials * sizeof(uint64_t));
+  }
   return request;
 }
 

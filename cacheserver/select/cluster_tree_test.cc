@@ -26,8 +26,11 @@ void* operator new(size_t bytes) {
   if (p == nullptr) std::abort();
   return p;
 }
+// std::stable_sort asks for memory that it can do without.
+void* operator new(size_t bytes, const std::nothrow_t&) noexcept { return ::operator new(bytes); }
 void operator delete(void* p) noexcept { std::free(p); }
 void operator delete(void* p, size_t) noexcept { std::free(p); }
+void operator delete(void* p, const std::nothrow_t&) noexcept { std::free(p); }
 
 namespace icecache {
 namespace {
