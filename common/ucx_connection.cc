@@ -201,6 +201,7 @@ void UcxConnection::Tend() {
   wants_attention_ = false;
   if (ended_) return;
   if (failure_.ok()) {
+    if (established_ && lanes_.empty()) FindLanes();
     if (established_ && !said_hello_) SayHello();
     return PumpQueue();
   }
@@ -456,17 +457,22 @@ void UcxConnection::Deliver(const UcxReceived& received) {
   handlers->on_message(message);
 }
 
-std::string UcxConnection::Describe() const {
-  if (endpoint_ == nullptr) return peer_ + " (closed)";
+// Asked once, of a connection that works: UCX 1.13 prints freed memory for one whose peer has failed.
+void UcxConnection::FindLanes() {
   char* text = nullptr;
   size_t length = 0;
   FILE* file = ::open_memstream(&text, &length);
-  if (file == nullptr) return peer_;
+  if (file == nullptr) return;
   ucp_ep_print_info(endpoint_, file);
   std::fclose(file);
-  const std::string lanes = UcxLanes({text, length});
+  lanes_ = UcxLanes({text, length});
+  if (lanes_.empty()) lanes_ = "unknown lanes";
   std::free(text);
-  return lanes.empty() ? peer_ + " (connecting)" : peer_ + " over " + lanes;
+}
+
+std::string UcxConnection::Describe() const {
+  if (endpoint_ == nullptr) return peer_ + " (closed)";
+  return lanes_.empty() ? peer_ + " (connecting)" : peer_ + " over " + lanes_;
 }
 
 }  // namespace icecache

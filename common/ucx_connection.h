@@ -106,6 +106,7 @@ class UcxConnection final : public Pollable, public std::enable_shared_from_this
 
   bool WindowOpen(const UcxSend& send) const;
   void PumpQueue();
+  void FindLanes();
   void SayHello();
   void HearHello();
   std::unique_ptr<UcxSend> TakeSend();
@@ -127,6 +128,7 @@ class UcxConnection final : public Pollable, public std::enable_shared_from_this
   int event_fd_ = -1;
   ucp_ep_h endpoint_ = nullptr;
   bool said_hello_ = false;
+  std::string lanes_;         // the transports of an established connection
   bool established_ = false;  // the peer's hello has come: messages may go
   std::shared_ptr<Handlers> handlers_;
   Status failure_;
