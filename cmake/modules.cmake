@@ -34,7 +34,8 @@ endfunction()
 set(ICECACHE_TEST_ENVIRONMENT
     "UCX_MEM_EVENTS=n" "UCX_ERROR_SIGNALS=" "UCX_HANDLE_ERRORS=none" "OPENBLAS_NUM_THREADS=1"
     "ICECACHE_BIN_DIR=${PROJECT_BINARY_DIR}/bin" "ICECACHE_SOURCE_DIR=${PROJECT_SOURCE_DIR}"
-    "ASAN_OPTIONS=detect_leaks=1" "TSAN_OPTIONS=halt_on_error=1:second_deadlock_stack=1")
+    "ASAN_OPTIONS=detect_leaks=1"
+    "TSAN_OPTIONS=halt_on_error=1:second_deadlock_stack=1:suppressions=${PROJECT_SOURCE_DIR}/tests/tsan.supp")
 
 # icecache_test(FILE.cc [LINK libs...] [LABELS l...] [TIMEOUT s] [SERIAL]): one GoogleTest program = one ctest
 # entry, named after the file. SERIAL: uses both cores or fixed resources, runs alone.
@@ -47,6 +48,9 @@ function(icecache_test file)
   set_target_properties(${name} PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${PROJECT_BINARY_DIR}/tests/bin)
   if(NOT ARG_TIMEOUT)
     set(ARG_TIMEOUT 120)
+  endif()
+  if(ICECACHE_SANITIZE)  # 5 to 20 times slower
+    math(EXPR ARG_TIMEOUT "${ARG_TIMEOUT} * 5")
   endif()
   add_test(NAME ${name} COMMAND ${name})
   set_tests_properties(${name} PROPERTIES TIMEOUT ${ARG_TIMEOUT} LABELS "${ARG_LABELS}"
