@@ -1,22 +1,19 @@
 #include "cacheserver/select/h2o.h"
 
 #include <cmath>
-#include <cstring>
 
-#include "cacheserver/select/arrival_policy.h"
 #include "cacheserver/select/budget_choice.h"
 #include "cacheserver/select/observed_attention.h"
 
 namespace icecache {
 namespace {
 
-constexpr uint32_t kQueries = 32;
 constexpr float kRecent = 2.0f;  // above any sum of attention, which is at most 1
 
-class H2o final : public ArrivalPolicy {
+class H2o final : public ObservedTokens {
  public:
   explicit H2o(const PolicyOptions& options)
-      : ArrivalPolicy(PolicyKind::kH2o, options, {.token = sizeof(float)}) {}
+      : ObservedTokens(PolicyKind::kH2o, options) {}
 
   void Select(const SelectRequest& request, const PagedKv& kv, Selection* out) const override {
     thread_local std::vector<float> rank, weight;
@@ -30,19 +27,6 @@ class H2o final : public ArrivalPolicy {
         rank[(p - 1) * limits::kPageTokens + r - 1] += kRecent;
     }
     ChooseTokens(rank, request.residual ? weight : rank, request, kv, out);
-  }
-
- private:
-  void Encode(const TokenRows& rows, const BuildHints& hints, uint8_t* cells) override {
-    const std::vector<float> score = ObserveAttention(rows, hints, kQueries);
-    std::memcpy(cells, score.data(), score.size() * sizeof(float));
-  }
-  std::string Wrong() const override {
-    for (uint32_t i = 0; i < slots(); ++i) {
-      const float score = records<float>()[i];
-      if (!(score >= 0 && score <= 1.001f)) return "an observed score is no share";
-    }
-    return {};
   }
 };
 

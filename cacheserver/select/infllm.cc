@@ -2,9 +2,7 @@
 
 #include <algorithm>
 #include <array>
-#include <cstring>
 
-#include "cacheserver/select/arrival_policy.h"
 #include "cacheserver/select/budget_choice.h"
 #include "cacheserver/select/observed_attention.h"
 #include "kernels/distance.h"
@@ -12,13 +10,13 @@
 namespace icecache {
 namespace {
 
-constexpr uint32_t kQueries = 32, kBlockPages = 2, kRepresentatives = 4;
+constexpr uint32_t kBlockPages = 2, kRepresentatives = 4;
 constexpr uint32_t kBlockSlots = kBlockPages * limits::kPageTokens;
 
-class InfLlm final : public ArrivalPolicy {
+class InfLlm final : public ObservedTokens {
  public:
   explicit InfLlm(const PolicyOptions& options)
-      : ArrivalPolicy(PolicyKind::kInfLlm, options, {.token = sizeof(float)}) {}
+      : ObservedTokens(PolicyKind::kInfLlm, options) {}
 
   void Select(const SelectRequest& request, const PagedKv& kv, Selection* out) const override {
     thread_local std::vector<float> score;
@@ -76,18 +74,6 @@ class InfLlm final : public ArrivalPolicy {
     }
     for (uint32_t i = 0; i < chosen; ++i) (*out)[i] = slots[seen ? i : i * count / chosen];
     return chosen;
-  }
-
-  void Encode(const TokenRows& rows, const BuildHints& hints, uint8_t* cells) override {
-    const std::vector<float> score = ObserveAttention(rows, hints, kQueries);
-    std::memcpy(cells, score.data(), score.size() * sizeof(float));
-  }
-  std::string Wrong() const override {
-    for (uint32_t i = 0; i < slots(); ++i) {
-      const float score = records<float>()[i];
-      if (!(score >= 0 && score <= 1.001f)) return "an observed score is no share";
-    }
-    return {};
   }
 };
 

@@ -1,11 +1,15 @@
 #include "cacheserver/select/observed_attention.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "cacheserver/select/exact_pages.h"
 #include "kernels/distance.h"
 
 namespace icecache {
+namespace {
+constexpr uint32_t kQueries = 32;
+}  // namespace
 
 std::vector<float> ObserveAttention(const TokenRows& rows, const BuildHints& hints,
                                     uint32_t queries_max) {
@@ -27,6 +31,22 @@ std::vector<float> ObserveAttention(const TokenRows& rows, const BuildHints& hin
     }
   }
   return score;
+}
+
+ObservedTokens::ObservedTokens(PolicyKind kind, const PolicyOptions& options)
+    : ArrivalPolicy(kind, options, {.token = sizeof(float)}) {}
+
+void ObservedTokens::Encode(const TokenRows& rows, const BuildHints& hints, uint8_t* cells) {
+  const std::vector<float> score = ObserveAttention(rows, hints, kQueries);
+  std::memcpy(cells, score.data(), score.size() * sizeof(float));
+}
+
+std::string ObservedTokens::Wrong() const {
+  for (uint32_t i = 0; i < slots(); ++i) {
+    const float score = records<float>()[i];
+    if (!(score >= 0 && score <= 1.001f)) return "an observed score is no share";
+  }
+  return {};
 }
 
 }  // namespace icecache
