@@ -4,7 +4,7 @@
 #   tests/run.sh [--all] [--preset NAME]... [--jobs N] [-- CTEST OPTIONS]
 #
 #   (nothing)         release build; unit, conformance, integration and fuzz tests
-#   --all             release, then AddressSanitizer and ThreadSanitizer builds, and tests labelled long
+#   --all             release, then AddressSanitizer and ThreadSanitizer builds, then the nightly tests (labelled long)
 #   --preset NAME     these presets instead; ICECACHE_TEST_PRESETS="asan tsan" does the same
 #   --jobs N          compile and test N at a time
 #   -- OPTIONS        go to ctest, for example: -- -R cluster_tree
@@ -13,10 +13,10 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$root"
 
 read -r -a presets <<<"${ICECACHE_TEST_PRESETS:-}"
-jobs="" long=0 ctest_options=()
+jobs="" nightly=0 ctest_options=()
 while [ $# -gt 0 ]; do
   case "$1" in
-    --all) presets=(release asan tsan); long=1; shift ;;
+    --all) presets=(release asan tsan); nightly=1; shift ;;
     --preset) presets+=("${2:?--preset needs a name}"); shift 2 ;;
     --jobs) jobs="${2:?--jobs needs a number}"; shift 2 ;;
     --) shift; ctest_options=("$@"); break ;;
@@ -25,7 +25,6 @@ while [ $# -gt 0 ]; do
   esac
 done
 [ ${#presets[@]} -gt 0 ] || presets=(release)
-[ "$long" = 1 ] || ctest_options=(--label-exclude '^long$' "${ctest_options[@]}")
 
 # Before each stage: what it is, and how long all before it took.
 stage() { printf '== %02d:%02d %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$*"; }
@@ -44,6 +43,10 @@ for preset in "${presets[@]}"; do
   "${runner[@]}" ctest --preset "$preset" --parallel "${jobs:-$(nproc)}" --no-tests=error \
     "${ctest_options[@]}" </dev/null || failed+=("$preset")
 done
+if [ "$nightly" = 1 ]; then
+  stage "test nightly"
+  ctest --preset nightly --no-tests=error </dev/null || failed+=(nightly)
+fi
 if [ ${#failed[@]} -gt 0 ]; then
   stage "failed: ${failed[*]}" >&2
   exit 1
