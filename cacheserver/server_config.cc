@@ -1,6 +1,7 @@
 #include "cacheserver/server_config.h"
 
 #include <arpa/inet.h>
+#include <ifaddrs.h>
 #include <sched.h>
 #include <sys/resource.h>
 #include <sys/statvfs.h>
@@ -12,6 +13,7 @@
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <set>
 #include <sstream>
 
 #include "common/limits.h"
@@ -124,6 +126,23 @@ Status CheckTls(const ServerConfig& c) {
       "FILE and --tls-key FILE, or --allow-plaintext where the network itself is trusted");
 }
 
+// UCX asks the kernel for one address of an interface and listens there; a connection to another
+// address of it is made and then lost. Wildcards work with all.
+Status CheckFirstAddress(const ServerConfig& c, const Machine& machine) {
+  in_addr v4{};
+  const auto& first = machine.first_addresses;
+  if (inet_pton(AF_INET, c.host.c_str(), &v4) != 1 || v4.s_addr == INADDR_ANY || first.empty() ||
+      std::find(first.begin(), first.end(), c.host) != first.end()) {
+    return OkStatus();
+  }
+  std::string choice;
+  for (const std::string& address : first) choice += address + ", ";
+  return InvalidArgument("host " + c.host +
+                         " is not the first address of a network interface here, and UCX's TCP "
+                         "serves no other; give one of " +
+                         choice + "or 0.0.0.0");
+}
+
 Status CheckHttpHost(const ServerConfig& c) {
   if (IsLoopbackHost(c.http_host) || !c.token_file.empty()) return OkStatus();
   return InvalidArgument("http-host " + c.http_host +
@@ -214,9 +233,10 @@ void AddKeys(ConfigParser& parser, ServerConfig& c) {
   parser.Add("http_port", &c.http_port, "port of the admin pages; 0: any free one", 0, 65535);
   parser.AddSize("memory_size", &c.memory_size,
                  "memory for pages and rows, as 4GiB or 512MiB, over all shards");
-  parser.Add("data_dir", &c.data_dir,
-             "folder of the cold store: durable contexts, and pages that memory has no room for; empty: "
-             "all in memory");
+  parser.Add(
+      "data_dir", &c.data_dir,
+      "folder of the cold store: durable contexts, and pages that memory has no room for; empty: "
+      "all in memory");
   parser.Add("cold_threads", &c.cold_threads, "threads that read and write the cold store", 1,
              limits::kColdThreadsMax);
   parser.AddSize("cold_write_rate", &c.cold_write_rate,
@@ -274,6 +294,23 @@ void AddChecks(ConfigParser& parser, ServerConfig& c, const Machine& machine) {
   });
 }
 
+std::vector<std::string> ReadFirstAddresses() {
+  std::vector<std::string> first;
+  std::set<std::string> seen;
+  ifaddrs* all = nullptr;
+  if (getifaddrs(&all) != 0) return first;
+  for (const ifaddrs* it = all; it != nullptr; it = it->ifa_next) {
+    if (it->ifa_addr == nullptr || it->ifa_addr->sa_family != AF_INET) continue;
+    const std::string name(it->ifa_name);  // an alias, eth0:1, is no interface of its own
+    if (!seen.insert(name.substr(0, name.find(':'))).second) continue;
+    char text[INET_ADDRSTRLEN];
+    const auto* v4 = reinterpret_cast<const sockaddr_in*>(it->ifa_addr);
+    if (inet_ntop(AF_INET, &v4->sin_addr, text, sizeof(text)) != nullptr) first.push_back(text);
+  }
+  freeifaddrs(all);
+  return first;
+}
+
 }  // namespace
 
 Machine ReadMachine(const std::string& root) {
@@ -289,6 +326,7 @@ Machine ReadMachine(const std::string& root) {
   if (getrlimit(RLIMIT_MEMLOCK, &lock) == 0 && lock.rlim_cur != RLIM_INFINITY) {
     machine.memlock = lock.rlim_cur;
   }
+  machine.first_addresses = ReadFirstAddresses();
   return machine;
 }
 
@@ -331,6 +369,7 @@ Result<ParsedServerConfig> ParseServerConfig(int argc, const char* const* argv,
 
 Status CheckServerConfig(const ServerConfig& c, const Machine& machine) {
   KV_RETURN_IF_ERROR(CheckHost(c));
+  KV_RETURN_IF_ERROR(CheckFirstAddress(c, machine));
   KV_RETURN_IF_ERROR(CheckTls(c));
   KV_RETURN_IF_ERROR(CheckHttpHost(c));
   KV_RETURN_IF_ERROR(CheckMemory(c, machine));

@@ -28,7 +28,7 @@ struct ServerConfig {
   uint32_t cold_threads = 4;
   uint64_t cold_write_rate = 0;  // bytes a second; 0: no bound
   bool cold_direct_io = false;
-  uint32_t threads = 1;      // shards
+  uint32_t threads = 1;  // shards
   uint32_t build_threads = 1;
   std::string transports;  // UCX_TLS; empty: the default of common/transport.h
   std::string token_file;
@@ -55,6 +55,8 @@ struct Machine {
       ~0ull;                       // what is left of the tightest memory limit of the control group
   uint64_t shm_available = ~0ull;  // free in /dev/shm
   uint64_t memlock = ~0ull;        // ulimit -l
+  std::vector<std::string> first_addresses =
+      {};  // IPv4, one of each network interface; empty: unknown
 };
 // `root`: where proc, sys and dev are found; tests give a folder of their own. Unreadable: no
 // limit.
@@ -73,9 +75,10 @@ Result<ParsedServerConfig> ParseServerConfig(int argc, const char* const* argv,
                                              const Machine& machine,
                                              ConfigParser::Environment environment = {});
 
-// Refuses what cannot work: a non-loopback address without a token file or without TLS
-// (INVALID_ARGUMENT; TLS may be waived), more memory than the machine or its control group has, a small /dev/shm, a low `ulimit -l` for RDMA
-// (RESOURCE_EXHAUSTED).
+// Refuses what cannot work: an IPv4 address that is not an interface's first (UCX's TCP knows no
+// other), a non-loopback address without a token file or without TLS
+// (INVALID_ARGUMENT; TLS may be waived), more memory than the machine or its control group has, a
+// small /dev/shm, a low `ulimit -l` for RDMA (RESOURCE_EXHAUSTED).
 Status CheckServerConfig(const ServerConfig& config, const Machine& machine);
 
 // 127.0.0.0/8, ::1 or "localhost".

@@ -134,6 +134,22 @@ TEST(ServerConfig, MissingResourcesAreRefusedWithTheRemedy) {
   EXPECT_THAT(CheckServerConfig(config, machine).message(), HasSubstr("lease-ms"));
 }
 
+TEST(ServerConfig, AddressThatUcxCannotServeIsRefused) {
+  ServerConfig config = DefaultServerConfig(kMachine);
+  Machine machine = kMachine;
+  config.host = "127.0.0.2";
+  EXPECT_TRUE(CheckServerConfig(config, machine).ok());  // unknown: not refused
+  machine.first_addresses = {"127.0.0.1", "10.0.0.5"};
+  EXPECT_THAT(CheckServerConfig(config, machine).message(),
+              AllOf(HasSubstr("127.0.0.2"), HasSubstr("127.0.0.1, 10.0.0.5, or 0.0.0.0")));
+  for (const char* host : {"127.0.0.1", "::1", "localhost"}) {
+    config.host = host;
+    EXPECT_TRUE(CheckServerConfig(config, machine).ok()) << host;
+  }
+  const std::vector<std::string> here = ReadMachine().first_addresses;
+  EXPECT_THAT(here, testing::Contains("127.0.0.1"));
+}
+
 class MachineTest : public ::testing::Test {
  protected:
   std::string root_ = ::testing::TempDir() + "/machine-" + std::to_string(getpid());
