@@ -191,6 +191,7 @@ Status DataService::SelectHeads(Context& context, const wire::SelectRequest& req
     KV_RETURN_IF_ERROR(
         context.Select(request.layer, head.head, select, head.resident, &chosen, misses, answer));
     if (!misses->empty()) continue;
+    context.ObserveQueries(request.layer, head.head, select.queries);
     if ((request.flags & wire::kSelectMapped) != 0) NameByExtent(&chosen);
     CountPages(chosen);
     tokens_read_.Add(chosen.tokens_read);

@@ -305,7 +305,7 @@ void Shard::MaybeRecluster(Context& context, const SliceName& slice) {
       !context.WantsRecluster(slice.layer, slice.head)) {
     return;
   }
-  Result<std::unique_ptr<SliceJob>> work = context.PrepareRecluster(slice.layer, slice.head, {});
+  Result<std::unique_ptr<SliceJob>> work = context.PrepareRecluster(slice.layer, slice.head);
   // Without memory for a second index the first one goes on serving; the next append asks again.
   if (!work.ok() || *work == nullptr) return;
   ++reclusters_running_;

@@ -92,6 +92,9 @@ Result<std::unique_ptr<Context>> Context::Fork(const Context& parent, const Cont
   const std::optional<SegmentEnds> ends = parent.sealed_ends();
   context->tail_ =
       std::make_shared<Segment>(parent.pool_, PrivateSegment(spec, ends ? ends->tail_first : 0));
+  parent.chain_.back()->VisitSlices([&](LayerId layer, KvHeadId head, const HeadSlice& slice) {
+    context->tail_->slice(layer, head)->AdoptEnergy(slice);
+  });
   return context;
 }
 
@@ -145,12 +148,16 @@ Result<std::unique_ptr<SliceJob>> Context::PrepareBuild(LayerId layer, KvHeadId 
   return job;
 }
 
-Result<std::unique_ptr<SliceJob>> Context::PrepareRecluster(LayerId layer, KvHeadId head,
-                                                            std::span<const float> query_energy) {
+Result<std::unique_ptr<SliceJob>> Context::PrepareRecluster(LayerId layer, KvHeadId head) {
   KV_ASSIGN_OR_RETURN(HeadSlice * slice, MutableSlice(layer, head));
-  Result<std::unique_ptr<SliceJob>> job = slice->PrepareRecluster(query_energy);
+  Result<std::unique_ptr<SliceJob>> job = slice->PrepareRecluster();
   if (!job.ok()) return job.status().WithContext(SliceName(layer, head));
   return job;
+}
+
+void Context::ObserveQueries(LayerId layer, KvHeadId head, const float* queries) {
+  HeadSlice* slice = tail_ ? tail_->slice(layer, head) : nullptr;
+  if (slice != nullptr) slice->ObserveQueries(queries, spec_.shape.group());
 }
 
 bool Context::WantsRecluster(LayerId layer, KvHeadId head) const {

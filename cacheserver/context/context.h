@@ -86,8 +86,7 @@ class Context {
   // a chain only. query_energy: [head_dim] or empty.
   Result<std::unique_ptr<SliceJob>> PrepareBuild(LayerId layer, KvHeadId head, uint32_t token_count,
                                                  std::span<const float> query_energy);
-  Result<std::unique_ptr<SliceJob>> PrepareRecluster(LayerId layer, KvHeadId head,
-                                                     std::span<const float> query_energy);
+  Result<std::unique_ptr<SliceJob>> PrepareRecluster(LayerId layer, KvHeadId head);
   bool WantsRecluster(LayerId layer, KvHeadId head) const;
   Status Install(LayerId layer, KvHeadId head, std::unique_ptr<SliceJob> job);
 
@@ -105,6 +104,8 @@ class Context {
   Status Select(LayerId layer, KvHeadId head, const SelectRequest& request,
                 std::span<const wire::ResidentPage> resident, wire::HeadSelection* out,
                 Misses* misses, const AnswerOptions& options = {}) const;
+  // What a Select asked, so that the private segment is clustered for such queries.
+  void ObserveQueries(LayerId layer, KvHeadId head, const float* queries);
   // Whole pages by name; those that no longer stand under that name are left out. log_mass is 0.
   Status FetchPages(LayerId layer, KvHeadId head, std::span<const wire::ResidentPage> names,
                     wire::HeadSelection* out, Misses* misses) const;

@@ -164,6 +164,7 @@ Result<std::unique_ptr<SliceJob>> HeadSlice::PrepareBuild(uint32_t token_count,
   job->staged_count_ = token_count;
   job->rows_ = tail_;
   job->version_ = next_version_++;
+  energy_.Assign(query_energy);
   job_ = Job::kBuild;
   return job;
 }
@@ -172,12 +173,12 @@ bool HeadSlice::wants_recluster() const {
   return !sealed_ && job_ == Job::kNone && inserts_since_build_ >= limits::kReclusterTokens;
 }
 
-Result<std::unique_ptr<SliceJob>> HeadSlice::PrepareRecluster(std::span<const float> query_energy) {
+Result<std::unique_ptr<SliceJob>> HeadSlice::PrepareRecluster() {
   KV_RETURN_IF_ERROR(CheckMutable("recluster"));
   if (job_ != Job::kNone) return FailedPrecondition("recluster: one is running already");
   const auto count = static_cast<uint32_t>(table_->token_count());
   KV_ASSIGN_OR_RETURN(std::unique_ptr<SliceJob> job,
-                      NewJob(SliceJob::Kind::kRecluster, count, query_energy));
+                      NewJob(SliceJob::Kind::kRecluster, count, energy_.value()));
   job->rows_ = NewRows();
   KV_RETURN_IF_ERROR(job->rows_->Reserve(count, true));
   job->first_position_ = options_.first_position + sink_count();
@@ -306,6 +307,7 @@ Status HeadSlice::EnsurePolicy() {
   std::unique_ptr<SelectionPolicy> policy = NewPolicy();
   const TokenRows none{options_.dtype, options_.head_dim, 0, nullptr, nullptr};
   BuildHints hints;
+  hints.query_energy = energy_.value();
   hints.seed = options_.seed;
   Result<PageLayout> layout = policy->Build(none, hints);
   KV_RETURN_IF_ERROR(layout.status());

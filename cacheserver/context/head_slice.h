@@ -28,6 +28,7 @@
 #include <vector>
 
 #include "cacheserver/context/slice_job.h"
+#include "cacheserver/select/query_energy.h"
 #include "cacheserver/select/selection_policy.h"
 #include "cacheserver/store/page_table.h"
 #include "cacheserver/store/row_buffer.h"
@@ -77,8 +78,9 @@ class HeadSlice {
   Result<std::unique_ptr<SliceJob>> PrepareBuild(uint32_t token_count, uint32_t sink_tokens,
                                                  uint32_t window_tokens,
                                                  std::span<const float> query_energy);
-  // Re-clusters the index from a snapshot; queries and appends go on meanwhile. Same errors.
-  Result<std::unique_ptr<SliceJob>> PrepareRecluster(std::span<const float> query_energy);
+  // Re-clusters the index from a snapshot, for queries such as ObserveQueries has seen; queries and
+  // appends go on meanwhile. Same errors.
+  Result<std::unique_ptr<SliceJob>> PrepareRecluster();
   bool wants_recluster()
       const;  // limits::kReclusterTokens came since the last clustering, and no job runs
   // Takes the result of a job that has run. CANCELLED when the slice was sealed meanwhile;
@@ -86,6 +88,13 @@ class HeadSlice {
   // ends the job.
   Status Install(std::unique_ptr<SliceJob> job);
   void AbandonJob();  // the running job was dropped without Install
+
+  // What a Select asked, [group, head_dim]: the next clustering is for such queries.
+  void ObserveQueries(const float* queries, uint32_t group) {
+    energy_.Observe(queries, group, options_.head_dim);
+  }
+  // A fork's slice starts with what its parent's has seen.
+  void AdoptEnergy(const HeadSlice& parent) { energy_ = parent.energy_; }
 
   // Rows that left a worker's window, as pending. Rows before next_append() are ignored (a repeated
   // request); OUT_OF_RANGE for a gap. At most kPendingTokensMax a call; when there is no room,
@@ -173,6 +182,7 @@ class HeadSlice {
   std::shared_ptr<RowBuffer> sinks_;         // never changed once set
   std::unique_ptr<SelectionPolicy> policy_;  // nullptr until something is indexed
   std::unique_ptr<PageTable> table_;
+  QueryEnergy energy_;               // of the build and of queries since
   RowBuffer pending_;                // positions [next_append_ - count, next_append_)
   std::shared_ptr<RowBuffer> tail_;  // cloned before a change when a reply or job holds it
   uint32_t tail_first_ = 0;          // position of tail_'s row 0; rows before next_append_ are dead

@@ -44,8 +44,8 @@ class HeadSliceTest : public testing::TestWithParam<PolicyKind> {
   Status Append(uint32_t first, uint32_t count) {
     return slice_->Append(first, source_.Rows(first, count));
   }
-  Status Build(uint32_t tokens) {
-    auto job = slice_->PrepareBuild(tokens, kSinks, kWindow, {});
+  Status Build(uint32_t tokens, std::span<const float> query_energy = {}) {
+    auto job = slice_->PrepareBuild(tokens, kSinks, kWindow, query_energy);
     KV_RETURN_IF_ERROR(job.status());
     if (*job == nullptr) return OkStatus();
     (*job)->Run();
@@ -58,7 +58,7 @@ class HeadSliceTest : public testing::TestWithParam<PolicyKind> {
     return Build(tokens);
   }
   Status Recluster() {
-    auto job = slice_->PrepareRecluster({});
+    auto job = slice_->PrepareRecluster();
     KV_RETURN_IF_ERROR(job.status());
     (*job)->Run();
     return slice_->Install(std::move(*job));
@@ -124,6 +124,27 @@ class HeadSliceTest : public testing::TestWithParam<PolicyKind> {
   void ExpectNothingHeld() {
     slice_.reset();
     EXPECT_EQ(pool_.usage(kTenant).held_bytes(), 0u);
+  }
+};
+
+class EnergySliceTest : public HeadSliceTest {
+ protected:
+  // Of K's element `dim`, mean over pages.
+  double VarianceInPages(uint32_t dim) const {
+    double sum = 0;
+    const PagedKv view = slice_->pages();
+    std::vector<float> rows(limits::kPageTokens * kDim);
+    for (uint32_t p = 0; p < view.page_count; ++p) {
+      const uint32_t fill = view.pages[p].fill;
+      ToF32(view.pages[p].k, view.dtype, size_t{fill} * kDim, rows.data());
+      double mean = 0, square = 0;
+      for (uint32_t r = 0; r < fill; ++r) {
+        mean += rows[r * kDim + dim] / fill;
+        square += rows[r * kDim + dim] * rows[r * kDim + dim] / fill;
+      }
+      sum += (square - mean * mean) / view.page_count;
+    }
+    return sum;
   }
 };
 
@@ -251,7 +272,7 @@ TEST_P(HeadSliceTest, AQuotaRefusalLeavesTheSliceAsItWas) {
   pool_.SetQuota(kTenant, held);
   EXPECT_EQ(Append(76, 1).code(), StatusCode::kResourceExhausted);
   EXPECT_EQ(Put(100, 10).code(), StatusCode::kResourceExhausted);
-  EXPECT_EQ(slice_->PrepareRecluster({}).status().code(), StatusCode::kResourceExhausted);
+  EXPECT_EQ(slice_->PrepareRecluster().status().code(), StatusCode::kResourceExhausted);
   EXPECT_FALSE(slice_->job_running());
   EXPECT_EQ(pool_.usage(kTenant).held_bytes(), held);
   EXPECT_EQ(slice_->next_append(), 76u);
@@ -265,9 +286,9 @@ TEST_P(HeadSliceTest, ReclusteringTakesWhatCameMeanwhile) {
   ASSERT_TRUE(PutAndBuild(400).ok());
   Names names;
   ExpectNamesKeepTheirMeaning(&names);
-  auto job = slice_->PrepareRecluster({});
+  auto job = slice_->PrepareRecluster();
   ASSERT_TRUE(job.ok()) << job.status().ToString();
-  EXPECT_EQ(slice_->PrepareRecluster({}).status().code(), StatusCode::kFailedPrecondition);
+  EXPECT_EQ(slice_->PrepareRecluster().status().code(), StatusCode::kFailedPrecondition);
   ASSERT_TRUE(Append(376, 40).ok());
   ASSERT_TRUE(slice_->IndexPending(30).ok());
   ExpectNamesKeepTheirMeaning(&names);
@@ -294,6 +315,27 @@ TEST_P(HeadSliceTest, ReclusteringIsDueAfterManyInserts) {
   ExpectFullAttention(slice_->next_append(), 1000, 10);
 }
 
+INSTANTIATE_TEST_SUITE_P(ClusterTree, EnergySliceTest, testing::Values(PolicyKind::kClusterTree),
+                         KindName);
+// Whatever the build was told, pages are for what queries look at now: the variance inside pages goes
+// down in the dimension that was asked for, and up in the one that was not.
+TEST_P(EnergySliceTest, ReclusteringIsForTheQueriesThatCame) {
+  std::vector<float> energy(kDim, 1e-3f);
+  energy[0] = 1;
+  ASSERT_TRUE(Put(0, 1500).ok());
+  ASSERT_TRUE(Build(1500, energy).ok());
+  EXPECT_LT(VarianceInPages(0), 0.5 * VarianceInPages(1));
+  ASSERT_TRUE(Recluster().ok());
+  EXPECT_LT(VarianceInPages(0), 0.5 * VarianceInPages(1)) << "the build's energy is kept";
+
+  std::vector<float> queries(size_t{kGroup} * kDim, 0.0f);
+  for (uint32_t g = 0; g < kGroup; ++g) queries[g * kDim + 1] = 1;
+  for (int i = 0; i < 3000; ++i) slice_->ObserveQueries(queries.data(), kGroup);
+  EXPECT_LT(VarianceInPages(0), 0.5 * VarianceInPages(1)) << "nothing moves before a clustering";
+  ASSERT_TRUE(Recluster().ok());
+  EXPECT_LT(VarianceInPages(1), 0.5 * VarianceInPages(0));
+}
+
 TEST_P(HeadSliceTest, AJobOutlivesItsSliceAndGivesItsMemoryBack) {
   ASSERT_TRUE(Put(0, 300).ok());
   auto build = slice_->PrepareBuild(300, kSinks, kWindow, {});
@@ -309,7 +351,7 @@ TEST_P(HeadSliceTest, AJobOutlivesItsSliceAndGivesItsMemoryBack) {
 TEST_P(HeadSliceTest, ASealedSliceRefusesChangesAndLateJobs) {
   ASSERT_TRUE(PutAndBuild(200).ok());
   ASSERT_TRUE(Append(176, 10).ok());
-  auto job = slice_->PrepareRecluster({});
+  auto job = slice_->PrepareRecluster();
   ASSERT_TRUE(job.ok());
   (*job)->Run();
   ASSERT_TRUE(Put(186, 20).ok()) << "the worker's window";
@@ -320,7 +362,7 @@ TEST_P(HeadSliceTest, ASealedSliceRefusesChangesAndLateJobs) {
   EXPECT_EQ(slice_->tail().rows.count, 20u);
   EXPECT_EQ(Append(186, 1).code(), StatusCode::kFailedPrecondition);
   EXPECT_EQ(Put(186, 1).code(), StatusCode::kFailedPrecondition);
-  EXPECT_EQ(slice_->PrepareRecluster({}).status().code(), StatusCode::kFailedPrecondition);
+  EXPECT_EQ(slice_->PrepareRecluster().status().code(), StatusCode::kFailedPrecondition);
   EXPECT_TRUE(slice_->Seal().ok());
   ExpectValid();
   ExpectFullAttention(206, 1000, 11);
@@ -350,7 +392,7 @@ TEST_P(HeadSliceTest, JobsRunBesideTheOwner) {
   ASSERT_TRUE(PutAndBuild(600).ok());
   uint32_t next = slice_->next_append();
   for (int round = 0; round < 3; ++round) {
-    auto job = slice_->PrepareRecluster({});
+    auto job = slice_->PrepareRecluster();
     ASSERT_TRUE(job.ok());
     std::thread builder([&] { (*job)->Run(); });
     for (int i = 0; i < 40; ++i, ++next) {
@@ -402,7 +444,7 @@ TEST_P(HeadSliceTest, RandomSequencesKeepEveryTokenInOnePlace) {
           break;
         case 5:
           if (job == nullptr) {
-            auto prepared = slice_->PrepareRecluster({});
+            auto prepared = slice_->PrepareRecluster();
             ASSERT_TRUE(prepared.ok()) << prepared.status().ToString();
             job = std::move(*prepared);
           } else {
