@@ -26,8 +26,9 @@ namespace icecache {
 
 // For ablation and tests; the defaults were chosen by `icecache-bench select` (docs/index.md).
 struct ClusterTreeOptions {
-  // How tokens are laid out in pages. kAuto builds by content and takes sequential pages instead
-  // when they are about as pure, because neighbours also have values alike.
+  // How tokens are laid out in pages. kAuto builds by keys, and by values too where tokens are
+  // sketched, and takes sequential pages instead when they are about as pure, because neighbours
+  // also have values alike.
   enum class Layout : uint8_t {
     kAuto = 0,
     kContent = 1,

@@ -17,7 +17,7 @@ constexpr uint32_t kPageSample = 192;    // pages that purity is measured on
 constexpr float kSketchShare = 0.45f;  // of the variance inside pages that a sketch must see to pay
 constexpr float kSequentialTolerance =
     1.05f;                           // sequential pages win when at most this much less pure
-constexpr float kValueShare = 0.3f;  // of the key variance, for Layout::kContentValue
+constexpr float kValueShare = 0.3f;  // of the key variance, where values take part
 
 // Rows first, first + step, ... as f32.
 void SampleRows(const TokenRows& rows, uint32_t sample, std::vector<float>* k,
@@ -50,6 +50,34 @@ void LoadPage(const TokenRows& rows, const PageLayout& layout, uint32_t page, co
     const size_t at = layout.tokens[i] * rows.row_bytes();
     out->Add(basis, rows.dtype, rows.k + at, rows.v + at);
   }
+}
+
+// Share of the values' variance that is left inside pages, on a sample of them; at most 1.
+double ValueSpread(const TokenRows& rows, const Packing& packing) {
+  const uint32_t dim = rows.head_dim, page_count = packing.layout.page_count();
+  const uint32_t sample = std::min(page_count, kPageSample);
+  std::vector<float> v(size_t{kPageRows} * dim), mean(dim), deviation(dim);
+  std::vector<double> sum(dim, 0.0), square(dim, 0.0);
+  double inside = 0, tokens = 0;
+  for (uint32_t i = 0; i < sample; ++i) {
+    const auto page = static_cast<uint32_t>(uint64_t{i} * page_count / sample);
+    const uint32_t begin = packing.layout.page_begin[page];
+    const uint32_t count = packing.layout.page_begin[page + 1] - begin;
+    for (uint32_t r = 0; r < count; ++r) {
+      float* row = v.data() + size_t{r} * dim;
+      ToF32(rows.v + packing.layout.tokens[begin + r] * rows.row_bytes(), rows.dtype, dim, row);
+      for (uint32_t j = 0; j < dim; ++j) {
+        sum[j] += row[j];
+        square[j] += double{row[j]} * row[j];
+      }
+    }
+    Moments(v.data(), count, dim, mean.data(), deviation.data());
+    inside += std::accumulate(deviation.begin(), deviation.end(), 0.0);
+    tokens += count;
+  }
+  double total = 0;
+  for (uint32_t j = 0; j < dim; ++j) total += square[j] - sum[j] * sum[j] / std::max(1.0, tokens);
+  return total > 0 ? std::min(1.0, inside / total) : 0.0;
 }
 
 Status CheckRows(const TokenRows& rows, const BuildHints& hints, uint32_t head_dim) {
@@ -207,11 +235,22 @@ Result<PageLayout> Build(const TokenRows& rows, const BuildHints& hints,
   const bool in_place = options.layout == Layout::kSequential || options.layout == Layout::kRandom;
   if (!in_place && rows.count > kPageRows) {
     Basis other = basis;
-    const float value_share = options.layout == Layout::kContentValue ? kValueShare : 0.0f;
+    // Where tokens are sketched, keys may differ inside a page: each one's is known well enough. What
+    // is then known least of a page that nobody reads are its values.
+    const bool by_value = options.layout == Layout::kContentValue ||
+                          (options.layout == Layout::kAuto && basis.sketched());
+    const float value_share = by_value ? kValueShare : 0.0f;
     Packing content = PackContent(rows, basis, value_share, seed ^ hints.seed);
     LearnPages(rows, content, options.sketch, &other);
+    // Both by what the packing aims at; the metric's variance is 1 per dimension. Where values are
+    // not looked at, neighbours get a bonus for having values alike.
+    const float tolerance = by_value ? 1.0f : kSequentialTolerance;
+    const auto impurity = [&](const Basis& of, const Packing& pages) {
+      return of.page_spread +
+             (by_value ? kValueShare * tree->head_dim * ValueSpread(rows, pages) : 0.0);
+    };
     if (options.layout != Layout::kAuto ||
-        other.page_spread * kSequentialTolerance < basis.page_spread) {
+        impurity(other, content) * tolerance < impurity(basis, packing)) {
       packing = std::move(content);
       basis = std::move(other);
     }

@@ -13,7 +13,7 @@ constexpr int kTrainPasses = 4;
 constexpr int kBisectPasses = 3;
 constexpr float kEnergyKept =
     0.97f;  // of the metric's variance, by the dimensions that packing looks at
-constexpr uint32_t kValueDims = 32;  // random projections of the value
+constexpr uint32_t kValueDims = 32;  // of the value's sketch
 constexpr uint32_t kRowStep = 16;    // kernels want dimensions in multiples of this
 }  // namespace
 
@@ -46,8 +46,8 @@ void Projection::ChooseDims() {
 
 void Projection::ChooseValues(float share, Rng& rng) {
   value_dims_ = kValueDims;
-  directions_.resize(size_t{kValueDims} * rows_.head_dim);
-  for (float& d : directions_) d = (rng() & 1) != 0 ? 1.0f : -1.0f;
+  signs_.resize(rows_.head_dim);
+  for (float& s : signs_) s = (rng() & 1) != 0 ? 1.0f : -1.0f;
   double square = 0, key = 0;
   float projected[kValueDims];
   const uint32_t sample = std::min(rows_.count, 512u);
@@ -59,11 +59,18 @@ void Projection::ChooseValues(float share, Rng& rng) {
   value_factor_ = square > 0 ? static_cast<float>(std::sqrt(share * key / square)) : 0.0f;
 }
 
+// A count sketch: every element goes to one of kValueDims sums with a random sign, which keeps
+// distances on average and costs one pass.
 void Projection::ProjectValue(size_t token, float* out) {
   ToF32(rows_.v + token * rows_.row_bytes(), rows_.dtype, rows_.head_dim, buffer_.data());
-  for (uint32_t j = 0; j < rows_.head_dim; ++j) buffer_[j] -= basis_.value_mean[j];
-  DotRows(buffer_.data(), 1, reinterpret_cast<const std::byte*>(directions_.data()), DType::kF32,
-          kValueDims, rows_.head_dim, out, kValueDims);
+  std::fill_n(out, kValueDims, 0.0f);
+  for (uint32_t first = 0; first < rows_.head_dim; first += kRowStep) {
+    float* const sums = out + first % kValueDims;
+    for (uint32_t i = 0; i < kRowStep; ++i) {
+      const uint32_t j = first + i;
+      sums[i] += signs_[j] * (buffer_[j] - basis_.value_mean[j]);
+    }
+  }
 }
 
 void Projection::LoadRow(uint32_t token, float* x) {

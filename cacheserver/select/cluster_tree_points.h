@@ -23,7 +23,7 @@ struct Points {
   RowTable table(const uint32_t* rows = nullptr) const { return {x.data(), dim, rows}; }
 };
 
-// Turns stored rows into points: the metric's leading dimensions, then projected values.
+// Turns stored rows into points: the metric's leading dimensions, then sketched values.
 class Projection {
  public:
   // value_share > 0: values take part, scaled to that share of the keys' variance.
@@ -41,7 +41,7 @@ class Projection {
   const Basis& basis_;
   std::vector<float> buffer_;
   std::vector<uint32_t> dims_;  // ascending; all of them when nothing is gained by leaving some out
-  std::vector<float> factor_, directions_;
+  std::vector<float> factor_, signs_;
   float value_factor_ = 0;
   uint32_t value_dims_ = 0, dim_ = 0;
 };
