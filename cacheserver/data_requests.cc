@@ -192,6 +192,8 @@ Status DataService::SelectHeads(Context& context, const wire::SelectRequest& req
         context.Select(request.layer, head.head, select, head.resident, &chosen, misses, answer));
     if (!misses->empty()) continue;
     context.ObserveQueries(request.layer, head.head, select.queries);
+    if ((request.flags & wire::kSelectCheck) != 0)
+      KV_RETURN_IF_ERROR(CheckHead(context, request.layer, select.queries, chosen));
     if ((request.flags & wire::kSelectMapped) != 0) NameByExtent(&chosen);
     CountPages(chosen);
     tokens_read_.Add(chosen.tokens_read);
@@ -207,6 +209,22 @@ void DataService::NameByExtent(wire::HeadSelection* selection) {
     page.place = wire::PagePlace::kMapped;
     page.k_rows = page.v_rows = page.positions = {};
   }
+}
+
+Status DataService::CheckHead(const Context& context, LayerId layer, const float* queries,
+                              const wire::HeadSelection& selection) {
+  constexpr float kMillion = 1e6f;
+  constexpr float kErrorMax = 1e3f;  // an error beyond is as bad, and the sum stays a number
+  KV_ASSIGN_OR_RETURN(const std::optional<SelectionCheck> check,
+                      context.CheckSelection(layer, selection.head, queries, selection));
+  if (!check) {
+    checks_skipped_.Add();
+    return OkStatus();
+  }
+  checks_.Add();
+  checked_mass_.Add(static_cast<uint64_t>(kMillion * check->mass));
+  checked_error_.Add(static_cast<uint64_t>(kMillion * std::min(kErrorMax, check->output_error)));
+  return OkStatus();
 }
 
 void DataService::CountPages(const wire::HeadSelection& selection) {

@@ -47,6 +47,17 @@ DataService::DataService(Shard& shard, Reactor& reactor, MetricsRegistry& metric
                                       "Rows of K read exactly by selections.")),
       rows_received_(metrics.GetCounter("icecache_rows_received_total",
                                         "K/V rows received, counted per kv head.")),
+      checks_(metrics.GetCounter("icecache_checks_total",
+                                 "Heads of selections that were compared with exact attention.")),
+      checks_skipped_(metrics.GetCounter(
+          "icecache_checks_skipped_total",
+          "Heads that were to be compared but had nothing indexed, too much, or pages on disk.")),
+      checked_mass_(metrics.GetCounter(
+          "icecache_checked_mass_ppm_total",
+          "True share of attention mass in the returned pages, millionths, summed over checks.")),
+      checked_error_(metrics.GetCounter(
+          "icecache_checked_output_error_ppm_total",
+          "Relative error of pages and residual, millionths, summed over checks.")),
       append_seconds_(StageHistogram(metrics, "append")),
       select_seconds_(StageHistogram(metrics, "select")),
       gather_seconds_(StageHistogram(metrics, "gather")) {

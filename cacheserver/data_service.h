@@ -85,6 +85,8 @@ class DataService {
   Status SelectHeads(Context& context, const wire::SelectRequest& request, Misses* misses);
   static void NameByExtent(wire::HeadSelection* selection);
   void CountPages(const wire::HeadSelection& selection);
+  Status CheckHead(const Context& context, LayerId layer, const float* queries,
+                   const wire::HeadSelection& selection);
   void RememberSelection(const wire::SelectRequest& request, Duration took);
   // Body parts of scratch_'s pages, neighbours in memory as one part.
   Status GatherPages(OutMessage* out) const;
@@ -115,6 +117,10 @@ class DataService {
   Counter& pages_attended_;
   Counter& tokens_read_;
   Counter& rows_received_;
+  Counter& checks_;
+  Counter& checks_skipped_;
+  Counter& checked_mass_;
+  Counter& checked_error_;
   Histogram& append_seconds_;
   Histogram& select_seconds_;
   Histogram& gather_seconds_;

@@ -42,6 +42,8 @@ inline constexpr uint32_t kReclusterTokens =
 inline constexpr uint32_t kPagesPerSelectMax = 4096;  // per kv head
 inline constexpr uint32_t kReadCapMax = 1u << 16;     // tokens read exactly for the residual
 inline constexpr uint32_t kHeadsPerSelectMax = kKvHeadsMax;
+inline constexpr uint32_t kCheckTokensMax = 1u << 18;  // of a slice that a checked selection reads
+inline constexpr uint32_t kBudgetGrowthMax = 64;      // times the budget, to reach --min-mass
 inline constexpr uint32_t kNearPositionsMax = 4096;   // of a head; more would be everywhere
 inline constexpr uint32_t kLayerReuseMax = 16;        // layers that search where an anchor looked
 

@@ -13,6 +13,11 @@ uint32_t IceCacheOptions::max_pages() const {
   return std::min(limits::kPagesPerSelectMax, budget.chosen() / limits::kPageTokens);
 }
 
+uint32_t IceCacheOptions::max_grown_pages() const {
+  const uint32_t growth = min_mass > 0 ? std::max(1u, budget_growth) : 1;
+  return std::min(limits::kPagesPerSelectMax, max_pages() * growth);
+}
+
 AttentionIceCache::AttentionIceCache(const ModelShape& shape, CacheClient& client,
                                      AttentionBackend& backend, const IceCacheOptions& options)
     : shape_(shape),
@@ -23,7 +28,9 @@ AttentionIceCache::AttentionIceCache(const ModelShape& shape, CacheClient& clien
       appender_(shape),
       token_(shape, TokenPos(0), 1),
       left_(shape, TokenPos(0), 1) {
-  const uint32_t capacity = options.max_pages() * std::max(1u, options.resident_multiple);
+  // What grown heads take beyond their budget need not stay.
+  const uint32_t capacity = std::max(options.max_pages() * std::max(1u, options.resident_multiple),
+                                     options.max_grown_pages());
   if (capacity > 0) {
     caches_.reserve(size_t{shape.layers} * shape.kv_heads);
     for (uint32_t i = 0; i < shape.layers * shape.kv_heads; ++i) {
@@ -106,12 +113,22 @@ const LayerSelection* AttentionIceCache::AnchorOf(LayerId layer) const {
   return behind == 0 ? nullptr : &layers_[layer.value - behind].selection;
 }
 
-SelectParams AttentionIceCache::Params(LayerId layer) const {
+// At random, or checks would fall on the same layers again and again (splitmix64).
+bool AttentionIceCache::Sampled() {
+  if (options_.check_every == 0) return false;
+  uint64_t x = ++asks_ * 0x9e3779b97f4a7c15ull;
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
+  return (x ^ (x >> 31)) % options_.check_every == 0;
+}
+
+SelectParams AttentionIceCache::Params(LayerId layer) {
   SelectParams params;
   params.layer = layer;
-  params.max_pages = options_.max_pages();
+  params.max_pages = options_.max_grown_pages();
   params.read_cap = options_.read_cap;
   params.min_mass = options_.min_mass;
+  params.check = Sampled();
   params.residual = options_.residual;
   params.int8 = options_.int8;
   params.deadline = options_.select_deadline;
@@ -163,6 +180,7 @@ Status AttentionIceCache::Finish(LayerId layer, const SelectCall& call, uint32_t
   stats_.slowest_select_ns += outcome.slowest_select_ns;
   Layer& l = layers_[layer.value];
   if (!outcome.complete || l.selection.any_missing()) ++stats_.degraded_steps;
+  if (l.selection.pages_max() > options_.max_pages()) ++stats_.grown_steps;
   if (outcome.confirmed) l.confirmed = std::max(l.confirmed, TokenPos(append_end));
   return OkStatus();
 }

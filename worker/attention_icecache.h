@@ -40,7 +40,11 @@ struct IceCacheOptions {
   SparseBudget budget;
   uint32_t resident_multiple = 3;  // pages kept here, in units of one selection's pages
   uint32_t read_cap = 0;           // tokens the server may read exactly for the residual
+  // > 0: a head gets as many pages as reach this share of the mass by the server's estimate: fewer
+  // than its budget where they suffice, up to budget_growth times its budget where they do not.
   float min_mass = 0;
+  uint32_t budget_growth = 4;
+  uint32_t check_every = 0;  // one in so many layer steps, at random, is checked by the server; 0: none
   bool residual = true;
   Duration select_deadline = std::chrono::seconds(2);
   bool prefetch = false;
@@ -49,7 +53,8 @@ struct IceCacheOptions {
   bool int8 = false;             // for pages in replies (reply mode inline); others are read as they are
   gpu::DeviceFrames* frames = nullptr;  // of the backend's device: pages are kept there, too
 
-  uint32_t max_pages() const;
+  uint32_t max_pages() const;        // of the budget
+  uint32_t max_grown_pages() const;  // of a head that min_mass makes grow
 };
 
 class AttentionIceCache final : public DecodeAttention {
@@ -86,7 +91,8 @@ class AttentionIceCache final : public DecodeAttention {
   SelectCall Ask(LayerId layer, const float* queries, std::span<const KvHeadId> heads);
   void AskAhead(LayerId layer, const float* queries);
   Status Finish(LayerId layer, const SelectCall& call, uint32_t append_end);
-  SelectParams Params(LayerId layer) const;
+  SelectParams Params(LayerId layer);
+  bool Sampled();
   const LayerSelection* AnchorOf(LayerId layer) const;
   void Abandon();
   Status AttendLocal(LayerId layer, const TokenCall& call);
@@ -106,6 +112,7 @@ class AttentionIceCache final : public DecodeAttention {
   std::vector<Layer> layers_;
   AttentionStates states_;
   std::vector<AttentionItem> items_;
+  uint64_t asks_ = 0;
   AttentionStats stats_;
 };
 

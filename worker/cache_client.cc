@@ -143,6 +143,7 @@ OutMessage CacheClient::SelectMessage(const SelectState& state, ShardId shard,
   request.min_mass = params.min_mass;
   request.flags = params.residual ? 0 : wire::kSelectNoResidual;
   if (params.int8) request.flags |= wire::kSelectInt8;
+  if (params.check) request.flags |= wire::kSelectCheck;
   const ReplyMode mode = links_[shard.value]->mode();
   if (mode == ReplyMode::kMapped) request.flags |= wire::kSelectMapped;
   if (mode == ReplyMode::kAttend) request.flags |= wire::kSelectAttend;

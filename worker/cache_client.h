@@ -69,6 +69,7 @@ struct SelectParams {
   uint32_t read_cap = 0;
   float min_mass = 0;
   bool residual = true;
+  bool check = false;  // the server compares its answer with exact attention, for its metrics
   bool int8 = false;  // pages in the reply may come coded (reply mode inline only)
   TokenPos append_first;
   std::span<const LayerRows> append;  // tokens that left the window, one each

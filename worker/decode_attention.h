@@ -25,6 +25,7 @@ struct AttentionStats {
   uint64_t mapped_gone = 0;       // reused by the server before they were read; fetched again
   uint64_t remote_pages = 0;      // selected pages that the server attended to instead of sending
   uint64_t bad_pages = 0;         // failed verification and were fetched again or dropped
+  uint64_t grown_steps = 0;       // layer steps in which a head needed more than its budget for --min-mass
   uint64_t degraded_steps = 0;    // layer steps that went on without the answer of a shard
   uint64_t server_select_ns = 0;  // as the shards report, summed
   uint64_t slowest_select_ns = 0;  // of a layer step the slowest shard's, summed over layer steps
@@ -47,6 +48,7 @@ struct AttentionStats {
                            &AttentionStats::mapped_pages,
                            &AttentionStats::mapped_gone, &AttentionStats::remote_pages,
                            &AttentionStats::bad_pages, &AttentionStats::degraded_steps,
+                           &AttentionStats::grown_steps,
                            &AttentionStats::server_select_ns, &AttentionStats::slowest_select_ns}) {
       this->*sum += o.*sum;
     }

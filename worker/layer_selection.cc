@@ -21,6 +21,12 @@ bool LayerSelection::any_missing() const {
                      [](const Head& head) { return !head.missing.empty(); });
 }
 
+uint32_t LayerSelection::pages_max() const {
+  uint32_t pages = 0;
+  for (const Head& head : heads_) pages = std::max(pages, head.arrived ? head.page_count : 0);
+  return pages;
+}
+
 void LayerSelection::FillHead(wire::SelectHead* wanted) {
   if (caches_.empty()) return;
   caches_[wanted->head.value].ListResident(&wanted->resident);
@@ -42,6 +48,7 @@ void LayerSelection::OnSelection(const wire::HeadSelection& selection,
   head.arrived = true;
   head.covered_end = range_.covered_end;
   head.residual = selection.residual;
+  head.page_count = static_cast<uint32_t>(selection.pages.size());
   for (const wire::PagePayload& page : selection.pages) {
     if (page.place != wire::PagePlace::kAttended) continue;
     ++stats_->remote_pages;

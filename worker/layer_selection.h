@@ -21,6 +21,7 @@ class LayerSelection final : public SelectionSink {
  public:
   struct Head {
     bool arrived = false;
+    uint32_t page_count = 0;                  // in the answer, wherever they are
     uint32_t covered_end = 0;                 // tokens appended below here are in the answer
     std::vector<float> residual;              // AttentionStates::flat, or empty
     std::vector<wire::ResidentPage> missing;  // failed verification and did not come again yet
@@ -43,6 +44,7 @@ class LayerSelection final : public SelectionSink {
   Head& head(KvHeadId h) { return heads_[h.value]; }
   std::span<PageCache> caches() const { return caches_; }
   bool any_missing() const;
+  uint32_t pages_max() const;  // of a head's answer, the most
   // Notes the positions in the pages now selected, for the layers whose anchor this is: their
   // questions may be made when this layer's next answer is here already.
   void RememberWhere();

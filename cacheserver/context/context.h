@@ -48,6 +48,13 @@ struct ContextUsage {
   uint64_t index_bytes = 0;
 };
 
+// A selection against attention over everything that is indexed or pending; what the worker itself
+// holds (sinks, window) has no part in it. Means over the query heads of the group.
+struct SelectionCheck {
+  float mass = 0;          // true share of the attention mass that the returned pages hold, 0 to 1
+  float output_error = 0;  // |pages and residual - exact| / |exact|
+};
+
 // How a selection is answered, beyond what policies are asked.
 struct AnswerOptions {
   // Pages that the worker lacks wholly or in part are attended to here, exactly, and join the
@@ -104,6 +111,13 @@ class Context {
   Status Select(LayerId layer, KvHeadId head, const SelectRequest& request,
                 std::span<const wire::ResidentPage> resident, wire::HeadSelection* out,
                 Misses* misses, const AnswerOptions& options = {}) const;
+  // How good an answer was. REQUIRES: `selection` is what Select has just answered to these queries,
+  // and nothing has changed since. nullopt: nothing is indexed, something of it is not in memory, or
+  // it is more than limits::kCheckTokensMax. Cost: exact attention over the slice's rows, so ask for
+  // samples only.
+  Result<std::optional<SelectionCheck>> CheckSelection(LayerId layer, KvHeadId head,
+                                                       const float* queries,
+                                                       const wire::HeadSelection& selection) const;
   // What a Select asked, so that the private segment is clustered for such queries.
   void ObserveQueries(LayerId layer, KvHeadId head, const float* queries);
   // Whole pages by name; those that no longer stand under that name are left out. log_mass is 0.

@@ -140,6 +140,7 @@ class HeadSlice {
   bool building() const { return job_ == Job::kBuild; }
   uint32_t sink_count() const { return sinks_ ? sinks_->count() : 0; }
   uint32_t pending_count() const { return pending_.count(); }
+  TokenRows pending() const { return pending_.rows(); }
   uint64_t indexed_count() const {
     return index_loaded_ ? table_->token_count()
                          : next_append_ - options_.first_position - sink_count();

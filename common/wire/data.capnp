@@ -67,7 +67,7 @@ struct SelectRequest {
   minMass @6 :Float32;
   rank @7 :UInt8;
   flags @8 :UInt8;            # bit 0: no residual; 1: name missing pages by extent; 2: attend to missing pages;
-                              # 3: pages in the body may be coded in int8
+                              # 3: pages in the body may be coded in int8; 4: check (metrics)
   appendFirst @9 :UInt32;     # position of the first appended token
   appendCount @10 :UInt32;
 }

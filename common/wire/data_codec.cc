@@ -325,7 +325,7 @@ Status ReadSelectNumbers(const MessageChecks& check, schema::SelectRequest::Read
   KV_RETURN_IF_ERROR(check.AtMost("rank", out->rank, kRankMax));
   KV_RETURN_IF_ERROR(
       check.AtMost("flags", out->flags,
-                   kSelectNoResidual | kSelectMapped | kSelectAttend | kSelectInt8));
+                   kSelectNoResidual | kSelectMapped | kSelectAttend | kSelectInt8 | kSelectCheck));
   if ((out->flags & kSelectMapped) != 0 && (out->flags & kSelectAttend) != 0) {
     return check.Bad("flags", std::to_string(out->flags), "mapped or attend, not both");
   }

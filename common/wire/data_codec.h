@@ -90,6 +90,7 @@ inline constexpr uint8_t kSelectNoResidual = 1;
 inline constexpr uint8_t kSelectMapped = 2;
 inline constexpr uint8_t kSelectAttend = 4;
 inline constexpr uint8_t kSelectInt8 = 8;  // whole pages in the body may come coded in int8
+inline constexpr uint8_t kSelectCheck = 16;  // compare with exact attention, for the metrics only
 struct SelectRequest {
   ContextId context;
   Epoch epoch;

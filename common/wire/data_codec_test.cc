@@ -303,7 +303,7 @@ TEST(DataCodecChecks, Select) {
   expect(SelectWith([](S* s) { s->min_mass = 1.5f; }), "minMass = 1.5");
   expect(SelectWith([](S* s) { s->min_mass = NAN; }), "minMass = nan");
   expect(SelectWith([](S* s) { s->rank = 3; }), "rank = 3");
-  expect(SelectWith([](S* s) { s->flags = 16; }), "flags = 16");
+  expect(SelectWith([](S* s) { s->flags = 32; }), "flags = 32");
   expect(SelectWith([](S* s) { s->heads[0].near.resize(limits::kNearPositionsMax + 1); }),
          "near.size = 4097");
   expect(SelectWith([](S* s) { s->flags = kSelectMapped | kSelectAttend; }), "flags = 6");

@@ -146,7 +146,7 @@ inline SelectRequest RandomSelect(Random& random, Sample* sample) {
   in.read_cap = random.Below(limits::kReadCapMax + 1);
   in.min_mass = static_cast<float>(random.Below(101)) / 100;
   in.rank = static_cast<uint8_t>(random.Below(3));
-  in.flags = static_cast<uint8_t>(random.Below(2) + 8 * random.Below(2));
+  in.flags = static_cast<uint8_t>(random.Below(2) + 8 * random.Below(4));
   in.append_first = random.Below(100000);
   in.append_count = random.Below(4);
   Encode(in, &sample->out);

@@ -23,12 +23,6 @@ std::string Text(size_t words) {
   return out;
 }
 
-double Metric(const TestServer& server, const std::string& name) {
-  const std::string page = "\n" + server.HttpGet("/metrics");
-  const size_t at = page.find("\n" + name + " ");
-  return at == std::string::npos ? -1 : std::stod(page.substr(at + name.size() + 2));
-}
-
 class ReplyModes : public ::testing::TestWithParam<const char*> {
  protected:
   void SetUp() override {
@@ -78,21 +72,21 @@ TEST_P(ReplyModes, GiveTheSameTokens) {
   const std::string sent = Answer(server, "inline", &err);
   EXPECT_THAT(sent, HasSubstr("oslo"));
   EXPECT_THAT(err, Not(HasSubstr("read in the server's memory")));
-  EXPECT_GT(Metric(server, "icecache_pages_sent_total"), 0);
-  EXPECT_EQ(Metric(server, "icecache_pages_mapped_total"), 0);
-  EXPECT_EQ(Metric(server, "icecache_pages_attended_total"), 0);
+  EXPECT_GT(server.Metric("icecache_pages_sent_total"), 0);
+  EXPECT_EQ(server.Metric("icecache_pages_mapped_total"), 0);
+  EXPECT_EQ(server.Metric("icecache_pages_attended_total"), 0);
 
-  const double sent_pages = Metric(server, "icecache_pages_sent_total");
+  const double sent_pages = server.Metric("icecache_pages_sent_total");
   EXPECT_EQ(Answer(server, "mapped", &err), sent);
   EXPECT_THAT(err, HasSubstr("pages      0 sent"));
   EXPECT_THAT(err, Not(HasSubstr("caution")));
-  EXPECT_EQ(Metric(server, "icecache_pages_sent_total"), sent_pages);
-  EXPECT_GT(Metric(server, "icecache_pages_mapped_total"), 0);
+  EXPECT_EQ(server.Metric("icecache_pages_sent_total"), sent_pages);
+  EXPECT_GT(server.Metric("icecache_pages_mapped_total"), 0);
 
   EXPECT_EQ(Answer(server, "attend", &err), sent);
   EXPECT_THAT(err, HasSubstr("pages      0 sent, 0 read"));
-  EXPECT_EQ(Metric(server, "icecache_pages_sent_total"), sent_pages);
-  EXPECT_GT(Metric(server, "icecache_pages_attended_total"), 0);
+  EXPECT_EQ(server.Metric("icecache_pages_sent_total"), sent_pages);
+  EXPECT_GT(server.Metric("icecache_pages_attended_total"), 0);
 
   EXPECT_EQ(Answer(server, "auto", &err), sent);
   EXPECT_THAT(err, HasSubstr("on this host"));

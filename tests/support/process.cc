@@ -195,6 +195,12 @@ std::string TestServer::HttpGet(const std::string& path) const {
   return body == std::string::npos ? "" : response.substr(body + 4);
 }
 
+double TestServer::Metric(const std::string& name) const {
+  const std::string page = "\n" + HttpGet("/metrics");
+  const size_t at = page.find("\n" + name + " ");
+  return at == std::string::npos ? -1 : std::stod(page.substr(at + name.size() + 2));
+}
+
 double TestServer::StatusNumber(const std::string& pointer) const {
   const auto status = nlohmann::json::parse(HttpGet("/status"), nullptr, false);
   const nlohmann::json::json_pointer at(pointer);

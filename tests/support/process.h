@@ -78,6 +78,8 @@ class TestServer {
   uint16_t port() const { return port_; }
   // Body of GET `path` on the admin port; empty when there is no answer.
   std::string HttpGet(const std::string& path) const;
+  // A metric without labels; -1 when absent.
+  double Metric(const std::string& name) const;
   // A number of /status by JSON pointer ("/memory/used_bytes"); -1 when absent.
   double StatusNumber(const std::string& pointer) const;
 

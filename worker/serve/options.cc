@@ -79,8 +79,15 @@ void AddWorkerOptions(ConfigParser& parser, WorkerOptions* o) {
              "Tokens the server may read exactly, beyond the pages, for its estimate of the rest",
              0, limits::kReadCapMax);
   parser.Add("min_mass", &o->min_mass,
-             "Stop at this share of the attention mass even if the budget allows more; 0: never", 0,
-             1);
+             "Fetch as many pages as reach this share of the attention mass by the server's estimate: "
+             "fewer than the budget, or up to --budget-growth times as many; 0: the budget, always",
+             0, 1);
+  parser.Add("budget_growth", &o->budget_growth,
+             "With --min-mass: how many times its budget a head may take; 1: never more than it", 1,
+             limits::kBudgetGrowthMax);
+  parser.Add("check_every", &o->check_every,
+             "Let the server compare one in so many layer steps with exact attention and count mass "
+             "and error in its metrics (icecache_check*); 0: none");
   parser.Add("residual", &o->residual, "Merge the server's estimate of what is not fetched");
   parser.Add("resident_multiple", &o->resident_multiple,
              "Pages the worker keeps, in units of one selection's pages", 1, 64);
@@ -158,6 +165,8 @@ IceCacheOptions IceCacheOptionsOf(const WorkerOptions& options, const Compute& c
   icecache.resident_multiple = options.resident_multiple;
   icecache.read_cap = options.read_cap;
   icecache.min_mass = static_cast<float>(options.min_mass);
+  icecache.budget_growth = options.budget_growth;
+  icecache.check_every = options.check_every;
   icecache.residual = options.residual;
   icecache.prefetch = options.prefetch;
   icecache.prefetch_cosine = static_cast<float>(options.prefetch_cosine);

@@ -35,6 +35,8 @@ struct WorkerOptions {
   uint32_t window_tokens = 16;
   uint32_t read_cap = 1024;
   double min_mass = 0;
+  uint32_t budget_growth = 4;
+  uint32_t check_every = 0;
   bool residual = true;
   uint32_t resident_multiple = 3;
   uint32_t select_deadline_ms = 2000;

@@ -42,6 +42,7 @@ ordered_json MethodJson(const RecallMethodReport& method, const RecallMethodRepo
   json["hit_rate"] = attention.hit_rate();
   json["bad_pages"] = attention.bad_pages;
   json["degraded_steps"] = attention.degraded_steps;
+  json["grown_steps"] = attention.grown_steps;
   json["decoded_tokens"] = stats.tokens;
   json["full_kv_bytes"] = stats.full_kv_bytes;
   if (full != nullptr) json["agreement_with_full_kv"] = Agreement(method, *full);

@@ -50,6 +50,10 @@ std::string FormatSummary(const GenerateSummary& s) {
         static_cast<unsigned long long>(a.mapped_pages),
         static_cast<unsigned long long>(a.remote_pages));
   }
+  if (a.grown_steps > 0) {
+    Add(&text, "grown      %llu layer steps took more than the budget to reach --min-mass\n",
+        static_cast<unsigned long long>(a.grown_steps));
+  }
   if (a.coded_pages > 0) {
     Add(&text, "int8       %llu pages came coded\n",
         static_cast<unsigned long long>(a.coded_pages));
