@@ -30,13 +30,13 @@ BuildHints HintsOf(const ReadDocument& document, size_t slice, uint64_t seed) {
 }
 
 // `layout`: in, of the leader, when `policy` is empty; out, else.
-Result<IndexedSlice> BuildSlice(const ReadDocument& document, size_t slice, const TokenRows& rows,
+Result<IndexedSlice> BuildSlice(const BuildHints& hints, const TokenRows& rows,
                                 const AccuracyMethod& method, bool leads, PageLayout* layout) {
   IndexedSlice built;
   built.store = std::make_unique<PageStore>(rows.dtype, rows.head_dim);
   if (leads) {
     built.policy = method.Make(rows.dtype, rows.head_dim);
-    KV_ASSIGN_OR_RETURN(*layout, built.policy->Build(rows, HintsOf(document, slice, method.seed)));
+    KV_ASSIGN_OR_RETURN(*layout, built.policy->Build(rows, hints));
   }
   KV_RETURN_IF_ERROR(built.store->ApplyLayout(rows, *layout));
   return built;
@@ -58,8 +58,8 @@ Result<IndexedDocument> IndexDocument(const ReadDocument& document, const Accura
       const TokenRows rows =
           Part(document.kv->rows(layer, head), sinks, document.tokens - sinks - window);
       KV_ASSIGN_OR_RETURN(IndexedSlice slice,
-                          BuildSlice(document, document.slice(layer, head), rows, method,
-                                     l % method.reuse == 0, &layouts[h]));
+                          BuildSlice(HintsOf(document, document.slice(layer, head), method.seed),
+                                     rows, method, l % method.reuse == 0, &layouts[h]));
       slice.first = sinks;
       if (slice.policy) {
         slice.policy->VisitCounters([&](std::string_view name, double value) {
@@ -94,7 +94,10 @@ PolicyAttention::PolicyAttention(ReadDocument& document, IndexedDocument& index,
 void PolicyAttention::Begin() {
   document_.kv->Truncate(document_.tokens);
   // Pages of the document that the worker has kept stay with it, as they do from fork to fork.
-  if (slices_.empty()) slices_.resize(index_.slices.size());
+  if (slices_.empty()) {
+    slices_.resize(index_.slices.size());
+    for (size_t at = 0; at < slices_.size(); ++at) slices_[at].energy.Assign(document_.energy[at]);
+  }
   for (Slice& slice : slices_) {
     slice.tail = {};
     slice.selected = false;
@@ -117,7 +120,8 @@ Status PolicyAttention::AddToken(LayerId layer, KvHeadId head) {
   if (!slice.store) {
     PageLayout none;
     KV_ASSIGN_OR_RETURN(
-        slice, BuildSlice(document_, at, Part(rows, left, 0), method_, leads(layer), &none));
+        slice, BuildSlice(HintsOf(document_, at, method_.seed), Part(rows, left, 0), method_,
+                          leads(layer), &none));
     slice.first = left;
   }
   if (slice.policy) {
@@ -129,11 +133,19 @@ Status PolicyAttention::AddToken(LayerId layer, KvHeadId head) {
   return Rebuild(layer, head, left + 1);
 }
 
+BuildHints PolicyAttention::RebuildHints(size_t at) const {
+  BuildHints hints = HintsOf(document_, at, method_.seed);
+  if (method_.energy == AccuracyMethod::Energy::kRecent)
+    hints.query_energy = slices_[at].energy.value();
+  if (method_.energy == AccuracyMethod::Energy::kNone) hints.query_energy = {};
+  return hints;
+}
+
 Status PolicyAttention::Rebuild(LayerId layer, KvHeadId head, uint32_t end) {
   const size_t at = document_.slice(layer, head);
   const uint32_t first = index_.slices[at].first;
   const TokenRows rows = Part(document_.kv->rows(layer, head), first, end - first);
-  KV_ASSIGN_OR_RETURN(index_.slices[at], BuildSlice(document_, at, rows, method_, leads(layer),
+  KV_ASSIGN_OR_RETURN(index_.slices[at], BuildSlice(RebuildHints(at), rows, method_, leads(layer),
                                                     &leader_layouts_[head.value]));
   index_.slices[at].first = first;
   slices_[at].added = 0;
@@ -191,6 +203,7 @@ void PolicyAttention::Select(LayerId layer, KvHeadId head, const float* queries,
   request.rank = method_.rank;
   request.residual = method_.residual;
   std::vector<Kept>& chosen = chosen_[head.value];
+  slices_[at].energy.Observe(queries, request.group, document_.shape.head_dim);
   if (leads(layer)) {
     chosen.clear();
     Choose(at, head.value, request, states, &chosen);

@@ -11,6 +11,7 @@
 #include <span>
 #include <vector>
 
+#include "cacheserver/select/query_energy.h"
 #include "kernels/attention.h"
 #include "tests/bench/accuracy_document.h"
 #include "tests/bench/accuracy_method.h"
@@ -86,11 +87,13 @@ class PolicyAttention final : public DecodeAttention {
     std::vector<Kept> kept;  // most recent first
     std::vector<Kept> last;  // the selection before
     uint32_t added = 0;      // since the last build
+    QueryEnergy energy;
     bool selected = false;
   };
 
   Status AddToken(LayerId layer, KvHeadId head);
   Status Rebuild(LayerId layer, KvHeadId head, uint32_t end);
+  BuildHints RebuildHints(size_t at) const;
   void Select(LayerId layer, KvHeadId head, const float* queries, const AttentionStateRef& states);
   void Choose(size_t at, size_t head, const SelectRequest& request, const AttentionStateRef& states,
               std::vector<Kept>* chosen);

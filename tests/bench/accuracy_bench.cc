@@ -76,6 +76,8 @@ void AccuracyCommand::AddFlags(ConfigParser* parser) {
               limits::kWindowTokensMax);
   parser->Section("Output");
   parser->Add("out", &o.out, "Table to add to; cells that are in it are not run again");
+  parser->Add("any_build", &o.any_build,
+              "Cells in --out that another build of this program made count, too");
   parser->Add("report", &o.report, "Folder for the table as Markdown, and plots");
   parser->Add("cache", &o.cache, "Folder that keeps what prefill computed, for the next run");
   parser->Add("json", &o.json, "Every cell to stdout, too");

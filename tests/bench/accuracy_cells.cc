@@ -11,6 +11,7 @@ std::string FormatCell(const Cell& cell, const std::string& commit, const std::s
   Json json;
   json["bench"] = "accuracy";
   json["model"] = cell.model;
+  json["build"] = cell.build;
   json["task"] = cell.name.task;
   json["policy"] = cell.name.policy;
   json["budget"] = cell.name.budget;
@@ -46,6 +47,7 @@ Result<Cell> ParseCell(const std::string& line) {
     cell.name = {json.at("task"), json.at("policy"), json.at("budget"), json.at("length"),
                  json.at("seed")};
     cell.model = json.at("model");
+    cell.build = json.value("build", "");
     cell.accuracy = number("accuracy");
     cell.questions = json.at("questions");
     cell.output_error = number("output_error");
@@ -68,7 +70,9 @@ Result<Cell> ParseCell(const std::string& line) {
   return cell;
 }
 
-Result<std::map<CellName, Cell>> ReadCells(const std::string& path) {
+Result<std::map<CellName, Cell>> ReadCells(const std::string& path, const std::string& build,
+                                           uint64_t* others) {
+  *others = 0;
   std::map<CellName, Cell> cells;
   std::ifstream file(path);
   std::string line;
@@ -76,6 +80,10 @@ Result<std::map<CellName, Cell>> ReadCells(const std::string& path) {
     if (line.empty()) continue;
     Result<Cell> cell = ParseCell(line);
     if (cell.ok()) {
+      if (!build.empty() && cell->build != build) {
+        ++*others;
+        continue;
+      }
       cells[cell->name] = std::move(cell).value();
       continue;
     }

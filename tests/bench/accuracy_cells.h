@@ -21,6 +21,7 @@ struct CellName {
 struct Cell {
   CellName name;
   std::string model;
+  std::string build;  // BuildName() of the program that made it
   double accuracy = 0;  // mean score, 0 to 1
   uint32_t questions = 0;
   double output_error = 0;  // mean over measured steps, layers, query heads: |o - full| / |full|
@@ -40,8 +41,11 @@ std::string FormatCell(const Cell& cell, const std::string& commit, const std::s
 // DATA_LOSS when the line is none.
 Result<Cell> ParseCell(const std::string& line);
 
-// Cells of a file, by name; the last of equals counts. A last line that was cut off is left out
-// (its run was interrupted); any other bad line is DATA_LOSS naming its number. No file: none.
-Result<std::map<CellName, Cell>> ReadCells(const std::string& path);
+// Cells of a file, by name; the last of equals counts. Those that another build than `build` made
+// are left out, and counted in *others: its policies may answer otherwise. Empty: any build will do.
+// A last line that was cut off is left out (its run was interrupted); any other bad line is
+// DATA_LOSS naming its number. No file: none.
+Result<std::map<CellName, Cell>> ReadCells(const std::string& path, const std::string& build,
+                                           uint64_t* others);
 
 }  // namespace icecache

@@ -8,6 +8,8 @@
 //   mass=X         only as many pages as reach this share of the mass
 //   rank=R         mass_sum, mass_max or max_token
 //   recluster=N    rebuild a slice after so many tokens were added; 0: never (1024)
+//   energy=E       what a rebuild is told of queries: recent ones, as a server does, or those
+//                  before the build, or nothing (recent | build | none)
 //   seed=N         of the index
 //   reuse=N        layers share the selection (and the layout) of the last whose number N divides
 // and of cluster_tree and dci_tree the fields of their options by name, such as
@@ -26,6 +28,7 @@ namespace icecache {
 
 struct AccuracyMethod {
   enum class Kind { kFull, kTopK, kPolicy };
+  enum class Energy { kRecent, kBuild, kNone };
 
   std::string name;  // as written
   Kind kind = Kind::kPolicy;
@@ -35,6 +38,7 @@ struct AccuracyMethod {
   float min_mass = 0;
   GroupRank rank = GroupRank::kMassSum;
   uint32_t recluster = 1024;
+  Energy energy = Energy::kRecent;
   uint32_t reuse = 1;
   uint64_t seed = 1;
   bool custom = false;  // index options other than the defaults

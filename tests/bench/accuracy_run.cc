@@ -81,7 +81,7 @@ class Table {
 
   const AccuracyOptions& options_;
   const std::unique_ptr<AttentionBackend> backend_;
-  const std::string commit_ = CommitName(), machine_ = MachineName();
+  const std::string commit_ = CommitName(), machine_ = MachineName(), build_ = BuildName();
   std::vector<AccuracyMethod> methods_;
   LoadedModel loaded_;
   std::map<CellName, Cell> cells_;
@@ -106,7 +106,15 @@ Status Table::Open() {
   worker.threads = options_.threads;
   KV_ASSIGN_OR_RETURN(loaded_, LoadModelAndTokenizer(worker));
   if (options_.out.empty()) return OkStatus();
-  KV_ASSIGN_OR_RETURN(cells_, ReadCells(options_.out));
+  uint64_t others = 0;
+  KV_ASSIGN_OR_RETURN(
+      cells_, ReadCells(options_.out, options_.any_build ? std::string() : build_, &others));
+  if (others > 0) {
+    std::fprintf(stderr,
+                 "%s: %llu cells are of another build of this program and will be made again; "
+                 "--any-build takes them as they are\n",
+                 options_.out.c_str(), static_cast<unsigned long long>(others));
+  }
   out_ = std::fopen(options_.out.c_str(), "a+");
   if (out_ == nullptr) return Unavailable("--out " + options_.out + ": cannot be written");
   // A run that was killed may have left half a line: it stays a line of its own, which readers
@@ -194,6 +202,7 @@ Status Table::Finish(const AccuracyMethod& method, uint32_t budget) {
   Cell cell;
   cell.name = {unit_.first, method.name, budget, unit_.second.first, unit_.second.second};
   cell.model = loaded_.model->identity();
+  cell.build = build_;
   cell.accuracy = Mean(g.scores);
   cell.questions = static_cast<uint32_t>(g.scores.size());
   cell.output_error = Mean(g.errors);

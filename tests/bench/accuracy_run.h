@@ -27,6 +27,7 @@ struct AccuracyOptions {
   std::string data;   // folder of LongBench or QA files
   std::string cache;  // folder of documents that were read before
   std::string out;    // the table; empty: stdout only
+  bool any_build = false;  // cells of other builds of this program count, too
   bool json = false;  // every cell to stdout, too
   std::string
       report;  // folder for the table as a page, with plots (accuracy_report.h); empty: none

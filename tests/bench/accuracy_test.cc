@@ -14,6 +14,7 @@
 #include "tests/bench/accuracy_plot.h"
 #include "tests/bench/accuracy_report.h"
 #include "tests/bench/accuracy_run.h"
+#include "tests/bench/measure.h"
 #include "tests/bench/random.h"
 #include "worker/attention_full.h"
 
@@ -69,15 +70,33 @@ TEST(AccuracyCells, ReadBackAndForgiveACutLastLine) {
   const std::string line = FormatCell(cell, "commit", "machine");
   EXPECT_THAT(line, HasSubstr("\"bench\":\"accuracy\""));
   std::ofstream(path) << line << "\n" << line.substr(0, 40);
-  auto cells = ReadCells(path);
+  uint64_t others = 0;
+  auto cells = ReadCells(path, "", &others);
   ASSERT_TRUE(cells.ok()) << cells.status().ToString();
   ASSERT_EQ(cells->size(), 1u);
   EXPECT_EQ(cells->begin()->second.accuracy, 0.9375);
   EXPECT_EQ(cells->begin()->second.error_by_turn, cell.error_by_turn);
   std::ofstream(path) << line.substr(0, 40) << "\n" << line << "\n";
-  EXPECT_THAT(ReadCells(path).status().message(), HasSubstr(":1"));
+  EXPECT_THAT(ReadCells(path, "", &others).status().message(), HasSubstr(":1"));
   std::remove(path.c_str());
-  EXPECT_TRUE(ReadCells(path)->empty()) << "no file, no cells";
+  EXPECT_TRUE(ReadCells(path, "", &others)->empty()) << "no file, no cells";
+}
+
+TEST(AccuracyCells, OfAnotherBuildAreLeftOut) {
+  const std::string path = testing::TempDir() + "/accuracy_builds.jsonl";
+  Cell ours = SomeCell("quest", 64, 1, 0.5), theirs = SomeCell("quest", 64, 2, 0.7);
+  ours.build = "00aa";
+  theirs.build = "00bb";
+  std::ofstream(path) << FormatCell(ours, "c", "m") << "\n" << FormatCell(theirs, "c", "m") << "\n";
+  uint64_t others = 0;
+  const auto cells = ReadCells(path, "00aa", &others);
+  ASSERT_EQ(cells->size(), 1u);
+  EXPECT_EQ(cells->begin()->second.build, "00aa");
+  EXPECT_EQ(others, 1u);
+  EXPECT_EQ(ReadCells(path, "", &others)->size(), 2u);
+  EXPECT_EQ(others, 0u);
+  std::remove(path.c_str());
+  EXPECT_EQ(BuildName().size(), 16u);
 }
 
 TEST(AccuracyReport, GivesMeanDeviationAndRetention) {
@@ -262,7 +281,8 @@ TEST(AccuracyTable, IsResumedWhereItStopped) {
   const Status status = RunAccuracy(options);
   ASSERT_TRUE(status.ok()) << status.ToString();
   const auto bytes = std::filesystem::file_size(options.out);
-  auto cells = ReadCells(options.out);
+  uint64_t others = 0;
+  auto cells = ReadCells(options.out, BuildName(), &others);
   ASSERT_TRUE(cells.ok());
   ASSERT_EQ(cells->size(), 9u) << "three tasks, three methods, one budget each";
   for (const auto& [name, cell] : *cells) {
@@ -278,7 +298,7 @@ TEST(AccuracyTable, IsResumedWhereItStopped) {
   EXPECT_EQ(std::filesystem::file_size(options.out), bytes) << "nothing was left to do";
   options.methods = {"full", "sequential"};
   ASSERT_TRUE(RunAccuracy(options).ok());
-  EXPECT_EQ(ReadCells(options.out)->size(), 12u) << "only the new method";
+  EXPECT_EQ(ReadCells(options.out, BuildName(), &others)->size(), 12u) << "only the new method";
   options.methods = {"none"};
   EXPECT_EQ(RunAccuracy(options).code(), StatusCode::kInvalidArgument);
   std::filesystem::remove_all(folder);

@@ -26,5 +26,6 @@ std::unique_ptr<BenchCommand> MakeAttentionCommand();
 std::unique_ptr<BenchCommand> MakeGatherCommand();
 std::unique_ptr<BenchCommand> MakeDecodeCommand();
 std::unique_ptr<BenchCommand> MakeTierCommand();
+std::unique_ptr<BenchCommand> MakeGrowthCommand();
 
 }  // namespace icecache

@@ -8,9 +8,12 @@
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
+#include <iterator>
 #include <numeric>
+#include <span>
 #include <thread>
 
+#include "common/checksum.h"
 #include "kernels/distance.h"
 #include "kernels/memory.h"
 
@@ -82,6 +85,17 @@ std::string CommitName() {
   }
   while (!name.empty() && name.back() == '\n') name.pop_back();
   return name.empty() ? "unknown" : name;
+}
+
+std::string BuildName() {
+  std::ifstream file("/proc/self/exe", std::ios::binary);
+  const std::string program((std::istreambuf_iterator<char>(file)),
+                            std::istreambuf_iterator<char>());
+  if (!file || program.empty()) return "unknown";
+  char name[17];
+  std::snprintf(name, sizeof(name), "%016llx",
+                static_cast<unsigned long long>(Checksum64(std::as_bytes(std::span(program)))));
+  return name;
 }
 
 double ReadBandwidthGBs() {

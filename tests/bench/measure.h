@@ -24,6 +24,10 @@ std::string MachineName();
 // $ICECACHE_COMMIT, or git's answer in the working directory, or "unknown".
 std::string CommitName();
 
+// Checksum of the running program's file, in hex: what computed a result. "unknown" when it cannot
+// be read.
+std::string BuildName();
+
 // One core's sequential read of 256 MiB, best of three, in GB/s: the ruler for every memory-bound
 // figure.
 double ReadBandwidthGBs();

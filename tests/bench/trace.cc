@@ -98,10 +98,16 @@ Result<Trace> MakeTrace(const TraceSpec& spec) {
                            std::to_string(limits::kGroupMax));
   if (spec.keys == 0 || spec.query_count == 0)
     return InvalidArgument("--keys and --queries must be at least 1");
+  if (spec.follow && spec.extra_keys == 0)
+    return InvalidArgument("queries over time need tokens to add");
   if (spec.name.starts_with(calibrated))
     return MakeCalibratedTrace(spec, spec.name.substr(calibrated.size()));
-  if (spec.name == "clustered" || spec.name == "runs" || spec.name == "weak")
+  if (spec.name == "clustered" || spec.name == "runs" || spec.name == "weak") {
+    if (spec.follow)
+      return InvalidArgument("trace '" + spec.name + "' has no queries over time; use calibrated: "
+                             "or file:");
     return MakeClusteredTrace(spec);
+  }
   return InvalidArgument(
       "trace '" + spec.name +
       "' is unknown; use clustered, runs, weak, "

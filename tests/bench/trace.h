@@ -41,6 +41,11 @@ struct TraceSpec {
   // `seed`, like everything else.
   uint64_t text_seed = 0;
   uint64_t look_seed = 0;
+  // Queries are asked while the extra keys come, evenly spread, instead of all after the first
+  // `keys`; half of the time attention that moves goes to an extra key. Calibrated traces and files
+  // (where every recorded query brings one extra key).
+  bool follow = false;
+  double drift = 0;   // calibrated: share of topics of the extra keys that are new
   bool local = true;  // false: leave local_lse and local_out empty, which saves a scan per query
 };
 
@@ -51,6 +56,7 @@ struct Trace {
   std::vector<float> queries;   // [query_count, group, dim], scaled by 1/sqrt(dim)
   std::vector<float> energy;    // [dim] mean square of 64 earlier groups' queries; empty: not known
   std::vector<float> history;   // [<= 32, group, dim] the last of those earlier queries
+  std::vector<uint32_t> asked_after;  // [query_count] keys before each query; empty: `keys`
   // What sinks and window, which the worker holds, give each query head: empty when the trace has
   // none.
   std::vector<float> local_lse;  // [query_count, group]
@@ -79,7 +85,8 @@ Result<Trace> MakeClusteredTrace(const TraceSpec& spec);
 Result<Trace> MakeCalibratedTrace(const TraceSpec& spec, const std::string& head_class);
 // `name`: PATH or PATH@L.H. Asks the last query_count recorded queries; earlier ones are history.
 // The worker holds the first 16 tokens and the last 16 before the first asked query, with what came
-// after; of the rest the last `keys` (and extra_keys, at most half) count.
+// after; of the rest the last `keys` (and extra_keys, at most half) count. With `follow` each query
+// has its own window of 16.
 Result<Trace> LoadTrace(const TraceSpec& spec, const std::string& name);
 // Mean squares over queries[rows, dim].
 std::vector<float> EnergyOf(std::span<const float> queries, uint32_t dim);

@@ -30,6 +30,7 @@ constexpr HeadClass kClasses[] = {
 };
 
 constexpr uint32_t kTopics = 100, kTypes = 3000;
+constexpr uint32_t kNewTopics = 40;  // that only extra keys have, with drift
 constexpr uint32_t kCalibrationKeys = 32768, kCalibrationGroups = 8, kHistoryGroups = 64;
 constexpr float kRopeBase = 5e5f;
 constexpr float kLocal = 0.15f;          // share of all mass on the window
@@ -37,6 +38,7 @@ constexpr float kAgree = 0.7f;           // heads that share their group's topic
 constexpr float kJump = 0.07f;           // chance per step that attention moves to another topic
 constexpr float kTypeChange = 0.5f;      // the same for the token type
 constexpr float kDrift = 0.35f;          // AR(1) coefficient of a query's content
+constexpr float kOwnText = 0.5f;         // with follow: attention that moves goes to an extra key
 constexpr float kSharedMeaning = 0.95f;  // with look_seed: correlation of what tokens mean
 constexpr float kLayerShift = 0.1f;  // with look_seed: chance that a head looks elsewhere after all
 
@@ -53,7 +55,8 @@ class Generator {
         half_(spec.dim / 2),
         content_begin_((half_ * 52 + 63) / 64),
         content_(2 * (half_ - content_begin_)),
-        spread_(spec.group_spread < 0 ? 1 - kAgree : static_cast<float>(spec.group_spread)) {}
+        spread_(spec.group_spread < 0 ? 1 - kAgree : static_cast<float>(spec.group_spread)),
+        steps_(spec.follow ? std::max(1u, spec.extra_keys / spec.query_count) : 1) {}
 
   Trace Run() {
     trace_ = {.dtype = spec_.dtype,
@@ -86,6 +89,10 @@ class Generator {
     ShareVocabulary(&topics_);
     ShareVocabulary(&types_);
     random_.Fill(topic_values_.data(), topic_values_.size(), 1.0f);
+    if (spec_.drift > 0) {
+      AddTopics(&topics_, content_);
+      AddTopics(&topic_values_, spec_.dim);
+    }
     constant_.assign(spec_.dim, 0.0f);
     query_constant_.assign(spec_.dim, 0.0f);
     // Three adjacent slow pairs with a large mean; the query's mean stands 110 degrees off.
@@ -107,6 +114,12 @@ class Generator {
     for (double& z : zipf_) z /= sum;
   }
 
+  void AddTopics(std::vector<float>* vectors, uint32_t dim) {
+    const size_t old = vectors->size();
+    vectors->resize(old + size_t{kNewTopics} * dim);
+    random_.Fill(vectors->data() + old, vectors->size() - old, 1.0f);
+  }
+
   // The residual stream makes layers see much the same likenesses; a vocabulary of its own would
   // let each layer find other tokens alike.
   void ShareVocabulary(std::vector<float>* vectors) {
@@ -121,8 +134,11 @@ class Generator {
     token_type_.resize(total);
     uint32_t topic = 0, left = 0;
     for (uint32_t t = 0; t < total; ++t) {
-      if (left == 0) {
+      const bool drifts = spec_.drift > 0 && t >= spec_.keys;
+      if (left == 0 || (drifts && t == spec_.keys)) {
         topic = text_.Below(kTopics);
+        if (drifts && text_.Chance(static_cast<float>(spec_.drift)))
+          topic = kTopics + text_.Below(kNewTopics);
         left = 32 + static_cast<uint32_t>(text_.Exponential(200.0f));
       }
       --left;
@@ -156,37 +172,62 @@ class Generator {
   }
 
   // Attention moves to what some earlier token is about; old topics return as often as they occur.
-  void Step(HeadState* state, const HeadState* leader, bool jump) {
-    const uint32_t seen = look_.Below(spec_.keys);
+  void Step(HeadState* state, const HeadState* leader, bool jump, uint32_t tokens) {
+    const uint32_t seen = LookBack(tokens);
     if (leader != nullptr) {
       state->topic = leader->topic;
       if (look_.Chance(0.6f)) {
         state->type = leader->type;
       } else {
-        state->type = TypeWithin(state->topic, seen);
+        state->type = TypeWithin(state->topic, seen, tokens);
       }
     } else {
       if (jump) state->topic = token_topic_[seen];
-      if (jump || look_.Chance(kTypeChange)) state->type = TypeWithin(state->topic, seen);
+      if (jump || look_.Chance(Over(kTypeChange)))
+        state->type = TypeWithin(state->topic, seen, tokens);
     }
     if (leader != nullptr && spec_.look_seed != 0 && random_.Chance(kLayerShift)) {
-      state->type = TypeWithin(state->topic, random_.Below(spec_.keys));
+      state->type = TypeWithin(state->topic, random_.Below(tokens), tokens);
     }
     const float* topic = topics_.data() + size_t{state->topic} * content_;
     const float* type = types_.data() + size_t{state->type} * content_;
     const bool fresh = state->content.empty();
     state->content.resize(content_, 0.0f);
+    const float kept = steps_ == 1 ? kDrift : std::pow(kDrift, static_cast<float>(steps_));
     for (uint32_t c = 0; c < content_; ++c) {
       const float target =
           head_.topic * topic[c] + head_.type * type[c] + head_.noise * random_.Normal();
-      state->content[c] = fresh ? target : kDrift * state->content[c] + (1 - kDrift) * target;
+      state->content[c] = fresh ? target : kept * state->content[c] + (1 - kept) * target;
     }
   }
 
+  // Where attention that moves goes to.
+  uint32_t LookBack(uint32_t tokens) {
+    if (tokens > spec_.keys && look_.Chance(kOwnText))
+      return spec_.keys + look_.Below(tokens - spec_.keys);
+    return look_.Below(tokens);
+  }
+
+  // The chance of something within the steps between two queries, from that of one step.
+  float Over(float chance) const {
+    return steps_ == 1 ? chance : 1 - std::pow(1 - chance, static_cast<float>(steps_));
+  }
+
+  // The keys that there are when group g, of history and queries, is asked; and its position.
+  uint32_t TokensAt(uint32_t g) const {
+    if (!spec_.follow || g < kHistoryGroups) return spec_.keys;
+    const uint64_t asked = g - kHistoryGroups + 1;
+    return spec_.keys + static_cast<uint32_t>(asked * spec_.extra_keys / spec_.query_count);
+  }
+  uint32_t PositionAt(uint32_t g) const {
+    if (!spec_.follow) return spec_.keys + g;
+    return g < kHistoryGroups ? spec_.keys - std::min(spec_.keys, kHistoryGroups - g) : TokensAt(g);
+  }
+
   // The type of a token of `topic` at or after `from` (cyclically): what can be retrieved exists.
-  uint32_t TypeWithin(uint32_t topic, uint32_t from) {
-    for (uint32_t i = 0; i < spec_.keys; ++i) {
-      const uint32_t t = (from + i) % spec_.keys;
+  uint32_t TypeWithin(uint32_t topic, uint32_t from, uint32_t tokens) {
+    for (uint32_t i = 0; i < tokens; ++i) {
+      const uint32_t t = (from + i) % tokens;
       if (token_topic_[t] == topic) return token_type_[t];
     }
     return token_type_[from];
@@ -203,14 +244,15 @@ class Generator {
     for (uint32_t h = 0; h < spec_.group; ++h) alone[h] = look_.Chance(spread_);
     std::vector<float> row(dim);
     for (uint32_t g = 0; g < groups; ++g) {
-      const bool jump = g == 0 || look_.Chance(kJump);
-      Step(&leader, nullptr, jump);
+      const bool jump = g == 0 || look_.Chance(Over(kJump));
+      const uint32_t tokens = TokensAt(g);
+      Step(&leader, nullptr, jump, tokens);
       if (jump)
         for (uint32_t h = 0; h < spec_.group; ++h) alone[h] = look_.Chance(spread_);
       for (uint32_t h = 0; h < spec_.group; ++h) {
-        Step(&heads[h], alone[h] ? nullptr : &leader, jump);
+        Step(&heads[h], alone[h] ? nullptr : &leader, jump, tokens);
         const size_t at = (size_t{g} * spec_.group + h) * dim;
-        const uint32_t position = spec_.keys + g;
+        const uint32_t position = PositionAt(g);
         row = query_constant_;
         for (float& x : row) x += 0.2f * random_.Normal();
         Rotate(&row, position);
@@ -229,7 +271,9 @@ class Generator {
 
   // Sharpness by bisection: the class's mass of the top 256 on at most 32k tokens.
   void Calibrate() {
-    const uint32_t n = std::min(spec_.keys, kCalibrationKeys);
+    const uint32_t total = TokensAt(kHistoryGroups + spec_.query_count - 1);
+    const uint32_t n = std::min(total, kCalibrationKeys);
+    const TokenRows keys = trace_.Rows(spec_.follow ? total - n : 0, n);
     const uint32_t groups = std::min(kCalibrationGroups, spec_.query_count);
     const uint32_t stride = std::max(1u, spec_.query_count / groups);
     const uint32_t rows = groups * spec_.group;
@@ -237,9 +281,9 @@ class Generator {
     for (uint32_t g = 0; g < groups; ++g) {
       const size_t at = size_t{kHistoryGroups + g * stride} * spec_.group * spec_.dim;
       const size_t out = size_t{g} * spec_.group * n;
-      DotRows(base_.data() + at, spec_.group, trace_.k.data(), spec_.dtype, n, spec_.dim,
+      DotRows(base_.data() + at, spec_.group, keys.k, spec_.dtype, n, spec_.dim,
               constant.data() + out, n);
-      DotRows(direction_.data() + at, spec_.group, trace_.k.data(), spec_.dtype, n, spec_.dim,
+      DotRows(direction_.data() + at, spec_.group, keys.k, spec_.dtype, n, spec_.dim,
               content.data() + out, n);
     }
     const uint32_t top = std::min(256u, n);
@@ -274,20 +318,23 @@ class Generator {
     trace_.queries.assign(base_.begin() + static_cast<ptrdiff_t>(history), base_.end());
     const auto seen = static_cast<ptrdiff_t>(history / 2);  // the last 32 groups
     trace_.history.assign(base_.begin() + seen, base_.begin() + 2 * seen);
+    for (uint32_t q = 0; spec_.follow && q < spec_.query_count; ++q)
+      trace_.asked_after.push_back(TokensAt(kHistoryGroups + q));
     if (!spec_.local) return;
     // Sinks have no value; the window is about the query's topic. Their logits follow from the
     // masses wanted.
     const size_t rows = size_t{spec_.query_count} * heads;
     trace_.local_lse.resize(rows);
     trace_.local_out.resize(rows * dim);
-    std::vector<float> scores(size_t{heads} * spec_.keys);
+    std::vector<float> scores(size_t{heads} * (spec_.keys + spec_.extra_keys));
     for (uint32_t q = 0; q < spec_.query_count; ++q) {
-      DotRows(trace_.Query(q), heads, trace_.k.data(), spec_.dtype, spec_.keys, dim, scores.data(),
-              spec_.keys);
+      const uint32_t tokens = TokensAt(kHistoryGroups + q);
+      DotRows(trace_.Query(q), heads, trace_.k.data(), spec_.dtype, tokens, dim, scores.data(),
+              tokens);
       for (uint32_t h = 0; h < heads; ++h) {
-        float* x = scores.data() + size_t{h} * spec_.keys;
-        const float max = MaxOf(x, spec_.keys);
-        const float lse = max + std::log(ExpShifted(x, spec_.keys, max, x));
+        float* x = scores.data() + size_t{h} * tokens;
+        const float max = MaxOf(x, tokens);
+        const float lse = max + std::log(ExpShifted(x, tokens, max, x));
         const size_t at = size_t{q} * heads + h;
         const float local = kLocal * (1 - head_.sink);
         const float outside = head_.sink + local;
@@ -332,6 +379,7 @@ class Generator {
   TraceRandom& look_;  // what the queries are after
   const uint32_t half_, content_begin_, content_;
   const float spread_;
+  const uint32_t steps_;  // of decoding from one query to the next
   Trace trace_;
   std::vector<float> topics_, types_, topic_values_, constant_, query_constant_, frequency_;
   std::vector<double> zipf_;

@@ -34,9 +34,9 @@ TokenRows RowsOf(const TraceSlice& slice, const ModelShape& shape, uint32_t firs
   return {shape.dtype, shape.head_dim, count, slice.k.data() + at, slice.v.data() + at};
 }
 
-// What sinks and everything from `window_first` to the query give.
+// What sinks and everything from `window_first` (follow: the last kWindow) to the query give.
 void AttendLocally(const TraceSlice& slice, const TraceExtent& extent, uint32_t window_first,
-                   Trace* trace) {
+                   bool follow, Trace* trace) {
   const std::unique_ptr<AttentionBackend> backend = MakeCpuAttention();
   const size_t row = size_t{trace->group} * trace->dim;
   trace->local_lse.resize(size_t{trace->query_count} * trace->group);
@@ -44,11 +44,11 @@ void AttendLocally(const TraceSlice& slice, const TraceExtent& extent, uint32_t 
   AttentionStates states;
   for (uint32_t q = 0; q < trace->query_count; ++q) {
     const uint32_t position = extent.tokens - trace->query_count + q;
+    const uint32_t begin = follow ? position + 1 - kWindow : window_first;
     states.Reset(trace->group, trace->dim);
     backend->AttendRows(trace->Query(q), RowsOf(slice, extent.shape, 0, kSinks), states.ref());
     backend->AttendRows(trace->Query(q),
-                        RowsOf(slice, extent.shape, window_first, position + 1 - window_first),
-                        states.ref());
+                        RowsOf(slice, extent.shape, begin, position + 1 - begin), states.ref());
     for (uint32_t h = 0; h < trace->group; ++h)
       trace->local_lse[size_t{q} * trace->group + h] = LogSumExp(states.ref(), h);
     FinishStates(states.ref(), trace->local_out.data() + q * row);
@@ -85,15 +85,23 @@ Result<Trace> LoadTrace(const TraceSpec& spec, const std::string& name) {
   }
 
   const uint32_t window_first = extent.tokens - spec.query_count + 1 - kWindow;
-  const uint32_t total = std::min(window_first - kSinks, spec.keys + spec.extra_keys);
-  trace.extra_keys = std::min(spec.extra_keys, total / 2);
-  trace.keys = total - trace.extra_keys;
+  uint32_t rows_end = window_first;
+  if (spec.follow) {
+    trace.keys = std::min(window_first - kSinks, spec.keys);
+    trace.extra_keys = spec.query_count - 1;
+    for (uint32_t q = 0; q < spec.query_count; ++q) trace.asked_after.push_back(trace.keys + q);
+    rows_end += trace.extra_keys;
+  } else {
+    const uint32_t total = std::min(window_first - kSinks, spec.keys + spec.extra_keys);
+    trace.extra_keys = std::min(spec.extra_keys, total / 2);
+    trace.keys = total - trace.extra_keys;
+  }
   const size_t row = shape.row_bytes();
-  const auto begin = static_cast<ptrdiff_t>((window_first - total) * row);
-  const auto end = static_cast<ptrdiff_t>(window_first * row);
+  const auto begin = static_cast<ptrdiff_t>((rows_end - trace.keys - trace.extra_keys) * row);
+  const auto end = static_cast<ptrdiff_t>(rows_end * row);
   trace.k.assign(slice.k.begin() + begin, slice.k.begin() + end);
   trace.v.assign(slice.v.begin() + begin, slice.v.begin() + end);
-  AttendLocally(slice, extent, window_first, &trace);
+  AttendLocally(slice, extent, window_first, spec.follow, &trace);
   return trace;
 }
 

@@ -211,6 +211,38 @@ TEST(Trace, EqualSpecsGiveEqualTraces) {
   }
 }
 
+TEST(CalibratedTrace, QueriesFollowTheTextAsItGrows) {
+  TraceSpec spec{.name = "calibrated:topic", .keys = 4096, .extra_keys = 1024, .query_count = 64,
+                 .seed = 5, .follow = true, .drift = 0.5};
+  Result<Trace> trace = MakeTrace(spec);
+  ASSERT_TRUE(trace.ok()) << trace.status().ToString();
+  ASSERT_EQ(trace->asked_after.size(), 64u);
+  EXPECT_EQ(trace->asked_after.front(), 4096u + 16);
+  EXPECT_EQ(trace->asked_after.back(), 4096u + 1024);
+  // Attention goes to what was added, and more so the more there is of it.
+  std::vector<float> scores(size_t{trace->group} * 5120);
+  double early = 0, late = 0;
+  for (uint32_t q = 0; q < 64; ++q) {
+    const uint32_t tokens = trace->asked_after[q];
+    DotRows(trace->Query(q), trace->group, trace->k.data(), trace->dtype, tokens, trace->dim,
+            scores.data(), tokens);
+    for (uint32_t h = 0; h < trace->group; ++h) {
+      float* x = scores.data() + size_t{h} * tokens;
+      const double all = ExpShifted(x, tokens, MaxOf(x, tokens), x);
+      const double added = std::accumulate(x + 4096, x + tokens, 0.0) / all;
+      (q < 32 ? early : late) += added / 32 / trace->group;
+    }
+  }
+  EXPECT_GT(early, 0.05);
+  EXPECT_GT(late, early);
+  EXPECT_LT(late, 0.9);
+  EXPECT_NEAR(TopMass(*trace, 256, 64), 0.9, 0.15) << "over the first keys alone";
+  spec.name = "clustered";
+  spec.follow = true;
+  spec.extra_keys = 10;
+  EXPECT_EQ(MakeTrace(spec).status().code(), StatusCode::kInvalidArgument);
+}
+
 TEST(Trace, ClusteredQueriesOfAGroupShareTheirCluster) {
   const Trace trace = Make("clustered", 8192);
   const Result<Trace> apart =
@@ -250,6 +282,23 @@ struct Dump {
   }
   ~Dump() { std::remove(path.c_str()); }
 };
+
+TEST(Trace, DumpsAreAskedTokenByToken) {
+  const Dump dump;
+  dump.Write();
+  const Result<Trace> trace = MakeTrace({.name = "file:" + dump.path + "@1.0", .keys = 100,
+                                         .extra_keys = 8, .query_count = 8, .follow = true});
+  ASSERT_TRUE(trace.ok()) << trace.status().ToString();
+  EXPECT_EQ(trace->keys, 100u);
+  EXPECT_EQ(trace->extra_keys, 7u);
+  EXPECT_EQ(trace->asked_after.front(), 100u);
+  EXPECT_EQ(trace->asked_after.back(), 107u);
+  // The first query is that of token 192; its window begins at 177, its keys end before it.
+  const auto* k = reinterpret_cast<const float*>(trace->k.data());
+  EXPECT_EQ(k[0], Dump::Key(2, 77, 0));
+  EXPECT_EQ(k[size_t{106} * Dump::kDim], Dump::Key(2, 183, 0));
+  EXPECT_EQ(trace->Query(0)[0], Dump::Key(2, 192, 200));
+}
 
 TEST(Trace, DumpsAreReadSliceBySlice) {
   const Dump dump;
