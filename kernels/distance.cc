@@ -11,6 +11,7 @@
 #define HWY_TARGET_INCLUDE "kernels/distance.cc"
 #include "hwy/foreach_target.h"  // compiles this file once per instruction set
 #include "hwy/highway.h"
+#include "kernels/four_lanes-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace icecache {
@@ -44,28 +45,6 @@ struct BF16Rows {
   }
 };
 
-template <class D>
-HWY_INLINE hn::Vec<hn::Full128<float>> FoldTo128(D d, hn::Vec<D> v) {
-  if constexpr (hn::MaxLanes(d) <= 4) {
-    return v;
-  } else {
-    const hn::Half<D> half;
-    return FoldTo128(half, hn::Add(hn::LowerHalf(half, v), hn::UpperHalf(half, v)));
-  }
-}
-
-// The four horizontal sums of a, b, c, d in one vector: 6 shuffles instead of 4 reductions.
-HWY_INLINE hn::Vec<hn::Full128<float>> Sum4(Tag tag, Vec a, Vec b, Vec c, Vec d) {
-  const hn::Repartition<double, Tag> wide;
-  const Vec ab = hn::Add(hn::InterleaveLower(tag, a, b), hn::InterleaveUpper(tag, a, b));
-  const Vec cd = hn::Add(hn::InterleaveLower(tag, c, d), hn::InterleaveUpper(tag, c, d));
-  const auto ab2 = hn::BitCast(wide, ab);
-  const auto cd2 = hn::BitCast(wide, cd);
-  const Vec lower = hn::BitCast(tag, hn::InterleaveLower(wide, ab2, cd2));
-  const Vec upper = hn::BitCast(tag, hn::InterleaveUpper(wide, ab2, cd2));
-  return FoldTo128(tag, hn::Add(lower, upper));
-}
-
 // 8 rows, 1 query: 8 accumulators hide the FMA latency.
 template <class Rows>
 HWY_INLINE void Dot8x1(const float* q, const typename Rows::Element* rows, uint32_t dim,
@@ -86,8 +65,8 @@ HWY_INLINE void Dot8x1(const float* q, const typename Rows::Element* rows, uint3
     s7 = hn::MulAdd(x, Rows::Load(d, p + 7 * size_t{dim}), s7);
   }
   const hn::Full128<float> d4;
-  hn::StoreU(Sum4(d, s0, s1, s2, s3), d4, scores);
-  hn::StoreU(Sum4(d, s4, s5, s6, s7), d4, scores + 4);
+  hn::StoreU(FoldFour(d, LaneSum(), s0, s1, s2, s3), d4, scores);
+  hn::StoreU(FoldFour(d, LaneSum(), s4, s5, s6, s7), d4, scores + 4);
 }
 
 // Queries that meet four rows at a time: their sums fill half of the registers.
@@ -111,8 +90,8 @@ HWY_INLINE void DotTile(const float* q, const typename Rows::Element* rows, uint
     }
   }
   for (size_t i = 0; i < kQueries; ++i) {
-    hn::StoreU(Sum4(d, sum[i][0], sum[i][1], sum[i][2], sum[i][3]), hn::Full128<float>(),
-               scores + i * score_stride);
+    hn::StoreU(FoldFour(d, LaneSum(), sum[i][0], sum[i][1], sum[i][2], sum[i][3]),
+               hn::Full128<float>(), scores + i * score_stride);
   }
 }
 
@@ -133,7 +112,7 @@ HWY_INLINE void Dot4x1(const float* q, const typename Rows::Element* rows, uint3
     s3 = hn::MulAdd(x, Rows::Load(d, p[3] + j), s3);
   }
   HWY_ALIGN float out[4];
-  hn::Store(Sum4(d, s0, s1, s2, s3), hn::Full128<float>(), out);
+  hn::Store(FoldFour(d, LaneSum(), s0, s1, s2, s3), hn::Full128<float>(), out);
   for (uint32_t i = 0; i < HWY_MIN(4u, row_count); ++i) scores[i] = out[i];
 }
 

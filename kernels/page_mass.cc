@@ -17,14 +17,19 @@ using Floats = hn::CappedTag<float, 16>;
 constexpr size_t kRows = 16;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
+// f(s) = s^2 / 2 / (1 + 0.2 s), limited to 1e30.
+HWY_INLINE hn::Vec<Floats> SpreadGain(hn::Vec<Floats> s) {
+  const Floats d;
+  const auto below = hn::MulAdd(hn::Set(d, 0.2f), s, hn::Set(d, 1.0f));
+  const auto gain = hn::Div(hn::Mul(hn::Set(d, 0.5f), hn::Mul(s, s)), below);
+  return hn::Min(gain, hn::Set(d, 1e30f));
+}
+
 float EstimateLogMassesImpl(const uint32_t* blocks, size_t count, const float* spread,
                             const float* log_count, float rho, float* centre, float* mass) {
   const Floats d;
   const auto limit = hn::Set(d, 1e30f);
   const auto factor = hn::Set(d, rho);
-  const auto half = hn::Set(d, 0.5f);
-  const auto damping = hn::Set(d, 0.2f);
-  const auto one = hn::Set(d, 1.0f);
   auto top = hn::Set(d, -kInfinity);
   for (size_t b = 0; b < count; ++b) {
     const size_t from = size_t{blocks[b]} * kRows;
@@ -33,15 +38,25 @@ float EstimateLogMassesImpl(const uint32_t* blocks, size_t count, const float* s
       const auto raw = hn::LoadU(d, centre + at);
       const auto c = hn::Min(hn::Max(raw, hn::Neg(limit)), limit);
       const auto s = hn::Mul(hn::LoadU(d, spread + from + lane), factor);
-      const auto gain = hn::Div(hn::Mul(half, hn::Mul(s, s)), hn::MulAdd(damping, s, one));
-      const auto m =
-          hn::Add(hn::Add(c, hn::Min(gain, limit)), hn::LoadU(d, log_count + from + lane));
+      const auto m = hn::Add(hn::Add(c, SpreadGain(s)), hn::LoadU(d, log_count + from + lane));
       hn::StoreU(c, d, centre + at);
       hn::StoreU(m, d, mass + at);
       top = hn::Max(top, m);
     }
   }
   return hn::GetLane(hn::MaxOfLanes(d, top));
+}
+
+void AddSpreadGainsImpl(const float* spread, size_t count, float rho, float shift, float* centre) {
+  const Floats d;
+  const auto factor = hn::Set(d, rho);
+  const auto offset = hn::Set(d, shift);
+  const auto limit = hn::Set(d, 1e30f);
+  for (size_t i = 0; i < count; i += hn::Lanes(d)) {
+    const auto gain = SpreadGain(hn::Mul(hn::LoadU(d, spread + i), factor));
+    const auto c = hn::Add(hn::Add(hn::LoadU(d, centre + i), gain), offset);
+    hn::StoreU(hn::Min(c, limit), d, centre + i);
+  }
 }
 
 void EstimateTopsImpl(const uint32_t* blocks, size_t count, const float* spread,
@@ -111,6 +126,7 @@ HWY_AFTER_NAMESPACE();
 namespace icecache {
 
 HWY_EXPORT(EstimateLogMassesImpl);
+HWY_EXPORT(AddSpreadGainsImpl);
 HWY_EXPORT(EstimateTopsImpl);
 HWY_EXPORT(MaxScaledImpl);
 HWY_EXPORT(AddScaledImpl);
@@ -121,6 +137,10 @@ float EstimateLogMasses(const uint32_t* blocks, size_t count, const float* sprea
                         const float* log_count, float rho, float* centre, float* mass) {
   return HWY_DYNAMIC_DISPATCH(EstimateLogMassesImpl)(blocks, count, spread, log_count, rho, centre,
                                                      mass);
+}
+
+void AddSpreadGains(const float* spread, size_t count, float rho, float shift, float* centre) {
+  HWY_DYNAMIC_DISPATCH(AddSpreadGainsImpl)(spread, count, rho, shift, centre);
 }
 
 void EstimateTops(const uint32_t* blocks, size_t count, const float* spread, const float* log_count,

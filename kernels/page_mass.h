@@ -17,6 +17,9 @@ namespace icecache {
 float EstimateLogMasses(const uint32_t* blocks, size_t count, const float* spread,
                         const float* log_count, float rho, float* centre, float* mass);
 
+// centre[i] += f(rho * spread[i]) + shift, limited to 1e30; count is a multiple of 16.
+void AddSpreadGains(const float* spread, size_t count, float rho, float shift, float* centre);
+
 // top[i] = centre[i] + reach * spread + shift, -infinity in empty slots.
 void EstimateTops(const uint32_t* blocks, size_t count, const float* spread, const float* log_count,
                   float reach, float shift, const float* centre, float* top);

@@ -49,6 +49,18 @@ TEST(PageMass, LogMassesAreCentresAndGainsAndCounts) {
   EXPECT_EQ(top, best);
 }
 
+TEST(PageMass, SpreadGainsAreAddedAndLimited) {
+  const Table t;
+  std::vector<float> centre = t.centre;
+  centre[3] = 2e30f;
+  AddSpreadGains(t.spread.data(), centre.size(), 0.7f, -3.0f, centre.data());
+  for (size_t i = 0; i < centre.size(); ++i) {
+    const double s = 0.7 * t.spread[i];
+    const double want = i == 3 ? 1e30 : t.centre[i] + 0.5 * s * s / (1 + 0.2 * s) - 3;
+    EXPECT_NEAR(centre[i], want, 1e-5 * (1 + std::fabs(want))) << i;
+  }
+}
+
 TEST(PageMass, TopsReachAboveTheCentreAndEmptySlotsHaveNone) {
   const Table t;
   std::vector<float> top(t.centre.size());

@@ -13,125 +13,16 @@
 #include "hwy/cache_control.h"
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
 #include "hwy/highway.h"
+#include "kernels/block_dot-inl.h"
 
 HWY_BEFORE_NAMESPACE();
-#if HWY_TARGET == HWY_AVX3_DL && HWY_COMPILER_GCC_ACTUAL
-// Highway checks the CPU for VNNI before it picks this target, but does not ask the compiler for
-// it.
-#pragma GCC target("avx512vnni")
-#endif
+ICECACHE_WITH_VNNI
 namespace icecache {
 namespace HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
-#if HWY_TARGET == HWY_AVX2 || HWY_TARGET == HWY_AVX3 || HWY_TARGET == HWY_AVX3_DL
-
-using Int32s = hn::ScalableTag<int32_t>;
-using IntVec = hn::Vec<Int32s>;
-
-// acc[lane] += sum of the lane's four products of unsigned bytes and signed query digits.
-HWY_INLINE IntVec Dot4(IntVec acc, IntVec bytes, IntVec query) {
-#if HWY_TARGET == HWY_AVX2
-  const __m256i pairs = _mm256_maddubs_epi16(bytes.raw, query.raw);
-  return hn::Add(acc, IntVec{_mm256_madd_epi16(pairs, _mm256_set1_epi16(1))});
-#elif HWY_TARGET == HWY_AVX3
-  const __m512i pairs = _mm512_maddubs_epi16(bytes.raw, query.raw);
-  return hn::Add(acc, IntVec{_mm512_madd_epi16(pairs, _mm512_set1_epi16(1))});
-#else
-  return IntVec{_mm512_dpbusd_epi32(acc.raw, bytes.raw, query.raw)};
-#endif
-}
-
-HWY_INLINE IntVec BroadcastQuad(const int8_t* quad) {
-  int32_t bits;
-  std::memcpy(&bits, quad, sizeof(bits));
-  return hn::Set(Int32s(), bits);
-}
-
-// Blocks that are scored together. Each sum is one chain of dpbusd (5 cycles each, two start per
-// cycle), so that ten or more chains must run side by side; the two-instruction forms have shorter
-// chains and fewer registers.
-template <int kRows>
-constexpr int kBlocksTogether = HWY_TARGET == HWY_AVX3_DL ? (kRows <= 4 ? 4 : 2) : 1;
-
-// dots[b][r][16] of kRows query digit rows (row_stride bytes apart) with kBlocks blocks. Few rows
-// leave registers for whole blocks, so that a query's bytes are broadcast once for all of them.
-template <int kRows, int kBlocks>
-HWY_INLINE void DotBlocks(const uint8_t* const* blocks, const int8_t* query, size_t row_stride,
-                          uint32_t dim, int32_t (*dots)[kRows][kBlockRows]) {
-  const Int32s d32;
-  const hn::ScalableTag<uint8_t> d8;
-  constexpr size_t kLanes = HWY_MAX_BYTES / sizeof(int32_t);
-  constexpr int kParts = static_cast<int>(kBlockRows / kLanes);
-  constexpr int kTogether = kRows <= 4 ? kParts : 1;
-  constexpr int kVecs = kTogether * kBlocks;
-  for (int part = 0; part < kParts; part += kTogether) {
-    IntVec acc[kRows][kVecs];
-    for (auto& row : acc) {
-      for (auto& sum : row) sum = hn::Zero(d32);
-    }
-    for (uint32_t j = 0; j < dim; j += 4) {
-      const size_t at = size_t{j} * kBlockRows + part * kLanes * 4;
-      IntVec bytes[kVecs];
-      for (int v = 0; v < kVecs; ++v) {
-        const uint8_t* from = blocks[v / kTogether] + at + v % kTogether * kLanes * 4;
-        bytes[v] = hn::BitCast(d32, hn::LoadU(d8, from));
-      }
-      for (int r = 0; r < kRows; ++r) {
-        const IntVec quad = BroadcastQuad(query + r * row_stride + j);
-        for (int v = 0; v < kVecs; ++v) acc[r][v] = Dot4(acc[r][v], bytes[v], quad);
-      }
-    }
-    for (int r = 0; r < kRows; ++r) {
-      for (int v = 0; v < kVecs; ++v) {
-        hn::StoreU(acc[r][v], d32, dots[v / kTogether][r] + (part + v % kTogether) * kLanes);
-      }
-    }
-  }
-}
-#else
-
-template <int kRows>
-constexpr int kBlocksTogether = 1;
-
-template <int kRows, int kBlocks>
-void DotBlocks(const uint8_t* const* blocks, const int8_t* query, size_t row_stride, uint32_t dim,
-               int32_t (*dots)[kRows][kBlockRows]) {
-  for (int b = 0; b < kBlocks; ++b) {
-    for (int r = 0; r < kRows; ++r) {
-      std::fill_n(dots[b][r], kBlockRows, 0);
-      for (uint32_t j = 0; j < dim; ++j) {
-        const int32_t q = query[r * row_stride + j];
-        const uint8_t* at = blocks[b] + (j / 4) * kBlockRows * 4 + j % 4;
-        for (uint32_t lane = 0; lane < kBlockRows; ++lane) dots[b][r][lane] += q * at[lane * 4];
-      }
-    }
-  }
-}
-#endif
-
 using Floats = hn::CappedTag<float, 16>;
 using FloatVec = hn::Vec<Floats>;
-
-// exp(x) for x in [-87, kSketchExponentMax], 0 below: 2^n times a polynomial of the rest (Cephes).
-HWY_INLINE FloatVec Exp(FloatVec x) {
-  const Floats d;
-  const hn::Rebind<int32_t, Floats> di;
-  const auto tiny = hn::Lt(x, hn::Set(d, -87.0f));
-  x = hn::Min(hn::Max(x, hn::Set(d, -87.0f)), hn::Set(d, kSketchExponentMax));
-  const auto n = hn::Round(hn::Mul(x, hn::Set(d, 1.44269504f)));
-  auto r = hn::NegMulAdd(n, hn::Set(d, 0.693359375f), x);
-  r = hn::NegMulAdd(n, hn::Set(d, -2.12194440e-4f), r);
-  auto p = hn::Set(d, 1.9875691500e-4f);
-  p = hn::MulAdd(p, r, hn::Set(d, 1.3981999507e-3f));
-  p = hn::MulAdd(p, r, hn::Set(d, 8.3334519073e-3f));
-  p = hn::MulAdd(p, r, hn::Set(d, 4.1665795894e-2f));
-  p = hn::MulAdd(p, r, hn::Set(d, 1.6666665459e-1f));
-  p = hn::MulAdd(p, r, hn::Set(d, 0.5f));
-  p = hn::Add(hn::MulAdd(hn::Mul(r, r), p, r), hn::Set(d, 1.0f));
-  const auto bits = hn::ShiftLeft<23>(hn::Add(hn::ConvertTo(di, n), hn::Set(di, 127)));
-  return hn::IfThenZeroElse(tiny, hn::Mul(p, hn::BitCast(d, bits)));
-}
 
 // The kHeads heads from `head` on, kDigits rows each, against kBlocks blocks.
 template <int kHeads, int kDigits, int kBlocks>
@@ -198,65 +89,6 @@ void ScoreBlocksImpl(const QuantizedQueries& q, const uint8_t* const* blocks,
     ScoreAllHeads<2>(q, blocks, scales, count, base, out, out_stride);
   } else {
     ScoreAllHeads<1>(q, blocks, scales, count, base, out, out_stride);
-  }
-}
-
-template <int kHeads>
-void SketchHeads(const QuantizedQueries& q, uint32_t head, const SketchPage* pages, uint32_t count,
-                 const float* centre, size_t centre_stride, float* weights, float* sum,
-                 float* top) {
-  alignas(64) int32_t dots[1][kHeads][kBlockRows];
-  const Floats d;
-  const hn::Rebind<int32_t, Floats> di;
-  for (uint32_t i = 0; i < count; ++i) {
-    const SketchPage& page = pages[i];
-    if (i + 4 < count) {
-      for (uint32_t line = 0; line < q.dim() * kBlockRows; line += 64)
-        hwy::Prefetch(pages[i + 4].block + line);
-    }
-    DotBlocks<kHeads, 1>(&page.block, q.row(head), q.dim(), q.dim(), dots);
-    const auto fill = hn::Set(di, static_cast<int32_t>(page.fill));
-    for (int h = 0; h < kHeads; ++h) {
-      const size_t at = (head + h) * centre_stride + i;
-      const auto step = hn::Set(d, q.step(head + h) * page.scale);
-      const auto shift = hn::Set(d, centre[at]);
-      const auto bias = hn::Set(di, q.bias(head + h));
-      auto total = hn::Zero(d);
-      auto best = hn::Zero(d);
-      for (size_t lane = 0; lane < kBlockRows; lane += hn::Lanes(d)) {
-        const auto dot = hn::ConvertTo(d, hn::Sub(hn::Load(di, dots[0][h] + lane), bias));
-        auto w = Exp(hn::MulAdd(dot, step, shift));
-        const auto valid = hn::Lt(hn::Iota(di, static_cast<int32_t>(lane)), fill);
-        w = hn::IfThenElseZero(hn::RebindMask(d, valid), w);
-        hn::StoreU(w, d, weights + at * kBlockRows + lane);
-        total = hn::Add(total, w);
-        best = hn::Max(best, w);
-      }
-      sum[at] = hn::GetLane(hn::SumOfLanes(d, total));
-      top[at] = hn::GetLane(hn::MaxOfLanes(d, best));
-    }
-  }
-}
-
-void ScoreSketchesImpl(const QuantizedQueries& q, const SketchPage* pages, uint32_t count,
-                       const float* centre, size_t centre_stride, float* weights, float* sum,
-                       float* top) {
-  // A tile of pages stays in the first-level cache while the heads pass over it.
-  constexpr uint32_t kTile = 32;
-  for (uint32_t first = 0; first < count; first += kTile) {
-    const uint32_t n = std::min(kTile, count - first);
-    const SketchPage* tile = pages + first;
-    const float* c = centre + first;
-    float* w = weights + size_t{first} * kBlockRows;
-    uint32_t head = 0;
-    for (; head + 4 <= q.group(); head += 4) {
-      SketchHeads<4>(q, head, tile, n, c, centre_stride, w, sum + first, top + first);
-    }
-    for (; head + 2 <= q.group(); head += 2) {
-      SketchHeads<2>(q, head, tile, n, c, centre_stride, w, sum + first, top + first);
-    }
-    if (head < q.group())
-      SketchHeads<1>(q, head, tile, n, c, centre_stride, w, sum + first, top + first);
   }
 }
 
@@ -358,7 +190,6 @@ HWY_AFTER_NAMESPACE();
 namespace icecache {
 
 HWY_EXPORT(ScoreBlocksImpl);
-HWY_EXPORT(ScoreSketchesImpl);
 HWY_EXPORT(AddInt8RowsImpl);
 HWY_EXPORT(QuantizeRowImpl);
 HWY_EXPORT(IndicesAtLeastImpl);
@@ -436,13 +267,6 @@ void ScoreBlocks(const QuantizedQueries& queries, const uint8_t* const* blocks,
                  const float* const* scales, uint32_t count, const float* base, float* out,
                  size_t out_stride) {
   HWY_DYNAMIC_DISPATCH(ScoreBlocksImpl)(queries, blocks, scales, count, base, out, out_stride);
-}
-
-void ScoreSketches(const QuantizedQueries& queries, const SketchPage* pages, uint32_t count,
-                   const float* centre, size_t centre_stride, float* weights, float* sum,
-                   float* top) {
-  HWY_DYNAMIC_DISPATCH(ScoreSketchesImpl)
-  (queries, pages, count, centre, centre_stride, weights, sum, top);
 }
 
 void AddInt8Rows(const float* weights, size_t stride, uint32_t group, const int8_t* const* rows,

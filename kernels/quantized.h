@@ -61,21 +61,6 @@ void ScoreBlocks(const QuantizedQueries& queries, const uint8_t* const* blocks,
                  const float* const* scales, uint32_t count, const float* base, float* out,
                  size_t out_stride);
 
-// One page of a token sketch: 16 lanes of which the first `fill` are tokens.
-struct SketchPage {
-  const uint8_t* block;
-  float scale;
-  uint32_t fill;
-};
-
-// weights[g * stride16 + 16 i + lane] = exp(centre[g * centre_stride + i] + q_g . token), 0 beyond
-// fill; the exponent is cut at kSketchExponentMax. sum and top [g * centre_stride + i] receive a
-// page's sum and maximum. stride16 = 16 * centre_stride.
-inline constexpr float kSketchExponentMax = 60.0f;
-void ScoreSketches(const QuantizedQueries& queries, const SketchPage* pages, uint32_t count,
-                   const float* centre, size_t centre_stride, float* weights, float* sum,
-                   float* top);
-
 // out[g * dim + d] += sum over i of weights[g * stride + i] * rows[i][d]. dim is a multiple of 16.
 void AddInt8Rows(const float* weights, size_t stride, uint32_t group, const int8_t* const* rows,
                  uint32_t count, uint32_t dim, float* out);

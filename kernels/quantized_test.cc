@@ -8,52 +8,10 @@
 #include <random>
 #include <vector>
 
+#include "kernels/test_blocks.h"
+
 namespace icecache {
 namespace {
-
-// Random rows in blocks, with the plain rows kept for reference.
-struct Blocks {
-  Blocks(uint32_t block_count, uint32_t dim, uint64_t seed)
-      : rows(size_t{block_count} * kBlockRows * dim),
-        bytes(rows.size()),
-        scales(block_count * kBlockRows) {
-    std::mt19937_64 rng(seed);
-    for (int8_t& x : rows) x = static_cast<int8_t>(static_cast<int>(rng() % 255) - 127);
-    for (float& s : scales) s = 0.001f * static_cast<float>(1 + rng() % 100);
-    for (uint32_t b = 0; b < block_count; ++b) {
-      blocks.push_back(bytes.data() + size_t{b} * kBlockRows * dim);
-      scale_rows.push_back(scales.data() + size_t{b} * kBlockRows);
-      for (uint32_t lane = 0; lane < kBlockRows; ++lane) {
-        PackBlockRow(rows.data() + (size_t{b} * kBlockRows + lane) * dim, dim, lane,
-                     bytes.data() + size_t{b} * kBlockRows * dim);
-      }
-    }
-  }
-  std::vector<int8_t> rows;
-  std::vector<uint8_t> bytes;
-  std::vector<float> scales;
-  std::vector<const uint8_t*> blocks;
-  std::vector<const float*> scale_rows;
-};
-
-// Integer dot product of head g's digits with a row: what every instruction set must give.
-int64_t IntegerDot(const QuantizedQueries& q, uint32_t g, const int8_t* row) {
-  int64_t sum = 0;
-  for (uint32_t j = 0; j < q.dim(); ++j) {
-    int64_t digit = q.row(g)[j];
-    if (q.digits() == 2) digit = digit * 64 + q.row(g)[q.dim() + j];
-    sum += digit * row[j];
-  }
-  return sum;
-}
-
-std::vector<float> RandomQueries(uint32_t group, uint32_t dim, uint64_t seed) {
-  std::mt19937_64 rng(seed);
-  std::normal_distribution<float> normal;
-  std::vector<float> q(size_t{group} * dim);
-  for (float& x : q) x = normal(rng);
-  return q;
-}
 
 TEST(Quantized, ScoresOfBlocksAreTheIntegerDotProducts) {
   for (uint32_t dim : {16u, 32u, 80u, 128u, 256u}) {
@@ -128,56 +86,6 @@ TEST(Quantized, QueriesThatAreNotFiniteCountAsZero) {
   EXPECT_EQ(q.step(0), 0.0f);
   EXPECT_EQ(q.bias(0), 0);
   EXPECT_GT(q.step(1), 0.0f);
-}
-
-TEST(Quantized, SketchWeightsAreExponentialsOfTheirLogits) {
-  constexpr uint32_t kDim = 32, kPages = 37;
-  const Blocks blocks(kPages, kDim, 9);
-  std::vector<SketchPage> pages;
-  for (uint32_t p = 0; p < kPages; ++p)
-    pages.push_back({blocks.blocks[p], 0.002f, 1 + p % kBlockRows});
-  for (uint32_t group : {1u, 2u, 4u, 5u, 8u}) {
-    SCOPED_TRACE(group);
-    QuantizedQueries q;
-    const std::vector<float> queries = RandomQueries(group, kDim, group);
-    q.Assign(queries.data(), group, kDim, 1);
-    std::vector<float> centre(group * kPages), weights(group * kPages * kBlockRows),
-        sum(group * kPages), top(sum);
-    for (size_t i = 0; i < centre.size(); ++i) centre[i] = -0.3f * static_cast<float>(i % 300);
-    ScoreSketches(q, pages.data(), kPages, centre.data(), kPages, weights.data(), sum.data(),
-                  top.data());
-    for (uint32_t g = 0; g < group; ++g) {
-      for (uint32_t p = 0; p < kPages; ++p) {
-        double total = 0, best = 0;
-        for (uint32_t lane = 0; lane < kBlockRows; ++lane) {
-          const size_t at = (size_t{g} * kPages + p) * kBlockRows + lane;
-          const double logit = centre[g * kPages + p] +
-                               double{q.step(g)} * pages[p].scale *
-                                   static_cast<double>(IntegerDot(
-                                       q, g, blocks.rows.data() + (p * kBlockRows + lane) * kDim));
-          const double want = lane < pages[p].fill && logit > -87 ? std::exp(logit) : 0.0;
-          EXPECT_NEAR(weights[at], want, 1e-5 * want + 1e-37);
-          total += want;
-          best = std::max(best, want);
-        }
-        EXPECT_NEAR(sum[g * kPages + p], total, 1e-5 * total + 1e-37);
-        EXPECT_NEAR(top[g * kPages + p], best, 1e-5 * best + 1e-37);
-      }
-    }
-  }
-}
-
-TEST(Quantized, SketchExponentIsCutWhereFloatsStillAdd) {
-  const Blocks blocks(1, 32, 2);
-  const SketchPage page{blocks.blocks[0], 0.0f, 16};
-  QuantizedQueries q;
-  const std::vector<float> query(32, 1.0f);
-  q.Assign(query.data(), 1, 32, 1);
-  const float centre = 1e30f;
-  float weights[16], sum, top;
-  ScoreSketches(q, &page, 1, &centre, 1, weights, &sum, &top);
-  EXPECT_TRUE(std::isfinite(sum));
-  EXPECT_NEAR(std::log(top), kSketchExponentMax, 0.01f);
 }
 
 TEST(Quantized, AddInt8RowsAddsWeightedRows) {
