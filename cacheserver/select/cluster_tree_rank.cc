@@ -118,10 +118,10 @@ void Search::RankByToken() {
     EstimateTops(blocks_.data(), blocks_.size(), nodes.spread.data(), nodes.log_count.data(),
                  kTopOfPage * rho_[g], -std::log(total_[g]) - ref_[g],
                  centre_.data() + size_t{g} * slots_, rank);
-    const size_t count = sketch_slot_.size();
-    for (size_t m = 0; m < count; ++m) {
-      const float top = sketch_top_[g * count + m] / total_[g];
-      rank[sketch_slot_[m]] = top > 0 ? std::log(top) : -100.0f;
+    const float shift = sketch_count_ == 0 ? 0.0f : sketch_ref_[g] - ref_[g];
+    for (uint32_t m = 0; m < sketch_count_; ++m) {
+      const float top = sketch_top_[g * sketch_stride_ + m];
+      rank[SketchSlot(m)] = top > 0 ? std::log(top / total_[g]) + shift : -100.0f;
     }
     if (g > 0) MaxScaled(rank, slots_, 1.0f, false, rank_.data());
   }

@@ -23,54 +23,70 @@ void Search::FixTokens() {
   tokens_.clear();
   const uint32_t cap = request_->read_cap - std::min(request_->read_cap, unreturned_);
   if (!tree_->basis.sketched() || read_all_ || cap == 0) return;
-  const auto count = static_cast<uint32_t>(sketch_slot_.size());
-  // Pages that are read or returned anyway stay out of it.
+  FindHeavyPages();
+  FindTokens(cap);
+  ReadTokens();
+}
+
+// Pages whose mass is that of a heavy token at least; those read or returned anyway stay out of it.
+void Search::FindHeavyPages() {
   spare_.assign(share_.begin(), share_.end());
   for (uint32_t c = 0; c < candidates_.size(); ++c) {
     if (candidate_read_[c] != 0 || candidate_chosen_[c] != 0) spare_[candidates_[c]] = 0;
   }
-  for (uint32_t m = 0; m < count; ++m) {
-    if (spare_[sketch_slot_[m]] < options_->token_threshold || !InMemory(PageOf(sketch_slot_[m])))
-      continue;
-    float best[kBlockRows] = {};
-    for (uint32_t g = 0; g < group_; ++g) {
-      const float inverse = 1.0f / indexed_[g];
-      const float* weights = sketch_weight_.data() + (size_t{g} * count + m) * kBlockRows;
-      for (uint32_t lane = 0; lane < kBlockRows; ++lane)
-        best[lane] = std::max(best[lane], weights[lane] * inverse);
-    }
-    for (uint32_t lane = 0; lane < sketch_pages_[m].fill; ++lane) {
-      if (best[lane] >= options_->token_threshold) tokens_.push_back({best[lane], m, lane});
-    }
+  heavy_slot_.clear();
+  heavy_pages_.clear();
+  found_.clear();
+  for (uint32_t m = 0; m < sketch_count_; ++m) {
+    const uint32_t slot = SketchSlot(m);
+    if (spare_[slot] < options_->token_threshold || !InMemory(PageOf(slot))) continue;
+    found_.push_back(m);
+    heavy_slot_.push_back(slot);
+    heavy_pages_.push_back(sketch_pages_[m]);
   }
-  const auto place = [](const Token& a, const Token& b) {
-    return a.sketch != b.sketch ? a.sketch < b.sketch : a.lane < b.lane;
-  };
-  if (tokens_.size() > cap) {
-    std::nth_element(tokens_.begin(), tokens_.begin() + cap, tokens_.end(),
-                     [&](const Token& a, const Token& b) {
-                       return a.weight != b.weight ? a.weight > b.weight : place(a, b);
-                     });
-    tokens_.resize(cap);
-    std::sort(tokens_.begin(), tokens_.end(), place);
+  const size_t count = found_.size();
+  heavy_centre_.resize(group_ * count);
+  for (uint32_t g = 0; g < group_; ++g) {
+    const float shift = sketch_ref_[g] - ref_[g];
+    for (size_t h = 0; h < count; ++h)
+      heavy_centre_[g * count + h] = sketch_centre_[g * sketch_stride_ + found_[h]] + shift;
   }
+}
+
+// Fills tokens_ with the heavy ones, in order.
+void Search::FindTokens(uint32_t cap) {
+  const size_t pages = heavy_slot_.size();
+  const size_t lanes = pages * kBlockRows;
+  heavy_weight_.resize(group_ * lanes);
+  ScoreSketches(fine_, heavy_pages_.data(), static_cast<uint32_t>(pages), heavy_centre_.data(),
+                pages, heavy_weight_.data());
+  spare_.resize(lanes);  // a token's share of a head's indexed mass, largest over the group
+  for (uint32_t g = 0; g < group_; ++g) {
+    MaxScaled(heavy_weight_.data() + g * lanes, lanes, 1.0f / indexed_[g], g == 0, spare_.data());
+  }
+  found_.resize(lanes + kBlockRows);
+  found_.resize(IndicesAtLeast(spare_.data(), lanes, options_->token_threshold, found_.data()));
+  if (found_.size() > cap) {
+    maxima_.clear();
+    for (const uint32_t at : found_) maxima_.push_back(spare_[at]);
+    std::nth_element(maxima_.begin(), maxima_.begin() + cap, maxima_.end(), std::greater<>());
+    const float least = maxima_[cap];
+    std::erase_if(found_, [&](uint32_t at) { return spare_[at] <= least; });
+  }
+  for (const uint32_t at : found_) tokens_.push_back({at / kBlockRows, at % kBlockRows});
+}
+
+const std::byte* Search::RowOf(const Token& token, bool value) const {
+  const PageView& page = kv_->pages[PageOf(heavy_slot_[token.page])];
+  return (value ? page.v : page.k) + token.lane * kv_->row_bytes();
 }
 
 // token_logits_ = exact logits of tokens_.
 void Search::ReadTokens() {
-  const size_t row_bytes = kv_->row_bytes();
   const size_t count = tokens_.size();
   token_logits_.resize(group_ * count);
-  rows_.resize(kReadRows * row_bytes);
-  const auto k_row = [&](size_t t) {
-    return kv_->pages[PageOf(sketch_slot_[tokens_[t].sketch])].k + tokens_[t].lane * row_bytes;
-  };
   for (size_t first = 0; first < count; first += kReadRows) {
-    const size_t n = std::min<size_t>(kReadRows, count - first);
-    for (size_t t = 0; t < n; ++t) {
-      if (first + t + kRowsAhead < count) Prefetch(k_row(first + t + kRowsAhead), row_bytes);
-      std::memcpy(rows_.data() + t * row_bytes, k_row(first + t), row_bytes);
-    }
+    const size_t n = GatherRows(first, false);
     DotRows(request_->queries, group_, rows_.data(), kv_->dtype, static_cast<uint32_t>(n), dim_,
             token_logits_.data() + first, count);
   }
@@ -78,9 +94,21 @@ void Search::ReadTokens() {
   out_->tokens_read += static_cast<uint32_t>(count);
 }
 
+// Copies the rows of up to kReadRows tokens from `first` on into rows_, and returns how many.
+size_t Search::GatherRows(size_t first, bool value) {
+  const size_t row_bytes = kv_->row_bytes();
+  const size_t count = tokens_.size();
+  const size_t n = std::min<size_t>(kReadRows, count - first);
+  rows_.resize(kReadRows * row_bytes);
+  for (size_t t = first; t < first + n; ++t) {
+    if (t + kRowsAhead < count) Prefetch(RowOf(tokens_[t + kRowsAhead], value), row_bytes);
+    std::memcpy(rows_.data() + (t - first) * row_bytes, RowOf(tokens_[t], value), row_bytes);
+  }
+  return n;
+}
+
 void Search::Residual() {
   FixTokens();
-  ReadTokens();
   const AttentionStateRef states = out_->residual.ref();
   const size_t count = tokens_.size();
   weight_.assign(group_, 0.0f);  // becomes the factor from the old reference to the new one
@@ -113,10 +141,21 @@ void Search::Residual() {
 void Search::AddReadPages(const AttentionStateRef& states) {
   const auto count = static_cast<uint32_t>(candidates_.size());
   const size_t stride = size_t{count} * kPageRows;
+  found_.clear();
   for (uint32_t c = 0; c < count; ++c) {
     if (candidate_read_[c] == 0 || candidate_chosen_[c] != 0) continue;
     if (!read_all_ && share_[candidates_[c]] < kLightShare) continue;
     candidate_valued_[c] = 1;
+    found_.push_back(c);
+  }
+  const auto prefetch = [&](size_t i) {
+    if (i >= found_.size()) return;
+    Prefetch(kv_->pages[PageOf(candidates_[found_[i]])].v, kPageRows * kv_->row_bytes());
+  };
+  for (uint32_t i = 0; i < kPagesAhead; ++i) prefetch(i);
+  for (size_t i = 0; i < found_.size(); ++i) {
+    prefetch(i + kPagesAhead);
+    const uint32_t c = found_[i];
     const PageView& page = kv_->pages[PageOf(candidates_[c])];
     for (uint32_t g = 0; g < group_; ++g) {
       states.denom[g] += candidate_mass_[size_t{g} * count + c] * weight_[g];
@@ -129,50 +168,48 @@ void Search::AddReadPages(const AttentionStateRef& states) {
   }
 }
 
-// Tokens read one by one are exact. What is left of their page keeps its estimated mass, valued at
-// the mean of its other tokens: (n mean - sum of the read ones) / (n - read), by weights alone.
+// Tokens read one by one are exact.
 void Search::AddFixedTokens(const AttentionStateRef& states) {
-  const size_t row_bytes = kv_->row_bytes();
   const size_t count = tokens_.size();
-  const size_t sketched = sketch_slot_.size();
-  float rest[limits::kGroupMax];
-  for (size_t first = 0; first < count;) {
-    const uint32_t m = tokens_[first].sketch;
-    size_t end = first;
-    while (end < count && tokens_[end].sketch == m) ++end;
-    const uint32_t page_index = PageOf(sketch_slot_[m]);
-    const Page& page = tree_->pages[page_index];
-    const auto others = static_cast<float>(page.count - (end - first));
-    for (uint32_t g = 0; g < group_; ++g) {
-      float& mass = mass_[size_t{g} * slots_ + sketch_slot_[m]];
-      float left = mass;
-      for (size_t t = first; t < end; ++t) {
-        left -= sketch_weight_[(g * sketched + m) * kBlockRows + tokens_[t].lane];
-      }
-      rest[g] = others > 0 ? std::max(0.0f, left) * weight_[g] / others : 0.0f;
-      mass = 0;
-      float* exact = token_logits_.data() + g * count;
-      states.denom[g] += rest[g] * others;
-      for (size_t t = first; t < end; ++t) {
-        states.denom[g] += exact[t];
-        exact[t] -= rest[g];
-      }
-      weight_scratch_[g] = rest[g] * static_cast<float>(page.count);
-    }
-    share_[sketch_slot_[m]] = 0;  // its estimate is accounted for
-    AddItem(tree_->values.signed_row(page_index), page.value_scale);
-    const std::byte* v = kv_->pages[page_index].v;
-    for (size_t t = first; t < end && t + kRowsAhead < count; ++t) {
-      const Token& ahead = tokens_[t + kRowsAhead];
-      Prefetch(kv_->pages[PageOf(sketch_slot_[ahead.sketch])].v + ahead.lane * row_bytes,
-               row_bytes);
-    }
-    for (size_t t = first; t < end; ++t) {
-      AddWeightedRows(token_logits_.data() + t, count, group_, v + tokens_[t].lane * row_bytes,
-                      kv_->dtype, 1, dim_, states.out);
-    }
-    first = end;
+  for (size_t first = 0; first < count;) first = AddRestOfPage(first, states);
+  for (size_t first = 0; first < count; first += kReadRows) {
+    const size_t n = GatherRows(first, true);
+    AddWeightedRows(token_logits_.data() + first, count, group_, rows_.data(), kv_->dtype,
+                    static_cast<uint32_t>(n), dim_, states.out);
   }
+}
+
+// What is left of the page of token `first` keeps its estimated mass, valued at the mean of its
+// other tokens: (n mean - sum of the read ones) / (n - read), by weights alone. Returns the first
+// token of the next page.
+size_t Search::AddRestOfPage(size_t first, const AttentionStateRef& states) {
+  const size_t count = tokens_.size();
+  const size_t lanes = heavy_slot_.size() * kBlockRows;
+  const uint32_t slot = heavy_slot_[tokens_[first].page];
+  size_t end = first;
+  while (end < count && tokens_[end].page == tokens_[first].page) ++end;
+  const uint32_t page_index = PageOf(slot);
+  const Page& page = tree_->pages[page_index];
+  const auto others = static_cast<float>(page.count - (end - first));
+  for (uint32_t g = 0; g < group_; ++g) {
+    float& mass = mass_[size_t{g} * slots_ + slot];
+    float left = mass;
+    for (size_t t = first; t < end; ++t) {
+      left -= heavy_weight_[g * lanes + tokens_[t].page * kBlockRows + tokens_[t].lane];
+    }
+    const float rest = others > 0 ? std::max(0.0f, left) * weight_[g] / others : 0.0f;
+    mass = 0;
+    float* exact = token_logits_.data() + g * count;
+    states.denom[g] += rest * others;
+    for (size_t t = first; t < end; ++t) {
+      states.denom[g] += exact[t];
+      exact[t] -= rest;
+    }
+    weight_scratch_[g] = rest * static_cast<float>(page.count);
+  }
+  share_[slot] = 0;  // its estimate is accounted for
+  AddItem(tree_->values.signed_row(page_index), page.value_scale);
+  return end;
 }
 
 // Notes a mean value row, to be added with weight_scratch_[g].

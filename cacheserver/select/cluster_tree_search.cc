@@ -13,7 +13,9 @@ namespace icecache::cluster_tree {
 namespace {
 
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
-constexpr float kOptimism = 3.0f;          // standard deviations granted to an unseen page or super
+constexpr float kOptimism = 3.0f;  // standard deviations granted to an unseen page or super
+// A token's share of the mass below which its page's summary will do; at 3e-5 errors were the same.
+constexpr float kNegligibleToken = 1e-5f;
 constexpr float kNegligibleShare = 2e-4f;  // of the mass: not worth a sketch even if optimistic
 
 // Sum over j of use[j] * x[j] * y[j]; dim is a multiple of 16.
@@ -60,10 +62,11 @@ void Search::Run(const Tree& tree, const ClusterTreeOptions& options, const Sele
   KV_CHECK(group_ >= 1 && group_ <= limits::kGroupMax && pages.page_count >= tree.page_count());
   max_pages_ = std::min(request.max_pages, tree.page_count());
   read_all_ = request.read_cap >= tree.tokens;
+  narrow_ = !request.near.empty() && !read_all_;
   Prepare();
   ScanSupers();
   ScanPages();
-  sketch_slot_.clear();
+  sketch_count_ = 0;
   if (tree.basis.sketched() && !read_all_) {
     Sketch();
     Totals();
@@ -121,61 +124,85 @@ void Search::MarkNear() {
 
 // Fills blocks_ with what is to be scanned, and super_mass_ with the log mass of what is not.
 void Search::ScanSupers() {
+  const uint32_t supers = tree_->super_count();
   blocks_.clear();
-  super_mass_.assign(size_t{group_} * tree_->super_count(), kMinusInfinity);
-  super_scanned_.assign(tree_->super_count(), 1);
+  scanned_pages_ = 0;
+  super_mass_.assign(size_t{group_} * supers, kMinusInfinity);
+  super_scanned_.assign(supers, 1);
   // Sketches cost more than the scan, and heads that need them hide single tokens in dull supers.
   uint32_t scan_pages = options_->scan_pages * (tree_->basis.sketched() ? 2 : 1);
-  const bool narrow = !request_->near.empty() && !read_all_;
-  if (narrow) scan_pages = std::min(scan_pages, options_->near_scan_pages);
+  if (narrow_) scan_pages = std::min(scan_pages, options_->near_scan_pages);
   if (tree_->page_count() > scan_pages && !read_all_) {
-    const NodeTable& nodes = tree_->super_nodes;
-    const uint32_t slots = nodes.block_count() * kBlockRows;
-    block_keys_.clear();
-    block_scales_.clear();
-    for (uint32_t b = 0; b < nodes.block_count(); ++b) {
-      block_keys_.push_back(nodes.keys.row(b));
-      block_scales_.push_back(nodes.scale.data() + size_t{b} * kBlockRows);
-    }
-    centre_.resize(size_t{group_} * slots);
-    ScoreBlocks(coarse_, block_keys_.data(), block_scales_.data(), nodes.block_count(),
-                base_.data(), centre_.data(), slots);
-    order_.clear();
-    for (uint32_t s = 0; s < tree_->super_count(); ++s) order_.emplace_back(kMinusInfinity, s);
-    for (uint32_t g = 0; g < group_; ++g) {
-      float best = kMinusInfinity;
-      spare_.resize(tree_->super_count());
-      for (uint32_t s = 0; s < tree_->super_count(); ++s) {
-        const float centre = Sane(centre_[size_t{g} * slots + s]);
-        const float spread = nodes.spread[s] * rho_[g];
-        super_mass_[size_t{g} * tree_->super_count() + s] =
-            centre + nodes.log_count[s] + SpreadGain(spread);
-        spare_[s] = centre + kOptimism * spread;
-        best = std::max(best, spare_[s]);
-      }
-      // Heads have logits of different sizes: each ranks supers relative to its own best.
-      for (uint32_t s = 0; s < tree_->super_count(); ++s) {
-        order_[s].first = std::max(order_[s].first, spare_[s] - best);
-      }
-    }
-    std::sort(order_.begin(), order_.end(), [](const auto& a, const auto& b) {
-      return a.first != b.first ? a.first > b.first : a.second < b.second;
-    });
-    uint32_t pages = 0;
-    if (narrow) MarkNear();
-    for (const auto& [bound, s] : order_) {
-      if (narrow && super_near_[s] != 0) continue;  // scanned, and not out of the others' share
-      if (pages >= scan_pages) super_scanned_[s] = 0;
-      pages += tree_->supers[s].page_count;
-    }
+    RankSupers();
+    if (narrow_) MarkNear();
+    ChooseSupers(scan_pages);
   }
-  for (uint32_t s = 0; s < tree_->super_count(); ++s) {
+  for (uint32_t s = 0; s < supers; ++s) {
     if (super_scanned_[s] == 0) continue;
-    for (uint32_t g = 0; g < group_; ++g)
-      super_mass_[size_t{g} * tree_->super_count() + s] = kMinusInfinity;
+    for (uint32_t g = 0; g < group_; ++g) super_mass_[size_t{g} * supers + s] = kMinusInfinity;
     const Super& super = tree_->supers[s];
+    scanned_pages_ += super.page_count;
     blocks_.insert(blocks_.end(), super.blocks.begin(), super.blocks.begin() + super.block_count);
   }
+}
+
+// order_ = supers with an optimistic bound on a token of theirs, negative as the least is the best;
+// super_mass_ of all of them.
+void Search::RankSupers() {
+  const NodeTable& nodes = tree_->super_nodes;
+  const uint32_t supers = tree_->super_count();
+  const uint32_t slots = nodes.block_count() * kBlockRows;
+  block_keys_.clear();
+  block_scales_.clear();
+  for (uint32_t b = 0; b < nodes.block_count(); ++b) {
+    block_keys_.push_back(nodes.keys.row(b));
+    block_scales_.push_back(nodes.scale.data() + size_t{b} * kBlockRows);
+  }
+  centre_.resize(size_t{group_} * slots);
+  ScoreBlocks(coarse_, block_keys_.data(), block_scales_.data(), nodes.block_count(), base_.data(),
+              centre_.data(), slots);
+  order_.clear();
+  for (uint32_t s = 0; s < supers; ++s)
+    order_.emplace_back(std::numeric_limits<float>::infinity(), s);
+  spare_.resize(supers);
+  for (uint32_t g = 0; g < group_; ++g) {
+    float best = kMinusInfinity;
+    float* mass = super_mass_.data() + size_t{g} * supers;
+    for (uint32_t s = 0; s < supers; ++s) {
+      const float centre = Sane(centre_[size_t{g} * slots + s]);
+      const float spread = nodes.spread[s] * rho_[g];
+      mass[s] = centre + nodes.log_count[s] + SpreadGain(spread);
+      spare_[s] = centre + kOptimism * spread;
+      best = std::max(best, spare_[s]);
+    }
+    // Heads have logits of different sizes: each ranks supers relative to its own best.
+    for (uint32_t s = 0; s < supers; ++s)
+      order_[s].first = std::min(order_[s].first, best - spare_[s]);
+  }
+}
+
+// Leaves those of order_ marked as scanned that are near and, besides, the best with `scan_pages`
+// pages together. Selection by halves: sorting thousands of supers would cost more than scanning.
+void Search::ChooseSupers(uint32_t scan_pages) {
+  if (narrow_) std::erase_if(order_, [&](const auto& x) { return super_near_[x.second] != 0; });
+  size_t low = 0, high = order_.size();  // the border is in [low, high]
+  uint32_t pages = 0;                    // in front of low
+  while (low < high) {
+    const size_t middle = low + (high - low) / 2;
+    const auto at = order_.begin();
+    std::nth_element(at + low, at + middle, at + high);
+    uint32_t half = 0;
+    for (size_t i = low; i <= middle; ++i) half += tree_->supers[order_[i].second].page_count;
+    if (pages + half >= scan_pages) {
+      high = middle;
+    } else {
+      pages += half;
+      low = middle + 1;
+    }
+  }
+  // The super at the border reaches the number wanted.
+  for (size_t i = low + (scan_pages > 0 ? 1 : 0); i < order_.size(); ++i)
+    super_scanned_[order_[i].second] = 0;
 }
 
 void Search::ScanPages() {
@@ -204,16 +231,18 @@ void Search::ScanPages() {
   }
 }
 
-// The pages to sketch, by scanned slot: all of a small slice, else the best under an optimistic
-// estimate.
+// The pages to sketch, by scanned slot: all when they are few, else the best under an optimistic
+// estimate, and those that are near.
 void Search::ChooseSketched() {
-  sketch_slot_.clear();
-  if (slots_ <= options_->sketch_pages * 3 / 2) {
-    for (uint32_t i = 0; i < slots_; ++i) {
-      if (PageOf(i) != kNone) sketch_slot_.push_back(i);
-    }
-    return;
+  uint32_t wanted = options_->sketch_pages, all = slots_ * 2 / 3;
+  if (narrow_) {
+    FindNear();
+    wanted = options_->near_sketch_pages + static_cast<uint32_t>(found_.size());
+    all = scanned_pages_;
   }
+  sketch_all_ = wanted >= all;
+  sketch_count_ = slots_;
+  if (sketch_all_) return;
   Shares();
   const float rho = *std::max_element(rho_.begin(), rho_.end());
   spare_.resize(slots_);
@@ -224,48 +253,100 @@ void Search::ChooseSketched() {
   }
   ExpShifted(spare_.data(), slots_, -40.0f, spare_.data());
   for (uint32_t i = 0; i < slots_; ++i) spare_[i] *= share_[i];
-  TopSlots(spare_, options_->sketch_pages);
+  for (uint32_t i = 0; narrow_ && i < found_.size(); ++i)
+    spare_[found_[i]] = std::numeric_limits<float>::max();
+  TopSlots(spare_, wanted);
+  sketch_slot_.clear();
   for (uint32_t i : candidates_) {
     if (spare_[i] >= kNegligibleShare) sketch_slot_.push_back(i);
   }
   std::sort(sketch_slot_.begin(), sketch_slot_.end());
+  sketch_count_ = static_cast<uint32_t>(sketch_slot_.size());
+}
+
+// found_ = scanned slots of the pages that are near.
+void Search::FindNear() {
+  block_at_.assign(tree_->leaves.block_count(), kNone);
+  for (uint32_t b = 0; b < blocks_.size(); ++b) block_at_[blocks_[b]] = b;
+  found_.clear();
+  for (const PageId page : request_->near) {
+    if (page.value >= tree_->page_count()) continue;
+    const uint32_t slot = tree_->pages[page.value].slot;
+    const uint32_t block = block_at_[slot / kBlockRows];
+    if (block != kNone) found_.push_back(block * kBlockRows + slot % kBlockRows);
+  }
 }
 
 void Search::Sketch() {
   ChooseSketched();
-  const auto count = static_cast<uint32_t>(sketch_slot_.size());
-  sketch_pages_.clear();
-  sketch_centre_.resize(size_t{group_} * count);
-  sketch_sum_.resize(size_t{group_} * count);
-  sketch_top_.resize(size_t{group_} * count);
-  sketch_weight_.resize(size_t{group_} * count * kBlockRows);
-  for (uint32_t m = 0; m < count; ++m) {
-    const uint32_t index = PageOf(sketch_slot_[m]);
-    const Page& page = tree_->pages[index];
-    sketch_pages_.push_back({tree_->sketches.row(index), page.sketch_scale, page.count});
-    for (uint32_t g = 0; g < group_; ++g) {
-      sketch_centre_[size_t{g} * count + m] = centre_[size_t{g} * slots_ + sketch_slot_[m]] +
-                                              SpreadGain(page.rest_spread * rest_rho_[g]) - ref_[g];
-    }
-  }
-  ScoreSketches(fine_, sketch_pages_.data(), count, sketch_centre_.data(), count,
-                sketch_weight_.data(), sketch_sum_.data(), sketch_top_.data());
+  ScoreSketched();
   for (uint32_t g = 0; g < group_; ++g) {
-    for (uint32_t m = 0; m < count; ++m) {
-      mass_[size_t{g} * slots_ + sketch_slot_[m]] = sketch_sum_[size_t{g} * count + m];
-    }
     // Rows of absurd size can leave a sketch far above its page's estimate: keep masses near one.
     const float top = MaxOf(mass_.data() + size_t{g} * slots_, slots_);
     if (top > 1e6f) Rescale(g, ref_[g] + std::log(top), 1.0f / top);
   }
 }
 
+void Search::ScoreSketched() {
+  const uint32_t count = sketch_count_;
+  sketch_stride_ = (size_t{count} + kBlockRows - 1) / kBlockRows * kBlockRows;
+  sketch_pages_.resize(count);
+  sketch_spread_.assign(sketch_stride_, 0.0f);
+  sketch_centre_.resize(group_ * sketch_stride_);
+  sketch_sum_.resize(sketch_all_ ? 0 : group_ * sketch_stride_);
+  sketch_ref_ = ref_;
+  for (uint32_t m = 0; m < count; ++m) {
+    const uint32_t index = PageOf(SketchSlot(m));
+    if (index == kNone) {
+      sketch_pages_[m] = {tree_->sketches.row(0), 0.0f, 0};
+      continue;
+    }
+    const Page& page = tree_->pages[index];
+    sketch_pages_[m] = {tree_->sketches.row(index), page.sketch_scale, page.count};
+    sketch_spread_[m] = page.rest_spread;
+  }
+  for (uint32_t g = 0; g < group_; ++g) {
+    float* centre = sketch_centre_.data() + g * sketch_stride_;
+    const float* from = centre_.data() + size_t{g} * slots_;
+    if (sketch_all_) {
+      std::copy_n(from, count, centre);
+    } else {
+      for (uint32_t m = 0; m < count; ++m) centre[m] = from[sketch_slot_[m]];
+    }
+    std::fill(centre + count, centre + sketch_stride_, 0.0f);
+    AddSpreadGains(sketch_spread_.data(), sketch_stride_, rest_rho_[g], -ref_[g], centre);
+  }
+  SumSketched();
+}
+
+// Masses of sketched pages from their tokens; of those without a token of any weight, as they were.
+void Search::SumSketched() {
+  const uint32_t count = sketch_count_;
+  float* sum = sketch_all_ ? mass_.data() : sketch_sum_.data();
+  for (uint32_t g = 0; !sketch_all_ && g < group_; ++g) {
+    const float* mass = mass_.data() + size_t{g} * slots_;
+    for (uint32_t m = 0; m < count; ++m) sum[g * sketch_stride_ + m] = mass[sketch_slot_[m]];
+  }
+  if (request_->rank == GroupRank::kMaxToken) {
+    sketch_top_.resize(group_ * sketch_stride_);
+    SumSketchesWithTops(fine_, sketch_pages_.data(), count, sketch_centre_.data(), sketch_stride_,
+                        sum, sketch_top_.data());
+  } else {
+    float least[limits::kGroupMax];
+    for (uint32_t g = 0; g < group_; ++g) least[g] = std::log(kNegligibleToken * indexed_[g]);
+    SumSketches(fine_, sketch_pages_.data(), count, sketch_centre_.data(), least, sketch_stride_,
+                sum);
+  }
+  for (uint32_t g = 0; !sketch_all_ && g < group_; ++g) {
+    float* mass = mass_.data() + size_t{g} * slots_;
+    for (uint32_t m = 0; m < count; ++m) mass[sketch_slot_[m]] = sum[g * sketch_stride_ + m];
+  }
+}
+
 // Makes masses of head g relative to exp(ref), which lowers them by `shrink`.
 void Search::Rescale(uint32_t g, float ref, float shrink) {
   const size_t supers = tree_->super_count();
-  const size_t weights = sketch_slot_.size() * kBlockRows;
   for (uint32_t i = 0; i < slots_; ++i) mass_[size_t{g} * slots_ + i] *= shrink;
-  for (size_t i = 0; i < weights; ++i) sketch_weight_[g * weights + i] *= shrink;
   for (size_t s = 0; s < supers; ++s) super_mass_[g * supers + s] *= shrink;
   indexed_[g] *= shrink;
   local_[g] *= shrink;

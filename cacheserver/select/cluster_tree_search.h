@@ -3,7 +3,8 @@
 //   Prepare      queries in the basis' coordinates, as digits
 //   ScanSupers   only above scan_pages: which supers are looked into
 //   ScanPages    estimated mass of every scanned page from its summary
-//   Sketch       better estimates from token sketches
+//   Sketch       better estimates from token sketches; with SelectRequest::near only of the pages
+//                named and of the most promising others
 //   Candidates   the best pages by estimate; ReadCandidates replaces estimates by exact logits
 //   Choose       the pages to return
 //   FixTokens    single heavy tokens elsewhere, read exactly
@@ -15,6 +16,7 @@
 #include <vector>
 
 #include "cacheserver/select/cluster_tree_internal.h"
+#include "kernels/sketch.h"
 
 namespace icecache::cluster_tree {
 
@@ -25,8 +27,7 @@ class Search {
 
  private:
   struct Token {
-    float weight;     // estimated share of a head's indexed mass, largest over the group
-    uint32_t sketch;  // position among sketched pages
+    uint32_t page;  // position in heavy_slot_
     uint32_t lane;
   };
 
@@ -34,15 +35,21 @@ class Search {
   void Prepare();
   void MarkNear();
   void ScanSupers();
+  void RankSupers();
+  void ChooseSupers(uint32_t scan_pages);
   void ScanPages();
   void Sketch();
   void ChooseSketched();
+  void FindNear();
+  void ScoreSketched();
+  void SumSketched();
   void ReadCandidates();
   void Rescale(uint32_t g, float ref, float shrink);
   void Choose();
   uint32_t PageOf(uint32_t i) const {
     return tree_->page_of_slot[size_t{blocks_[i / kBlockRows]} * kBlockRows + i % kBlockRows];
   }
+  uint32_t SketchSlot(uint32_t m) const { return sketch_all_ ? m : sketch_slot_[m]; }
   bool InMemory(uint32_t page) const { return kv_->pages[page].k != nullptr; }
 
   // cluster_tree_rank.cc
@@ -58,10 +65,15 @@ class Search {
 
   // cluster_tree_residual.cc
   void FixTokens();
+  void FindHeavyPages();
+  void FindTokens(uint32_t cap);
   void ReadTokens();
+  size_t GatherRows(size_t first, bool value);
+  const std::byte* RowOf(const Token& token, bool value) const;
   void Residual();
   void AddReadPages(const AttentionStateRef& states);
   void AddFixedTokens(const AttentionStateRef& states);
+  size_t AddRestOfPage(size_t first, const AttentionStateRef& states);
   void AddEstimates(const AttentionStateRef& states);
   void AddItem(const int8_t* row, float scale);
   void AddHeavyPages(const AttentionStateRef& states);
@@ -72,10 +84,12 @@ class Search {
   const PagedKv* kv_ = nullptr;
   Selection* out_ = nullptr;
   uint32_t group_ = 0, dim_ = 0;
-  uint32_t slots_ = 0;  // scanned
+  uint32_t slots_ = 0;          // scanned
+  uint32_t scanned_pages_ = 0;  // of those slots, not empty
   uint32_t max_pages_ = 0;
   uint32_t unreturned_ = 0;  // rows read exactly in pages that are not returned
   bool read_all_ = false;
+  bool narrow_ = false;  // SelectRequest::near says where to look
 
   QuantizedQueries coarse_, fine_;
   std::vector<float> scaled_, picked_;        // queries in coordinates; of the sketched dimensions
@@ -89,27 +103,38 @@ class Search {
   // [slots_] share of a head's indexed mass, largest over the group; that of pages which nobody has
   // read is by the totals as they were estimated.
   std::vector<float> share_;
-  std::vector<float> rank_;           // [slots_] by the request's rule, of total_
-  std::vector<float> super_mass_;     // [group][supers]: mass to be valued at the super's mean
+  std::vector<float> rank_;        // [slots_] by the request's rule, of total_
+  std::vector<float> super_mass_;  // [group][supers]: mass to be valued at the super's mean
   std::vector<uint8_t> super_scanned_;
   std::vector<uint8_t> super_near_;  // holds a page of SelectRequest::near
   std::vector<std::pair<float, uint32_t>> order_;
+  std::vector<uint32_t> block_at_;  // [blocks of the tree] position in blocks_
   std::vector<float> spare_, maxima_;
   std::vector<uint32_t> found_;
   std::vector<float> found_scale_, block_sums_;
 
+  bool sketch_all_ = false;            // sketched page m is scanned slot m, which may be empty
+  std::vector<uint32_t> sketch_slot_;  // otherwise, its scanned slot, ascending
+  uint32_t sketch_count_ = 0;
+  size_t sketch_stride_ = 0;  // that in whole blocks
   std::vector<SketchPage> sketch_pages_;
-  std::vector<uint32_t> sketch_slot_;  // scanned slot of each sketched page
-  std::vector<float> sketch_centre_, sketch_sum_, sketch_top_, sketch_weight_;
+  std::vector<float> sketch_spread_;  // outside the sketched dimensions
+  // [group][sketch_stride_], relative to exp(sketch_ref_[g]); top only when ranking by token.
+  std::vector<float> sketch_centre_, sketch_sum_, sketch_top_;
+  std::vector<float> sketch_ref_;  // [group]
 
   std::vector<uint32_t> candidates_;  // scanned slots
   std::vector<uint8_t> candidate_read_, candidate_chosen_, candidate_valued_;
   std::vector<float> logits_;                          // [group][candidates * 16], then weights
   std::vector<float> candidate_mass_, candidate_top_;  // [group][candidates]
 
-  std::vector<Token> tokens_;  // by (sketch, lane)
+  std::vector<uint32_t> heavy_slot_;  // scanned slots of pages that may hold heavy tokens
+  std::vector<SketchPage> heavy_pages_;
+  std::vector<float> heavy_centre_;  // [group][heavy]
+  std::vector<float> heavy_weight_;  // [group][heavy * 16]
+  std::vector<Token> tokens_;        // by (page, lane)
   std::vector<std::byte> rows_;
-  std::vector<float> token_logits_;  // [group][tokens]
+  std::vector<float> token_logits_;  // [group][tokens], then weights
   std::vector<const int8_t*> item_rows_;
   size_t items_max_ = 0;
   std::vector<float> item_weights_;          // [group][items_max_]
