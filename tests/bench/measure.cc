@@ -116,4 +116,11 @@ double ReadBandwidthGBs() {
   return best;
 }
 
+CacheSweep::CacheSweep() : words_((size_t{96} << 20) / sizeof(uint64_t), 1) {}
+
+void CacheSweep::Run() {
+  sum_ = std::accumulate(words_.begin(), words_.end(), sum_);
+  asm volatile("" : : "r"(sum_) : "memory");
+}
+
 }  // namespace icecache

@@ -1,9 +1,9 @@
 // icecache-bench select: one point of the index's quality and cost. Results are checked before
 // anything is timed.
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
-#include <map>
 #include <nlohmann/json.hpp>
 #include <thread>
 
@@ -13,6 +13,7 @@
 #include "kernels/distance.h"
 #include "tests/bench/command.h"
 #include "tests/bench/measure.h"
+#include "tests/bench/select_flags.h"
 #include "tests/bench/select_profile.h"
 #include "tests/bench/select_truth.h"
 
@@ -28,25 +29,17 @@ bool SumsToFullAttention(PolicyKind kind) {
          kind == PolicyKind::kSequentialPages;
 }
 
-struct Flags {
-  uint32_t keys = 32768, dim = 128, group = 4, budget_pages = 12, threads = 1, read_cap = 1024,
-           queries = 32, repeats = 5;
-  uint64_t seed = 1;
-  double insert_fraction = 0, group_spread = -1, min_mass = 0;
-  std::string policy = "cluster_tree", trace = "clustered", dtype = "f16", rank = "mass_sum";
-  std::string layout = "auto", sketch = "auto";
-  bool energy = true, json = false, dci_improved = false, profile = false;
-};
+constexpr uint32_t kColdRepeats = 3;  // each empties the caches first
 
 // What one way of asking gives, over all queries.
 struct Reading {
-  std::vector<double> micros, top16, top256, mass, error, no_residual_error, tokens_read,
-      estimate_error, pages, tokens;
+  std::vector<double> micros, cold_micros, top16, top256, mass, error, no_residual_error,
+      tokens_read, estimate_error, pages, tokens;
 };
 
 class SelectBench {
  public:
-  SelectBench(const Flags& flags, PolicyKind kind, const ClusterTreeOptions& tree_options,
+  SelectBench(const SelectFlags& flags, PolicyKind kind, const ClusterTreeOptions& tree_options,
               GroupRank rank, Trace trace)
       : flags_(flags),
         kind_(kind),
@@ -83,7 +76,7 @@ class SelectBench {
   static uint32_t TokensOf(const Slice& slice, const Selection& got);
   Reading Ask(const Slice& slice, uint32_t read_cap, bool residual, bool judge);
   Status Insert(Slice* slice, Json* out);
-  void BuildOnThreads(Json* out) const;
+  Status BuildOnThreads(const Slice& alone, Json* out) const;
   void Oracles(const Slice& slice, const Reading& service, Json* out);
   Json Parameters() const;
   Status Profile(Json* out) const;
@@ -102,13 +95,14 @@ class SelectBench {
             .residual = residual};
   }
 
-  const Flags& flags_;
+  const SelectFlags& flags_;
   const PolicyKind kind_;
   const ClusterTreeOptions tree_options_;
   const GroupRank rank_;
   const double clock_us_ = ThreadClockCostMicros();  // in every interval, and in no policy
   const Trace trace_;
   SelectTruth truth_;
+  CacheSweep sweep_;
 };
 
 Result<SelectBench::Slice> SelectBench::BuildSlice(uint32_t tokens) const {
@@ -185,6 +179,16 @@ Reading SelectBench::Ask(const Slice& slice, uint32_t read_cap, bool residual, b
       best = std::min(best, ThreadCpuMicros() - begin - clock_us_);
     }
     reading.micros.push_back(best);
+    if (read_cap > 0 && residual) {
+      double cold = 1e30;
+      for (uint32_t r = 0; r < std::min(flags_.repeats, kColdRepeats); ++r) {
+        sweep_.Run();
+        const double begin = ThreadCpuMicros();
+        slice.policy->Select(request, slice.store->kv(), &got);
+        cold = std::min(cold, ThreadCpuMicros() - begin - clock_us_);
+      }
+      reading.cold_micros.push_back(cold);
+    }
     reading.tokens_read.push_back(got.tokens_read);
     reading.pages.push_back(static_cast<double>(got.pages.size()));
     reading.tokens.push_back(static_cast<double>(TokensOf(slice, got)));
@@ -240,22 +244,32 @@ Status SelectBench::Insert(Slice* slice, Json* out) {
   return OkStatus();
 }
 
-// One slice per thread, as a shard builds the heads of a prompt.
-void SelectBench::BuildOnThreads(Json* out) const {
-  if (flags_.threads < 2) return;
+// One slice per thread, as a server's build threads do it; the first is the slice that was built
+// alone and must come out the same.
+Status SelectBench::BuildOnThreads(const Slice& alone, Json* out) const {
+  if (flags_.threads < 2) return OkStatus();
   std::vector<std::thread> threads;
   std::vector<double> cpu(flags_.threads);
+  std::string first, image;
+  alone.policy->Save(&image);
+  const auto start = std::chrono::steady_clock::now();
   for (uint32_t i = 0; i < flags_.threads; ++i) {
-    threads.emplace_back([this, &cpu, i] {
+    threads.emplace_back([this, &cpu, &first, i] {
       auto policy = NewPolicy(flags_.seed + i);
       const BuildHints hints = Hints();
       const double begin = ThreadCpuMicros();
       KV_CHECK(policy->Build(trace_.Rows(0, trace_.keys), hints).ok());
       cpu[i] = ThreadCpuMicros() - begin;
+      if (i == 0) policy->Save(&first);
     });
   }
   for (std::thread& thread : threads) thread.join();
+  const std::chrono::duration<double, std::micro> wall = std::chrono::steady_clock::now() - start;
+  if (first != image) return Internal("a slice built beside others differs from one built alone");
   (*out)["threads_build_us_per_key"] = Mean(cpu) / trace_.keys;
+  (*out)["threads_build_wall_us_per_key"] = wall.count() / flags_.threads / trace_.keys;
+  (*out)["threads_build_speedup"] = alone.build_us * flags_.threads / wall.count();
+  return OkStatus();
 }
 
 void SelectBench::Oracles(const Slice& slice, const Reading& service, Json* out) {
@@ -331,7 +345,7 @@ Result<Json> SelectBench::Run() {
   KV_ASSIGN_OR_RETURN(Slice slice, BuildSlice(trace_.keys));
   KV_RETURN_IF_ERROR(CheckAnswers(slice));
   out["build_us_per_key"] = slice.build_us / trace_.keys;
-  BuildOnThreads(&out);
+  KV_RETURN_IF_ERROR(BuildOnThreads(slice, &out));
   double index_bytes = 0;
   slice.policy->VisitCounters([&](std::string_view name, double value) {
     if (name == "index_bytes") index_bytes = value;
@@ -346,6 +360,7 @@ Result<Json> SelectBench::Run() {
   const Reading plain_strict = Ask(slice, 0, false, true);
   out["query_us_p50"] = Quantile(service.micros, 0.5);
   out["query_us_p99"] = Quantile(service.micros, 0.99);
+  out["query_cold_us_p50"] = Quantile(service.cold_micros, 0.5);
   out["query_strict_us_p50"] = Quantile(strict.micros, 0.5);
   out["query_no_residual_us_p50"] = Quantile(plain.micros, 0.5);
   out["query_strict_no_residual_us_p50"] = Quantile(plain_strict.micros, 0.5);
@@ -393,87 +408,18 @@ class SelectCommand final : public BenchCommand {
            "icecache-bench select --policy dci_tree --trace calibrated:topic --budget-pages 4\n"
            "icecache-bench select --trace weak --insert-fraction 0.25 --rank max_token";
   }
-  void AddFlags(ConfigParser* parser) override;
+  void AddFlags(ConfigParser* parser) override { flags_.AddTo(parser); }
   Status Run() override;
 
  private:
-  Flags flags_;
+  SelectFlags flags_;
 };
-
-void SelectCommand::AddFlags(ConfigParser* parser) {
-  parser->Section("Data");
-  parser->Add(
-      "trace", &flags_.trace,
-      "clustered | runs | weak | calibrated:{retrieval,sinky,topic,broad,diffuse} | file:PATH@L.H");
-  parser->Add("keys", &flags_.keys, "tokens indexed by the build", 1, limits::kContextTokensMax);
-  parser->Add("dim", &flags_.dim, "head_dim", 16, limits::kHeadDimMax);
-  parser->Add("group", &flags_.group, "query heads of the kv head", 1, limits::kGroupMax);
-  parser->Add("group_spread", &flags_.group_spread,
-              "share of heads that look elsewhere than their group; -1: the trace's own", -1, 1);
-  parser->Add("queries", &flags_.queries, "group queries asked", 1, 100000);
-  parser->Add("dtype", &flags_.dtype, "f32 | f16 | bf16");
-  parser->Add("seed", &flags_.seed, "of the trace and of the policy");
-  parser->Section("Policy");
-  parser->Add("policy", &flags_.policy, PolicyKindNames());
-  parser->Add("budget_pages", &flags_.budget_pages, "pages returned at most", 0,
-              limits::kPagesPerSelectMax);
-  parser->Add("read_cap", &flags_.read_cap,
-              "tokens read exactly beyond the returned pages (service reading)", 0,
-              limits::kReadCapMax);
-  parser->Add("min_mass", &flags_.min_mass, "return only as many pages as reach this share; 0: off",
-              0, 1);
-  parser->Add("rank", &flags_.rank, "mass_sum | mass_max | max_token");
-  parser->Add("energy", &flags_.energy, "tell the build the mean squares of earlier queries");
-  parser->Add("layout", &flags_.layout,
-              "cluster_tree: auto | content | sequential | content_value");
-  parser->Add("sketch", &flags_.sketch, "cluster_tree: auto | on | off");
-  parser->Add("dci_improved", &flags_.dci_improved,
-              "dci_tree: without the reference's anchors, and with queries on the keys' scale");
-  parser->Section("Measurement");
-  parser->Add("insert_fraction", &flags_.insert_fraction,
-              "tokens inserted after the build, as a share of --keys", 0, 4);
-  parser->Add("threads", &flags_.threads,
-              "slices built at the same time, for threads_build_us_per_key", 1, 64);
-  parser->Add("profile", &flags_.profile,
-              "also what the trace is like: concentration, and variance inside pages by layout");
-  parser->Add("repeats", &flags_.repeats, "calls per query; the fastest counts", 1, 1000);
-  parser->Add("json", &flags_.json, "one line of JSON instead of one field per line");
-}
-
-Result<ClusterTreeOptions> TreeOptions(const Flags& flags) {
-  using Layout = ClusterTreeOptions::Layout;
-  using Sketch = ClusterTreeOptions::Sketch;
-  const std::map<std::string, Layout> layouts = {{"auto", Layout::kAuto},
-                                                 {"content", Layout::kContent},
-                                                 {"sequential", Layout::kSequential},
-                                                 {"content_value", Layout::kContentValue}};
-  const std::map<std::string, Sketch> sketches = {
-      {"auto", Sketch::kAuto}, {"on", Sketch::kOn}, {"off", Sketch::kOff}};
-  const auto layout = layouts.find(flags.layout);
-  const auto sketch = sketches.find(flags.sketch);
-  if (layout == layouts.end())
-    return InvalidArgument("--layout '" + flags.layout +
-                           "': use auto, content, sequential or content_value");
-  if (sketch == sketches.end())
-    return InvalidArgument("--sketch '" + flags.sketch + "': use auto, on or off");
-  ClusterTreeOptions options;
-  options.layout = layout->second;
-  options.sketch = sketch->second;
-  return options;
-}
 
 Status SelectCommand::Run() {
   KV_ASSIGN_OR_RETURN(const PolicyKind kind, ParsePolicyKind(flags_.policy));
   const std::optional<DType> dtype = ParseDType(flags_.dtype);
   if (!dtype) return InvalidArgument("--dtype '" + flags_.dtype + "': use f32, f16 or bf16");
-  GroupRank rank = GroupRank::kMassSum;
-  if (flags_.rank == "mass_max") {
-    rank = GroupRank::kMassMax;
-  } else if (flags_.rank == "max_token") {
-    rank = GroupRank::kMaxToken;
-  } else if (flags_.rank != "mass_sum") {
-    return InvalidArgument("--rank '" + flags_.rank + "': use mass_sum, mass_max or max_token");
-  }
+  KV_ASSIGN_OR_RETURN(const GroupRank rank, flags_.Rank());
   TraceSpec spec{.name = flags_.trace,
                  .keys = flags_.keys,
                  .extra_keys = static_cast<uint32_t>(flags_.keys * flags_.insert_fraction),
@@ -484,7 +430,7 @@ Status SelectCommand::Run() {
                  .seed = flags_.seed,
                  .group_spread = flags_.group_spread};
   KV_ASSIGN_OR_RETURN(Trace trace, MakeTrace(spec));
-  KV_ASSIGN_OR_RETURN(const ClusterTreeOptions tree_options, TreeOptions(flags_));
+  KV_ASSIGN_OR_RETURN(const ClusterTreeOptions tree_options, flags_.TreeOptions());
   SelectBench bench(flags_, kind, tree_options, rank, std::move(trace));
   KV_ASSIGN_OR_RETURN(const Json out, bench.Run());
   std::printf("%s\n", out.dump(flags_.json ? -1 : 2).c_str());

@@ -171,6 +171,28 @@ TEST_P(SelectionPolicySuite, EqualInputAndSeedGiveEqualStructures) {
   EXPECT_EQ(images[0], images[1]);
 }
 
+// As the build threads of a server do it: slices at the same time, on any number of threads.
+TEST_P(SelectionPolicySuite, BuildsAtTheSameTimeAreThoseOfOneThread) {
+  const auto build = [&](uint32_t i) {
+    RowSource source(31 + i, 64, 10);
+    SliceModel slice(kind(), DType::kF16, 64, 5 + i);
+    std::vector<std::byte> k, v;
+    source.Append(700 + 40 * i, DType::kF16, &k, &v);
+    const Status status = slice.Build(slice.Rows(k, v));
+    EXPECT_TRUE(status.ok()) << status.ToString();
+    return slice.Image();
+  };
+  constexpr uint32_t kSlices = 4;
+  std::string alone[kSlices], together[kSlices];
+  for (uint32_t i = 0; i < kSlices; ++i) alone[i] = build(i);
+  std::vector<std::thread> threads;
+  for (uint32_t i = 0; i < kSlices; ++i) threads.emplace_back([&, i] { together[i] = build(i); });
+  for (std::thread& thread : threads) thread.join();
+  for (uint32_t i = 0; i < kSlices; ++i) {
+    EXPECT_TRUE(alone[i] == together[i]) << "slice " << i;
+  }
+}
+
 TEST_P(SelectionPolicySuite, SaveAndRestoreAreExact) {
   for (const uint32_t count : {0u, 1u, 15u, 17u, 900u}) {
     SCOPED_TRACE(count);
