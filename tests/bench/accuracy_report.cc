@@ -6,6 +6,7 @@
 #include <filesystem>
 #include <fstream>
 #include <functional>
+#include <numeric>
 #include <set>
 
 #include "tests/bench/accuracy_plot.h"
@@ -56,6 +57,7 @@ class Report {
     return means.empty() ? NAN : Mean(means);
   }
   std::string Row(const std::string& method, uint32_t budget, uint32_t length) const;
+  std::vector<double> ErrorByTurn(const std::string& method, double* step) const;
   uint32_t longest() const { return lengths_.empty() ? 0 : *lengths_.rbegin(); }
 
   const std::map<CellName, Cell>& cells_;
@@ -154,32 +156,47 @@ Plot Report::ErrorByBytes() const {
   return plot;
 }
 
-// Sequences that grow, over the tokens that were added: mean over seeds, smoothed over four turns.
+// Mean error of every measured turn over the cells of sequences that grow, at the largest budget;
+// empty without any. *step: tokens from one to the next.
+std::vector<double> Report::ErrorByTurn(const std::string& method, double* step) const {
+  constexpr size_t kTurnsMin = 32;
+  std::vector<double> mean;
+  double count = 0;
+  for (const auto& [name, cell] : cells_) {
+    if (name.policy != method || name.budget == 0 || name.budget != *budgets_.rbegin() ||
+        cell.error_by_turn.size() < kTurnsMin)
+      continue;
+    mean.resize(std::max(mean.size(), cell.error_by_turn.size()));
+    for (size_t i = 0; i < cell.error_by_turn.size(); ++i) mean[i] += cell.error_by_turn[i];
+    *step = static_cast<double>(cell.questions) / static_cast<double>(cell.error_by_turn.size());
+    ++count;
+  }
+  for (double& error : mean) error /= count;
+  return mean;
+}
+
+// Over the tokens that were added, eight turns a point. Text that is harder is so for every method:
+// where the oracle has cells, too, errors are shown in units of its own in the same turns.
 Plot Report::ErrorGrowth() const {
-  constexpr size_t kSmooth = 4, kTurnsMin = 32;
+  constexpr size_t kTurns = 8;
+  double step = 1;
+  const std::vector<double> oracle = ErrorByTurn("top_k", &step);
   Plot plot{"Output error while a sequence grows",
             "tokens after the document",
-            "relative output error",
+            oracle.empty() ? "relative output error" : "output error / that of top_k",
             false,
             false,
             {}};
   for (const std::string& method : methods_) {
-    std::vector<double> sum;
-    double count = 0, step = 1;
-    for (const auto& [name, cell] : cells_) {
-      if (name.policy != method || name.budget == 0 || name.budget != *budgets_.rbegin() ||
-          cell.error_by_turn.size() < kTurnsMin)
-        continue;
-      sum.resize(std::max(sum.size(), cell.error_by_turn.size()));
-      for (size_t i = 0; i < cell.error_by_turn.size(); ++i) sum[i] += cell.error_by_turn[i];
-      step = static_cast<double>(cell.questions) / static_cast<double>(cell.error_by_turn.size());
-      ++count;
-    }
+    const std::vector<double> error = ErrorByTurn(method, &step);
     PlotLine line{method, {}};
-    for (size_t i = 0; i + kSmooth <= sum.size(); i += kSmooth) {
-      double mean = 0;
-      for (size_t j = i; j < i + kSmooth; ++j) mean += sum[j] / count / kSmooth;
-      line.points.emplace_back(static_cast<double>(i + kSmooth / 2) * step, mean);
+    for (size_t i = 0; i + kTurns <= error.size(); i += kTurns) {
+      const auto sum = [&](const std::vector<double>& of) {
+        const auto begin = of.begin() + static_cast<ptrdiff_t>(i);
+        return std::accumulate(begin, begin + kTurns, 0.0);
+      };
+      const double unit = oracle.size() == error.size() ? sum(oracle) : kTurns;
+      line.points.emplace_back(static_cast<double>(i + kTurns / 2) * step, sum(error) / unit);
     }
     if (!line.points.empty()) plot.lines.push_back(std::move(line));
   }

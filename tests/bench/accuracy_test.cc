@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <iterator>
 
 #include "tests/bench/accuracy_attention.h"
 #include "tests/bench/accuracy_cells.h"
@@ -113,6 +114,25 @@ TEST(AccuracyReport, GivesMeanDeviationAndRetention) {
   for (const char* name : {"accuracy.md", "accuracy_by_budget.svg", "error_by_bytes.svg",
                            "error_growth.svg", "page_overlap.svg", "page_transfer.svg"})
     EXPECT_TRUE(std::filesystem::exists(folder + "/" + name)) << name;
+  std::filesystem::remove_all(folder);
+}
+
+TEST(AccuracyReport, ShowsGrowthInUnitsOfTheOracle) {
+  std::map<CellName, Cell> cells;
+  for (Cell cell : {SomeCell("top_k", 64, 1, 1.0), SomeCell("cluster_tree", 64, 1, 1.0)}) {
+    cell.questions = 320;
+    cell.error_by_turn.assign(32, cell.name.policy == "top_k" ? 0.5 : 0.1);
+    cells[cell.name] = cell;
+  }
+  const std::string folder = testing::TempDir() + "/accuracy_growth";
+  const auto plot = [&](const std::vector<std::string>& methods) {
+    EXPECT_TRUE(WriteAccuracyReport(cells, methods, folder).ok());
+    std::ifstream file(folder + "/error_growth.svg");
+    return std::string((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
+  };
+  EXPECT_THAT(plot({"top_k", "cluster_tree"}), HasSubstr("that of top_k"));
+  cells.erase(cells.find({"single", "top_k", 64, 4096, 1}));
+  EXPECT_THAT(plot({"cluster_tree"}), HasSubstr("relative output error"));
   std::filesystem::remove_all(folder);
 }
 
