@@ -226,9 +226,11 @@ Result<PageLayout> Build(const TokenRows& rows, const BuildHints& hints,
   LearnBasis(k.data(), v.data(), sample, tree->head_dim, &basis);
   basis.tokens = rows.count;
 
+  // Not their exclusive or: a slice gives both the same seed, and all slices would share one sequence.
+  const uint64_t build_seed = seed + 0x9e3779b97f4a7c15ull * hints.seed;
   Packing packing = PackSequential(rows.count);
   if (options.layout == Layout::kRandom) {
-    std::mt19937_64 rng(seed ^ hints.seed);
+    std::mt19937_64 rng(build_seed);
     std::shuffle(packing.layout.tokens.begin(), packing.layout.tokens.end(), rng);
   }
   LearnPages(rows, packing, options.sketch, &basis);
@@ -240,7 +242,7 @@ Result<PageLayout> Build(const TokenRows& rows, const BuildHints& hints,
     const bool by_value = options.layout == Layout::kContentValue ||
                           (options.layout == Layout::kAuto && basis.sketched());
     const float value_share = by_value ? kValueShare : 0.0f;
-    Packing content = PackContent(rows, basis, value_share, seed ^ hints.seed);
+    Packing content = PackContent(rows, basis, value_share, build_seed);
     LearnPages(rows, content, options.sketch, &other);
     // Both by what the packing aims at; the metric's variance is 1 per dimension. Where values are
     // not looked at, neighbours get a bonus for having values alike.
