@@ -44,13 +44,13 @@ struct ClusterTreeOptions {
   uint32_t rerank_pages_min = 10;
   uint32_t rerank_pages_max = 52;
   uint32_t rerank_pages_sketch = 8;  // when the tokens were sketched
-  uint32_t scan_pages = 5120;  // pages scanned, more with sketch; a larger slice goes by supers
+  uint32_t scan_pages = 3584;  // pages scanned, more with sketch; a larger slice goes by supers
   // With SelectRequest::near: pages scanned besides the supers that hold those named, and pages
   // sketched besides those named.
   uint32_t near_scan_pages = 4096;
-  uint32_t near_sketch_pages = 256;
+  uint32_t near_sketch_pages = 128;
   uint32_t sketch_pages = 4096;   // pages whose sketches one query reads; half more if that is all
-  float token_threshold = 5e-4f;  // estimated weight above which a single token is read exactly
+  float token_threshold = 7e-4f;  // estimated weight above which a single token is read exactly
   float insert_slack =
       0.5f;  // mean page variances an inserted token may go beyond its nearest page
 };

@@ -237,8 +237,8 @@ Result<PageLayout> Build(const TokenRows& rows, const BuildHints& hints,
   const bool in_place = options.layout == Layout::kSequential || options.layout == Layout::kRandom;
   if (!in_place && rows.count > kPageRows) {
     Basis other = basis;
-    // Where tokens are sketched, keys may differ inside a page: each one's is known well enough. What
-    // is then known least of a page that nobody reads are its values.
+    // Where tokens are sketched, keys may differ inside a page: each one's is known well enough.
+    // What is then known least of a page that nobody reads are its values.
     const bool by_value = options.layout == Layout::kContentValue ||
                           (options.layout == Layout::kAuto && basis.sketched());
     const float value_share = by_value ? kValueShare : 0.0f;

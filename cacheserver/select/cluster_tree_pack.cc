@@ -1,6 +1,6 @@
 // Content packing: which tokens share a page, which pages a super.
 //
-//   parts    a slice over 32k tokens is first divided among coarse centroids, which bounds memory
+//   parts    a slice over 128k tokens is first divided among coarse centroids, which bounds memory
 //            and keeps the cost per token level
 //   seeds    one small cluster per 24 tokens, grouped in supers bottom-up, so that no super border
 //            cuts a seed's cluster; tokens try the seeds of their nearest supers, first half of
@@ -18,8 +18,9 @@ namespace icecache::cluster_tree {
 
 namespace {
 
-constexpr uint32_t kPartTokens = 49152;
-constexpr uint32_t kPartCells = 8;  // coarse centroids per part
+constexpr uint32_t kPartTokens = 131072;
+constexpr uint32_t kPartCells =
+    32;  // coarse centroids per part; few ones have more borders through clusters
 constexpr uint32_t kPartCellsMax = 160;
 constexpr uint32_t kPartSample = 64;  // tokens per coarse centroid to train it on
 constexpr uint32_t kSeedTokens = 24;
@@ -27,7 +28,7 @@ constexpr uint32_t kSuperSeeds = 24;
 constexpr uint32_t kSuperSeedsMax = 32;
 // Supers a token tries, pass by pass. Early passes only need to move seeds roughly into place. From
 // {3, 3} to this: coverage of the top 16 on `weak` .55 / .60 / .66 -> .66 / .77 / .74.
-constexpr uint32_t kProbedSupers[] = {4, 6, 12};
+constexpr uint32_t kProbedSupers[] = {4, 6, 10};
 constexpr uint32_t kSuperTokensMin = 256;  // smaller supers join others
 constexpr uint32_t kSuperTokensMax = 48 * kPageRows;
 constexpr uint32_t kFullEnough = 14;  // a page's worth: not mixed with strangers to fill up

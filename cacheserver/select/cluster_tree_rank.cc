@@ -64,23 +64,25 @@ void Search::Rank() {
   }
 }
 
+// What at least `count` of rank[blocks * 16] reach, if there are so many; a lower bound on the
+// count-th largest. Divides the slots in groups: the count-th largest maximum of a group is such a
+// bound. A group is one lane of `depth` blocks, so that maxima need no shuffles.
+float Search::BoundOfTop(const float* rank, size_t blocks, uint32_t count) {
+  const size_t depth = std::clamp<size_t>(blocks * kBlockRows / (4 * size_t{count}), 1, 16);
+  const size_t groups = (blocks + depth - 1) / depth * kBlockRows;
+  if (groups <= count) return kMinusInfinity;
+  maxima_.resize(groups);
+  MaxOfBlockGroups(rank, blocks, depth, maxima_.data());
+  std::nth_element(maxima_.begin(), maxima_.begin() + (count - 1), maxima_.end(), std::greater<>());
+  return maxima_[count - 1];
+}
+
 // Leaves the `count` slots of largest rank in candidates_, best first when a mass is wanted; empty
 // slots never.
 void Search::TopSlots(const std::vector<float>& rank, uint32_t count) {
   candidates_.clear();
   if (count == 0) return;
-  // Divide the slots in groups: the count-th largest maximum of a group bounds the count-th largest
-  // rank from below. A group is one lane of `depth` blocks, so that maxima need no shuffles.
-  const size_t depth = std::clamp<size_t>(slots_ / (4 * size_t{count}), 1, 16);
-  const size_t groups = (blocks_.size() + depth - 1) / depth * kBlockRows;
-  float bound = kMinusInfinity;
-  if (groups > count) {
-    maxima_.resize(groups);
-    MaxOfBlockGroups(rank.data(), blocks_.size(), depth, maxima_.data());
-    std::nth_element(maxima_.begin(), maxima_.begin() + (count - 1), maxima_.end(),
-                     std::greater<>());
-    bound = maxima_[count - 1];
-  }
+  const float bound = BoundOfTop(rank.data(), blocks_.size(), count);
   found_.resize(slots_ + kBlockRows);
   const size_t found = IndicesAtLeast(rank.data(), slots_, bound, found_.data());
   order_.clear();

@@ -13,6 +13,9 @@ namespace {
 // Pages below this share of every head's mass are valued at their super's mean instead of their
 // own.
 constexpr float kTinyShare = 2e-5f;
+// Supers below this share are valued at the mean of the slice: of a million tokens there are two
+// thousand, most of them far away.
+constexpr float kTinySuper = 4e-6f;
 // Re-ranked pages below this share are valued at their mean: their V is not read.
 constexpr float kLightShare = 2e-5f;
 constexpr uint32_t kReadRows = 64;  // rows gathered before they are scored
@@ -269,13 +272,18 @@ void Search::AddEstimates(const AttentionStateRef& states) {
       rest[tree_->super_of_block[blocks_[b]]] += block_sums_[b];
   }
   for (uint32_t s = 0; s < supers; ++s) {
-    float any = 0;
+    bool heavy = false;
     for (uint32_t g = 0; g < group_; ++g) {
-      weight_scratch_[g] = super_mass_[size_t{g} * supers + s] * weight_[g];
+      const float mass = super_mass_[size_t{g} * supers + s];
+      heavy = heavy || mass >= kTinySuper * indexed_[g];
+      weight_scratch_[g] = mass * weight_[g];
       states.denom[g] += weight_scratch_[g];
-      any = std::max(any, weight_scratch_[g]);
     }
-    if (any > 0) AddItem(tree_->super_values.signed_row(s), tree_->supers[s].value_scale);
+    if (heavy) {
+      AddItem(tree_->super_values.signed_row(s), tree_->supers[s].value_scale);
+    } else {
+      for (uint32_t g = 0; g < group_; ++g) item_sum_[g] += weight_scratch_[g];
+    }
   }
   AddInt8Rows(item_weights_.data(), items_max_, group_, item_rows_.data(),
               static_cast<uint32_t>(item_rows_.size()), dim_, states.out);

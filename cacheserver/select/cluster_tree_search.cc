@@ -101,7 +101,8 @@ void Search::Prepare() {
     base_[g] = Sane(WeightedDot(use, q, basis.mean.data(), dim_));
     rho_[g] = factor(to);
   }
-  coarse_.Assign(scaled_.data(), group_, dim_, 2);
+  // Next to what a sketch leaves out, five bits more of the query are nothing.
+  coarse_.Assign(scaled_.data(), group_, dim_, basis.sketched() ? 1 : 2);
   if (!basis.sketched()) return;
   picked_.resize(size_t{group_} * kSketchDims);
   for (uint32_t j : basis.sketch_dims) use[j] = 0;
@@ -115,28 +116,26 @@ void Search::Prepare() {
 }
 
 void Search::MarkNear() {
-  super_near_.assign(tree_->super_count(), 0);
   for (const PageId page : request_->near) {
     if (page.value >= tree_->page_count()) continue;
-    super_near_[tree_->super_of_block[tree_->pages[page.value].slot / kBlockRows]] = 1;
+    super_scanned_[tree_->super_of_block[tree_->pages[page.value].slot / kBlockRows]] = 1;
   }
 }
 
 // Fills blocks_ with what is to be scanned, and super_mass_ with the log mass of what is not.
 void Search::ScanSupers() {
   const uint32_t supers = tree_->super_count();
-  blocks_.clear();
   scanned_pages_ = 0;
   super_mass_.assign(size_t{group_} * supers, kMinusInfinity);
   super_scanned_.assign(supers, 1);
   // Sketches cost more than the scan, and heads that need them hide single tokens in dull supers.
-  uint32_t scan_pages = options_->scan_pages * (tree_->basis.sketched() ? 2 : 1);
+  uint32_t scan_pages = options_->scan_pages * (tree_->basis.sketched() ? 3 : 1);
   if (narrow_) scan_pages = std::min(scan_pages, options_->near_scan_pages);
   if (tree_->page_count() > scan_pages && !read_all_) {
-    RankSupers();
-    if (narrow_) MarkNear();
+    RankSupers(scan_pages);
     ChooseSupers(scan_pages);
   }
+  blocks_.clear();
   for (uint32_t s = 0; s < supers; ++s) {
     if (super_scanned_[s] == 0) continue;
     for (uint32_t g = 0; g < group_; ++g) super_mass_[size_t{g} * supers + s] = kMinusInfinity;
@@ -146,45 +145,54 @@ void Search::ScanSupers() {
   }
 }
 
-// order_ = supers with an optimistic bound on a token of theirs, negative as the least is the best;
-// super_mass_ of all of them.
-void Search::RankSupers() {
+// order_ = supers that may be among the best, with how far an optimistic bound on a token of theirs
+// lies below the best one's; super_mass_ of all of them.
+void Search::RankSupers(uint32_t scan_pages) {
   const NodeTable& nodes = tree_->super_nodes;
-  const uint32_t supers = tree_->super_count();
-  const uint32_t slots = nodes.block_count() * kBlockRows;
+  const uint32_t supers = tree_->super_count(), blocks = nodes.block_count();
+  const size_t slots = size_t{blocks} * kBlockRows;
   block_keys_.clear();
   block_scales_.clear();
-  for (uint32_t b = 0; b < nodes.block_count(); ++b) {
+  blocks_.clear();
+  for (uint32_t b = 0; b < blocks; ++b) {
+    blocks_.push_back(b);
     block_keys_.push_back(nodes.keys.row(b));
     block_scales_.push_back(nodes.scale.data() + size_t{b} * kBlockRows);
   }
-  centre_.resize(size_t{group_} * slots);
-  ScoreBlocks(coarse_, block_keys_.data(), block_scales_.data(), nodes.block_count(), base_.data(),
+  centre_.resize(group_ * slots);
+  rank_.resize(slots);
+  spare_.resize(slots);
+  ScoreBlocks(coarse_, block_keys_.data(), block_scales_.data(), blocks, base_.data(),
               centre_.data(), slots);
-  order_.clear();
-  for (uint32_t s = 0; s < supers; ++s)
-    order_.emplace_back(std::numeric_limits<float>::infinity(), s);
-  spare_.resize(supers);
   for (uint32_t g = 0; g < group_; ++g) {
-    float best = kMinusInfinity;
-    float* mass = super_mass_.data() + size_t{g} * supers;
-    for (uint32_t s = 0; s < supers; ++s) {
-      const float centre = Sane(centre_[size_t{g} * slots + s]);
-      const float spread = nodes.spread[s] * rho_[g];
-      mass[s] = centre + nodes.log_count[s] + SpreadGain(spread);
-      spare_[s] = centre + kOptimism * spread;
-      best = std::max(best, spare_[s]);
-    }
+    float* centre = centre_.data() + g * slots;
+    EstimateLogMasses(blocks_.data(), blocks, nodes.spread.data(), nodes.log_count.data(), rho_[g],
+                      centre, spare_.data());
+    std::copy_n(spare_.data(), supers, super_mass_.data() + size_t{g} * supers);
+    EstimateTops(blocks_.data(), blocks, nodes.spread.data(), nodes.log_count.data(),
+                 kOptimism * rho_[g], 0.0f, centre, spare_.data());
     // Heads have logits of different sizes: each ranks supers relative to its own best.
-    for (uint32_t s = 0; s < supers; ++s)
-      order_[s].first = std::min(order_[s].first, best - spare_[s]);
+    const float best = MaxOf(spare_.data(), slots);
+    for (float& x : spare_) x -= best;
+    MaxScaled(spare_.data(), slots, 1.0f, g == 0, rank_.data());
   }
+  // Supers have half as many pages as wanted of them at least, but for a few.
+  const float bound =
+      BoundOfTop(rank_.data(), blocks, std::max(1u, scan_pages / (kSuperPages / 2)));
+  found_.resize(slots + kBlockRows);
+  found_.resize(IndicesAtLeast(rank_.data(), supers, bound, found_.data()));
+  order_.clear();
+  for (const uint32_t s : found_) order_.emplace_back(-rank_[s], s);
 }
 
-// Leaves those of order_ marked as scanned that are near and, besides, the best with `scan_pages`
+// Marks as scanned the supers that are near and, besides, the best of order_ with `scan_pages`
 // pages together. Selection by halves: sorting thousands of supers would cost more than scanning.
 void Search::ChooseSupers(uint32_t scan_pages) {
-  if (narrow_) std::erase_if(order_, [&](const auto& x) { return super_near_[x.second] != 0; });
+  super_scanned_.assign(tree_->super_count(), 0);
+  if (narrow_) {
+    MarkNear();
+    std::erase_if(order_, [&](const auto& x) { return super_scanned_[x.second] != 0; });
+  }
   size_t low = 0, high = order_.size();  // the border is in [low, high]
   uint32_t pages = 0;                    // in front of low
   while (low < high) {
@@ -201,8 +209,8 @@ void Search::ChooseSupers(uint32_t scan_pages) {
     }
   }
   // The super at the border reaches the number wanted.
-  for (size_t i = low + (scan_pages > 0 ? 1 : 0); i < order_.size(); ++i)
-    super_scanned_[order_[i].second] = 0;
+  const size_t end = std::min(order_.size(), low + (scan_pages > 0 ? 1 : 0));
+  for (size_t i = 0; i < end; ++i) super_scanned_[order_[i].second] = 1;
 }
 
 void Search::ScanPages() {

@@ -35,7 +35,7 @@ class Search {
   void Prepare();
   void MarkNear();
   void ScanSupers();
-  void RankSupers();
+  void RankSupers(uint32_t scan_pages);
   void ChooseSupers(uint32_t scan_pages);
   void ScanPages();
   void Sketch();
@@ -61,6 +61,7 @@ class Search {
   void Candidates();
   uint32_t PagesWorthReading() const;
   uint32_t PagesByEstimate() const;
+  float BoundOfTop(const float* rank, size_t blocks, uint32_t count);
   void TopSlots(const std::vector<float>& rank, uint32_t count);
 
   // cluster_tree_residual.cc
@@ -106,7 +107,6 @@ class Search {
   std::vector<float> rank_;        // [slots_] by the request's rule, of total_
   std::vector<float> super_mass_;  // [group][supers]: mass to be valued at the super's mean
   std::vector<uint8_t> super_scanned_;
-  std::vector<uint8_t> super_near_;  // holds a page of SelectRequest::near
   std::vector<std::pair<float, uint32_t>> order_;
   std::vector<uint32_t> block_at_;  // [blocks of the tree] position in blocks_
   std::vector<float> spare_, maxima_;
@@ -149,13 +149,6 @@ inline constexpr uint32_t kRowsAhead = 12;
 inline void Prefetch(const std::byte* from, size_t bytes) {
   if (from == nullptr) return;
   for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch(from + at);
-}
-
-// exp(f(s)) is the factor by which tokens' logits of standard deviation s raise the mass of their
-// mean.
-inline float SpreadGain(float s) {
-  const float f = 0.5f * s * s / (1.0f + 0.2f * s);
-  return f < 1e30f ? f : 1e30f;
 }
 
 // Of 16 values, in eight lanes.
