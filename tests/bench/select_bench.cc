@@ -168,8 +168,12 @@ uint32_t SelectBench::TokensOf(const Slice& slice, const Selection& got) {
 Reading SelectBench::Ask(const Slice& slice, uint32_t read_cap, bool residual, bool judge) {
   Reading reading;
   Selection got;
+  std::vector<PageId> near;
   for (uint32_t q = 0; q < trace_.query_count; ++q) {
-    const SelectRequest request = RequestOf(q, read_cap, residual);
+    SelectRequest request = RequestOf(q, read_cap, residual);
+    if (judge || flags_.near > 0) truth_.Assign(q, *slice.store);
+    if (flags_.near > 0) near = truth_.NearPages(flags_.near);
+    request.near = near;
     // The shortest of a few calls: an interrupt or a neighbour's cache flush is not the policy's
     // cost.
     double best = 1e30;
@@ -193,7 +197,6 @@ Reading SelectBench::Ask(const Slice& slice, uint32_t read_cap, bool residual, b
     reading.pages.push_back(static_cast<double>(got.pages.size()));
     reading.tokens.push_back(static_cast<double>(TokensOf(slice, got)));
     if (!judge) continue;
-    truth_.Assign(q, *slice.store);
     double mass = 0;
     for (uint32_t h = 0; h < trace_.group; ++h) {
       reading.top16.push_back(truth_.Coverage(h, 16, got.pages));
@@ -329,6 +332,7 @@ Json SelectBench::Parameters() const {
   out["budget_pages"] = flags_.budget_pages;
   out["read_cap"] = flags_.read_cap;
   out["rank"] = flags_.rank;
+  out["near"] = flags_.near;
   out["queries"] = trace_.query_count;
   out["group_spread"] = flags_.group_spread;
   out["energy"] = flags_.energy;

@@ -28,6 +28,10 @@ void SelectFlags::AddTo(ConfigParser* parser) {
               limits::kReadCapMax);
   parser->Add("min_mass", &min_mass, "return only as many pages as reach this share; 0: off", 0, 1);
   parser->Add("rank", &rank, "mass_sum | mass_max | max_token");
+  parser->Add(
+      "near", &near,
+      "ask as a layer behind an anchor (--layer-reuse): near 4/5 of as many heaviest tokens", 0,
+      limits::kNearPositionsMax);
   parser->Add("energy", &energy, "tell the build the mean squares of earlier queries");
   parser->Add("layout", &layout, "cluster_tree: auto | content | sequential | content_value");
   parser->Add("sketch", &sketch, "cluster_tree: auto | on | off");

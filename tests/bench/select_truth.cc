@@ -154,4 +154,22 @@ std::vector<SelectedPage> SelectTruth::OraclePages(uint32_t pages) const {
   return best;
 }
 
+std::vector<PageId> SelectTruth::NearPages(uint32_t tokens) const {
+  std::vector<std::pair<double, uint32_t>> ranked;
+  for (uint32_t t = 0; t < stride_; ++t) {
+    double mass = 0;
+    for (uint32_t h = 0; h < trace_.group; ++h) mass += Weights(h)[t] / total_[h];
+    ranked.emplace_back(-mass, t);
+  }
+  const size_t count = std::min<size_t>(tokens, ranked.size());
+  std::partial_sort(ranked.begin(), ranked.begin() + static_cast<ptrdiff_t>(count), ranked.end());
+  std::vector<PageId> near;
+  for (size_t i = 0; i < count; ++i) {
+    if (i % 5 != 4) near.emplace_back(page_of_[ranked[i].second]);
+  }
+  std::sort(near.begin(), near.end());
+  near.erase(std::unique(near.begin(), near.end()), near.end());
+  return near;
+}
+
 }  // namespace icecache

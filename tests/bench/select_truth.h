@@ -35,6 +35,9 @@ class SelectTruth {
   double OracleError(uint32_t h, uint32_t tokens);
   // The same with the best `pages` pages of this layout by group-summed exact mass.
   std::vector<SelectedPage> OraclePages(uint32_t pages) const;
+  // What an anchor layer would name (SelectRequest::near): the pages of four in five of the group's
+  // heaviest `tokens` tokens.
+  std::vector<PageId> NearPages(uint32_t tokens) const;
 
  private:
   // weights: [tokens] of head h, relative to its maximum.
