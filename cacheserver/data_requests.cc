@@ -8,6 +8,7 @@
 #include "cacheserver/data_service.h"
 #include "common/checksum.h"
 #include "common/limits.h"
+#include "common/wire/select_batch_codec.h"
 #include "kernels/int8_rows.h"
 
 namespace icecache {
@@ -321,6 +322,13 @@ Status DataService::Select(Connection& connection, const InMessage& message) {
     for (const wire::SelectHead& head : request.heads) heads.push_back(head.head);
     shard_.IndexLater(request.context, request.layer, heads);
   }
+  return OkStatus();
+}
+
+Status DataService::SelectBatch(Connection& connection, const InMessage& message) {
+  KV_ASSIGN_OR_RETURN(const std::vector<InMessage> selects, wire::SplitSelects(message));
+  Count(message.kind, StatusCode::kOk);
+  for (const InMessage& select : selects) Handle(connection, select);
   return OkStatus();
 }
 

@@ -11,7 +11,7 @@ namespace {
 
 constexpr Duration kSweepInterval = std::chrono::seconds(2);
 constexpr std::array<const char*, 8> kKindNames = {
-    "unknown", "attach", "put_rows", "build", "select", "fetch_rows", "fetch_pages", "unknown"};
+    "unknown", "attach", "put_rows", "build", "select", "fetch_rows", "fetch_pages", "select_batch"};
 
 Histogram& StageHistogram(MetricsRegistry& metrics, const char* stage) {
   return metrics.GetHistogram(
@@ -163,6 +163,8 @@ Status DataService::Dispatch(Connection& connection, const InMessage& message) {
       return Build(connection, message);
     case wire::kSelect:
       return Select(connection, message);
+    case wire::kSelectBatch:
+      return SelectBatch(connection, message);
     case wire::kFetchRows:
       return FetchRows(connection, message);
     case wire::kFetchPages:

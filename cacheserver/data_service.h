@@ -7,6 +7,9 @@
 // lease. Only then is the context asked. Whatever fails answers with an error and leaves the
 // connection open: the peer's next request may be fine.
 //
+// A batch of Selects is nothing but its Selects, one after the other: each is fenced, may wait and is
+// answered by itself, so that one sequence's error is not another's.
+//
 // A request that misses something in memory, or finds no memory, waits and is made again
 // (data_waiting.cc).
 //
@@ -78,6 +81,7 @@ class DataService {
   Status PutRows(Connection& connection, const InMessage& message);
   Status Build(Connection& connection, const InMessage& message);
   Status Select(Connection& connection, const InMessage& message);
+  Status SelectBatch(Connection& connection, const InMessage& message);
   Status FetchRows(Connection& connection, const InMessage& message);
   Status FetchPages(Connection& connection, const InMessage& message);
 

@@ -37,7 +37,10 @@ struct Channel::Impl : std::enable_shared_from_this<Channel::Impl> {
   };
 
   void Start();
+  // False: refused, which the call hears of later.
+  bool Register(uint64_t id, Duration deadline, Done done);
   uint64_t StartCall(OutMessage request, Duration deadline, Done done);
+  void StartCalls(std::vector<Request> requests, const Join& join);
   void Send(OutMessage message);
   void OnMessage(const InMessage& message);
   void OnReply(const InMessage& message);
@@ -161,8 +164,7 @@ void Channel::Impl::Send(OutMessage message) {
   endpoint->Send(std::move(message));
 }
 
-uint64_t Channel::Impl::StartCall(OutMessage request, Duration deadline, Done done) {
-  const uint64_t id = next_id++;
+bool Channel::Impl::Register(uint64_t id, Duration deadline, Done done) {
   if (closed || calls.size() >= options.in_flight_max) {
     Status status = closed ? Unavailable("the connection is closed")
                            : ResourceExhausted(std::to_string(calls.size()) +
@@ -174,16 +176,36 @@ uint64_t Channel::Impl::StartCall(OutMessage request, Duration deadline, Done do
         if (const auto self = weak.lock()) self->EndRefused();
       });
     }
-    return id;
+    return false;
   }
   const TimePoint at = Now() + deadline;
   calls.emplace(id, Call{std::move(done), at, deadline});
   deadlines.emplace(at, id);
+  if (at < timer_at) ArmTimer();
+  return true;
+}
+
+uint64_t Channel::Impl::StartCall(OutMessage request, Duration deadline, Done done) {
+  const uint64_t id = next_id++;
+  if (!Register(id, deadline, std::move(done))) return id;
   request.id = id;
   request.flags = 0;
   Send(std::move(request));
-  if (at < timer_at) ArmTimer();
   return id;
+}
+
+void Channel::Impl::StartCalls(std::vector<Request> requests, const Join& join) {
+  std::vector<OutMessage> messages;
+  for (Request& request : requests) {
+    const uint64_t id = next_id++;
+    if (!Register(id, request.deadline, std::move(request.done))) continue;
+    request.message.id = id;
+    messages.push_back(std::move(request.message));
+  }
+  if (messages.empty()) return;
+  OutMessage joined = join(messages);
+  joined.flags = 0;
+  Send(std::move(joined));
 }
 
 void Channel::Impl::EndRefused() {
@@ -273,6 +295,10 @@ Channel::~Channel() { impl_->Shut(Cancelled("the channel was destroyed")); }
 
 uint64_t Channel::Call(OutMessage request, Duration deadline, Done done) {
   return impl_->StartCall(std::move(request), deadline, std::move(done));
+}
+
+void Channel::CallTogether(std::vector<Request> requests, const Join& join) {
+  impl_->StartCalls(std::move(requests), join);
 }
 
 void Channel::CancelCall(uint64_t id) {

@@ -12,7 +12,9 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <span>
 #include <string>
+#include <vector>
 
 #include "common/limits.h"
 #include "common/transport.h"
@@ -43,6 +45,15 @@ class Channel {
   // done, on a later turn) when in_flight_max calls are open.
   using Done = std::function<void(Result<InMessage>)>;
   uint64_t Call(OutMessage request, Duration deadline, Done done);  // id is set by the channel
+  // Several requests that travel as the one message that `join` makes of them, ids set. Each of them
+  // is a call and ends by itself.
+  struct Request {
+    OutMessage message;
+    Duration deadline{0};
+    Done done;
+  };
+  using Join = std::function<OutMessage(std::span<OutMessage>)>;
+  void CallTogether(std::vector<Request> requests, const Join& join);
   // Ends the call with CANCELLED now; a late reply is dropped.
   void CancelCall(uint64_t id);
   void SendOneWay(OutMessage message);

@@ -44,6 +44,8 @@ inline constexpr uint32_t kReadCapMax = 1u << 16;     // tokens read exactly for
 inline constexpr uint32_t kHeadsPerSelectMax = kKvHeadsMax;
 inline constexpr uint32_t kCheckTokensMax = 1u << 18;  // of a slice that a checked selection reads
 inline constexpr uint32_t kBudgetGrowthMax = 64;      // times the budget, to reach --min-mass
+inline constexpr uint32_t kSelectsPerBatchMax = 64;   // Selects in one message; sequences that decode together
+inline constexpr uint32_t kBatchRequestsMax = 1u << 16;  // of `generate --requests`
 inline constexpr uint32_t kNearPositionsMax = 4096;   // of a head; more would be everywhere
 inline constexpr uint32_t kLayerReuseMax = 16;        // layers that search where an anchor looked
 

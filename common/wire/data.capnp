@@ -71,6 +71,14 @@ struct SelectRequest {
   appendFirst @9 :UInt32;     # position of the first appended token
   appendCount @10 :UInt32;
 }
+# Several Selects of one connection, as a rule one a sequence, in one message. Each is a request of its own: under its own id,
+# for its own context, with its own answer. Body: theirs, one after the other.
+struct BatchedSelect {
+  id @0 :UInt64;
+  meta @1 :Data;              # a SelectRequest
+  bodyBytes @2 :UInt32;
+}
+struct SelectBatch { selects @0 :List(BatchedSelect); }
 struct PagePayload {
   segment @0 :UInt64;
   page @1 :UInt32;

@@ -27,6 +27,7 @@ enum DataKind : uint16_t {
   kSelect = 4,
   kFetchRows = 5,
   kFetchPages = 6,
+  kSelectBatch = 7,  // select_batch_codec.h
 };
 
 struct AttachRequest {

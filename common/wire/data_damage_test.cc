@@ -10,6 +10,7 @@
 
 #include "common/limits.h"
 #include "common/wire/data_samples.h"
+#include "common/wire/select_batch_codec.h"
 
 namespace icecache::wire {
 namespace {
@@ -103,6 +104,17 @@ std::vector<Case> Cases(Random& random) {
   add("FetchPages", pages, [](const InMessage& in) { return DecodeFetchPagesRequest(in, kShape); });
   Encode(AttachRequest{.ticket = random.Bytes(16)}, &attach.out);
   add("Attach", attach, [](const InMessage& in) { return DecodeAttachRequest(in); });
+  std::vector<OutMessage> selects = {select.out, select.out};
+  Sample batch;
+  batch.out = JoinSelects(selects);
+  batch.bytes = select.bytes;
+  add("SelectBatch", batch, [](const InMessage& in) -> Result<std::vector<InMessage>> {
+    auto parts = SplitSelects(in);
+    if (parts.ok()) {
+      for (const InMessage& part : *parts) Touch(part.meta), Touch(part.body);
+    }
+    return parts;
+  });
   return cases;
 }
 

@@ -5,6 +5,7 @@
 
 #include "common/limits.h"
 #include "common/wire/data_codec.h"
+#include "common/wire/select_batch_codec.h"
 #include "kernels/int8_rows.h"
 #include "tests/fuzz/fuzz_target.h"
 
@@ -69,12 +70,28 @@ void CheckRequests(const InMessage& m, int decoder) {
   }
 }
 
+void CheckBatch(const InMessage& m) {
+  const auto parts = wire::SplitSelects(m);
+  if (!parts.ok()) return;
+  if (parts->size() > limits::kSelectsPerBatchMax) Broken("batches are bounded");
+  for (const InMessage& part : *parts) {
+    Inside(part.body, m);
+    if (part.meta.data() != nullptr &&
+        (part.meta.data() < m.meta.data() ||
+         part.meta.data() + part.meta.size() > m.meta.data() + m.meta.size())) {
+      Broken("metas of a batch lie inside its meta");
+    }
+    CheckRequests(part, 4);
+  }
+}
+
 }  // namespace
 
 std::vector<std::string> Seeds() {
   const wire::SliceSet slices{ContextId(1), Epoch(2), LayerId(1), {KvHeadId(0), KvHeadId(1)}};
   const size_t row = kShape.row_bytes();
   std::vector<std::string> seeds;
+  OutMessage select_message;
   const auto add = [&](uint8_t decoder, const auto& message, size_t body_bytes) {
     OutMessage out;
     wire::Encode(message, &out);
@@ -112,6 +129,11 @@ std::vector<std::string> Seeds() {
       wire::FetchPagesRequest{
           ContextId(1), Epoch(2), LayerId(0), KvHeadId(1), {{SegmentId(3), PageId(4), 1, 16}}},
       0);
+  wire::Encode(select, &select_message);
+  std::vector<OutMessage> selects = {select_message, select_message};
+  const std::vector<std::byte> body(2 * 16 * 4 + 2 * row, std::byte{1});
+  for (OutMessage& one : selects) one.body.emplace_back(body);
+  seeds.push_back(Input(10, wire::JoinSelects(selects), std::string(2 * body.size(), '\1')));
   OutMessage status;
   wire::EncodeStatus(Unavailable("draining"), &status);
   seeds.push_back(Input(9, status, ""));
@@ -123,13 +145,17 @@ std::vector<std::string> Seeds() {
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   using namespace icecache;
   if (size < 3) return 0;
-  const int decoder = data[0] % 10;
+  const int decoder = data[0] % 11;  // see kKinds
   const size_t meta_bytes = std::min<size_t>((data[1] | size_t{data[2]} << 8) * 8, size - 3);
   std::vector<uint64_t> meta((meta_bytes + 7) / 8);  // aligned, as the transport delivers it
   if (meta_bytes > 0) std::memcpy(meta.data(), data + 3, meta_bytes);
   const std::vector<uint8_t> body(data + 3 + meta_bytes,
                                   data + size);  // of its own, so that a sanitizer sees its end
-  InMessage m{.kind = static_cast<uint16_t>(decoder), .id = 1};
+  constexpr uint16_t kKinds[] = {wire::kAttach,   wire::kAttach,    wire::kPutRows,
+                                 wire::kBuild,    wire::kSelect,    wire::kSelect,
+                                 wire::kFetchRows, wire::kFetchRows, wire::kFetchPages,
+                                 0,               wire::kSelectBatch};
+  InMessage m{.kind = kKinds[decoder], .id = 1};
   m.meta = std::as_bytes(std::span(meta)).first(meta_bytes);
   m.body = std::as_bytes(std::span(body));
   (void)wire::PeekContext(m);
@@ -154,6 +180,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
       break;
     case 8:
       (void)wire::DecodeFetchPagesRequest(m, fuzz::kShape);
+      break;
+    case 10:
+      fuzz::CheckBatch(m);
       break;
     case 9:
       if (wire::DecodeStatus(m).ok()) fuzz::Broken("an error status is never OK");
