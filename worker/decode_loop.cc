@@ -10,13 +10,17 @@
 namespace icecache {
 
 DecodeLoop::DecodeLoop(Model& model, DecodeAttention& attention, std::function<Status()> pump)
-    : model_(model), attention_(attention), pump_(std::move(pump)), hidden_(model.hidden_size()) {}
+    : model_(model),
+      attention_(attention),
+      pump_(std::move(pump)),
+      step_(model.shape(), {&attention}) {}
 
 void DecodeLoop::Begin(uint32_t next, std::span<const float> last_hidden) {
   next_ = next;
+  stepped_ = false;
   logits_.clear();
   if (last_hidden.empty()) return;
-  KV_CHECK(last_hidden.size() == hidden_.size());
+  KV_CHECK(last_hidden.size() == model_.hidden_size());
   logits_.resize(model_.vocab_size());
   model_.Logits(last_hidden.data(), logits_.data());
 }
@@ -28,23 +32,42 @@ Status DecodeLoop::Feed(int32_t token) {
   }
   {
     const AttentionTimer timer(&total_);
-    KV_RETURN_IF_ERROR(model_.Embed({&token, 1}, hidden_.data()));
-    for (uint16_t l = 0; l < model_.shape().layers; ++l) {
-      KV_RETURN_IF_ERROR(model_.Layer(LayerId(l), TokenPos(next_), 1, hidden_.data(), attention_));
-    }
-    logits_.resize(model_.vocab_size());
-    model_.Logits(hidden_.data(), logits_.data());
+    const StepToken row{token, TokenPos(next_)};
+    KV_RETURN_IF_ERROR(model_.Step({&row, 1}, step_));
+    stepped_ = true;
+    logits_.clear();
   }
   ++next_;
   ++tokens_;
   return pump_ ? pump_() : OkStatus();
 }
 
+Result<int32_t> DecodeLoop::Next(Sampler& sampler) {
+  const AttentionTimer timer(&total_);
+  if (!stepped_) {
+    KV_CHECK(!logits_.empty());
+    return sampler.Sample(logits_);
+  }
+  const TokenChoice choice{0, sampler.Next()};
+  int32_t token = 0;
+  KV_RETURN_IF_ERROR(model_.Choose({&choice, 1}, &token));
+  return token;
+}
+
+Result<std::span<const float>> DecodeLoop::Logits() {
+  if (logits_.empty()) {
+    KV_CHECK(stepped_);
+    const AttentionTimer timer(&total_);
+    logits_.resize(model_.vocab_size());
+    KV_RETURN_IF_ERROR(model_.StepLogits(0, logits_.data()));
+  }
+  return std::span<const float>(logits_);
+}
+
 Status DecodeLoop::Generate(Sampler& sampler, uint32_t count, std::span<const int32_t> stop,
                             const std::function<bool(int32_t)>& on_token) {
   for (uint32_t i = 0; i < count; ++i) {
-    KV_CHECK(!logits_.empty());
-    const int32_t token = sampler.Sample(logits_);
+    KV_ASSIGN_OR_RETURN(const int32_t token, Next(sampler));
     if (std::find(stop.begin(), stop.end(), token) != stop.end()) return OkStatus();
     if (!on_token(token) || i + 1 == count) return OkStatus();
     KV_RETURN_IF_ERROR(Feed(token));

@@ -12,6 +12,7 @@
 #include "worker/decode_attention.h"
 #include "worker/model/model.h"
 #include "worker/model/sampler.h"
+#include "worker/step_attention.h"
 
 namespace icecache {
 
@@ -45,13 +46,15 @@ class DecodeLoop {
   // logits; empty: Feed comes first.
   void Begin(uint32_t next, std::span<const float> last_hidden = {});
 
-  // Runs one token; its logits are then in logits().
+  // Runs one token; Next and Logits are then of the token after it, until the model takes another
+  // Step (another loop's, for example).
   Status Feed(int32_t token);
-  // Of the token after the last one; empty right after a Begin without a hidden state.
-  std::span<const float> logits() const { return logits_; }
+  // The next token. REQUIRES: Feed was called, or Begin with a hidden state.
+  Result<int32_t> Next(Sampler& sampler);
+  Result<std::span<const float>> Logits();  // likewise
 
   // Samples up to `count` tokens and feeds each of them back, except the last. Ends early at one of
-  // `stop` (not reported) or when on_token says false. REQUIRES: logits() not empty.
+  // `stop` (not reported) or when on_token says false. REQUIRES: as Next.
   Status Generate(Sampler& sampler, uint32_t count, std::span<const int32_t> stop,
                   const std::function<bool(int32_t)>& on_token);
 
@@ -65,8 +68,9 @@ class DecodeLoop {
   DecodeAttention& attention_;
   const std::function<Status()> pump_;
   uint32_t next_ = 0;
-  std::vector<float> hidden_;
-  std::vector<float> logits_;
+  EachSequence step_;
+  bool stepped_ = false;       // what comes next is of the model's last Step, not of Begin
+  std::vector<float> logits_;  // of Begin; of a Step when asked for
   uint64_t tokens_ = 0;
   Duration total_{0};
 };

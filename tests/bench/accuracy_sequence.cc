@@ -57,7 +57,7 @@ Status Sequence::Take(const TaskTurn& turn, bool measured) {
   std::vector<int32_t>& said = result_.said.emplace_back();
   const std::vector<int32_t>& stop = spec_.sample->stop;
   while (said.size() < turn.new_tokens) {
-    const int32_t token = greedy.Sample(loop_.logits());
+    KV_ASSIGN_OR_RETURN(const int32_t token, loop_.Next(greedy));
     if (std::find(stop.begin(), stop.end(), token) != stop.end()) break;
     said.push_back(token);
     if (said.size() < turn.new_tokens) KV_RETURN_IF_ERROR(Feed(token, false));

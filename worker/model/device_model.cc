@@ -4,6 +4,8 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <map>
+#include <set>
 #include <utility>
 #include <vector>
 
@@ -19,6 +21,7 @@ using gpu::DeviceMemory;
 using gpu::MemoryKind;
 
 constexpr size_t kAlignment = 256;
+constexpr uint32_t kStepRowsMax = limits::kSelectsPerBatchMax;
 
 // Rows of one or more linear layers with the same input, one below the other.
 struct Matrix {
@@ -29,14 +32,18 @@ struct Matrix {
   uint32_t cols = 0;
 };
 
+// A layer's work before and after attention, for some number of rows of a step.
+struct RecordedStep {
+  gpu::RecordingId before, after;
+};
+
 struct DeviceLayer {
   const float* input_norm = nullptr;
   const float* post_norm = nullptr;
   const float* q_norm = nullptr;  // null: none
   const float* k_norm = nullptr;
   Matrix qkv, o, gate_up, down;
-  bool recorded = false;
-  gpu::RecordingId before, after;  // of the attention, for one token
+  std::map<uint32_t, RecordedStep> recorded;  // by rows
 };
 
 // Activations of a block. Host twins are what the caller and LayerAttention see.
@@ -70,12 +77,18 @@ class DeviceModel final : public Model {
   Status Layer(LayerId layer, TokenPos first, uint32_t tokens, float* hidden,
                LayerAttention& attention) override;
   void Logits(const float* hidden, float* logits) override;
+  Status Step(std::span<const StepToken> tokens, StepAttention& attention) override;
+  Status StepLogits(uint32_t row, float* logits) override;
+  Status Choose(std::span<const TokenChoice> choices, int32_t* tokens) override;
 
  private:
   uint32_t q_size() const { return shape_.query_heads * shape_.head_dim; }
   uint32_t kv_size() const { return shape_.kv_heads * shape_.head_dim; }
   size_t hidden_bytes(uint32_t tokens) const {
     return size_t{tokens} * config_.hidden_size * sizeof(float);
+  }
+  size_t LogitsBytes(uint32_t rows) const {
+    return size_t{rows} * config_.vocab_size * sizeof(float);
   }
 
   Result<std::byte*> Room(size_t bytes);
@@ -89,9 +102,12 @@ class DeviceModel final : public Model {
   // y = x W^T for `rows` rows of the matrix from `begin`.
   void Multiply(const float* x, const Matrix& m, uint32_t begin, uint32_t rows, uint32_t tokens,
                 bool add, float* y);
+  void QueueInput(const Activations& a, uint32_t tokens);  // hidden state and positions
   void QueueBefore(const DeviceLayer& w, const Activations& a, uint32_t tokens);
   void QueueAfter(const DeviceLayer& w, const Activations& a, uint32_t tokens);
-  Status RecordLayer(DeviceLayer* w);
+  Status QueueStepPart(DeviceLayer* w, uint32_t rows, bool before);
+  Status LogitsOf(const float* hidden, float* logits);
+  Status ReadLogits(const Activations& a, const float* row, float* logits);
 
   const LlamaWeights weights_;
   const ModelConfig& config_;
@@ -102,8 +118,11 @@ class DeviceModel final : public Model {
   const float* final_norm_ = nullptr;
   Matrix output_;
   const double* frequencies_ = nullptr;
-  Activations one_, block_;  // of a single token, at addresses that recordings keep; of more
-  DeviceMemory logits_, host_logits_;
+  Activations block_, step_;  // of prefill; of a step, at addresses that recordings keep
+  uint32_t step_rows_ = 0;    // of the last Step
+  std::set<uint32_t> steps_run_;  // numbers of rows of which every kernel has run
+  DeviceMemory logits_, host_logits_;  // [rows, vocab]; pinned: of one row
+  DeviceMemory draws_, chosen_;        // pinned: one per row
   Status failed_;  // of a call that cannot return it; out of the next one
 };
 
@@ -190,15 +209,13 @@ Status DeviceModel::UploadWeights() {
   KV_ASSIGN_OR_RETURN(std::byte* const at, Room(bytes));
   device_.Copy(at, frequencies.data(), bytes);
   frequencies_ = reinterpret_cast<const double*>(at);
-  const size_t logits_bytes = config_.vocab_size * sizeof(float);
-  KV_ASSIGN_OR_RETURN(logits_, DeviceMemory::Allocate(device_, MemoryKind::kDevice, logits_bytes));
   KV_ASSIGN_OR_RETURN(host_logits_,
-                      DeviceMemory::Allocate(device_, MemoryKind::kPinned, logits_bytes));
-  KV_RETURN_IF_ERROR(Reserve(1, &one_));
-  // Kernels are loaded when they first run, and not all of that may be recorded: let them run once.
-  std::memset(one_.pinned.data(), 0, one_.pinned.bytes());
-  QueueBefore(layers_[0], one_, 1);
-  QueueAfter(layers_[0], one_, 1);
+                      DeviceMemory::Allocate(device_, MemoryKind::kPinned, LogitsBytes(1)));
+  KV_ASSIGN_OR_RETURN(draws_, DeviceMemory::Allocate(device_, MemoryKind::kPinned,
+                                                     kStepRowsMax * sizeof(double)));
+  KV_ASSIGN_OR_RETURN(chosen_, DeviceMemory::Allocate(device_, MemoryKind::kPinned,
+                                                      kStepRowsMax * sizeof(int32_t)));
+  KV_RETURN_IF_ERROR(Reserve(kStepRowsMax, &step_));
   return device_.Synchronize();
 }
 
@@ -259,8 +276,6 @@ void DeviceModel::QueueBefore(const DeviceLayer& w, const Activations& a, uint32
   float* const q = a.qkv;
   float* const k = q + size_t{tokens} * q_size();
   float* const v = k + size_t{tokens} * kv_size();
-  device_.Copy(a.hidden, a.host_hidden, hidden_bytes(tokens));
-  device_.Copy(a.positions, a.host_positions, tokens * sizeof(uint32_t));
   Norm(a.hidden, a.normed, w.input_norm, tokens);
   if (tokens == 1) {  // q, k and v of one token are neighbours, as their weights are
     Multiply(a.normed, w.qkv, 0, w.qkv.rows, 1, false, q);
@@ -293,14 +308,11 @@ void DeviceModel::QueueAfter(const DeviceLayer& w, const Activations& a, uint32_
   Multiply(a.normed, w.gate_up, 0, w.gate_up.rows, tokens, false, a.gate_up);
   device_.Launch(gpu::SwiGluArgs{a.gate_up, a.inner, tokens, config_.intermediate_size});
   Multiply(a.inner, w.down, 0, w.down.rows, tokens, true, a.hidden);
-  device_.Copy(a.host_hidden, a.hidden, hidden_bytes(tokens));
 }
 
-Status DeviceModel::RecordLayer(DeviceLayer* w) {
-  KV_ASSIGN_OR_RETURN(w->before, device_.Record([&] { QueueBefore(*w, one_, 1); }));
-  KV_ASSIGN_OR_RETURN(w->after, device_.Record([&] { QueueAfter(*w, one_, 1); }));
-  w->recorded = true;
-  return OkStatus();
+void DeviceModel::QueueInput(const Activations& a, uint32_t tokens) {
+  device_.Copy(a.hidden, a.host_hidden, hidden_bytes(tokens));
+  device_.Copy(a.positions, a.host_positions, tokens * sizeof(uint32_t));
 }
 
 Status DeviceModel::Layer(LayerId layer, TokenPos first, uint32_t tokens, float* hidden,
@@ -312,44 +324,131 @@ Status DeviceModel::Layer(LayerId layer, TokenPos first, uint32_t tokens, float*
   }
   if (tokens == 0) return OkStatus();
   if (!failed_.ok()) return std::exchange(failed_, OkStatus());
-  DeviceLayer& w = layers_[layer.value];
-  const bool single = tokens == 1;
-  if (!single) KV_RETURN_IF_ERROR(Reserve(tokens, &block_));
-  if (single && !w.recorded) KV_RETURN_IF_ERROR(RecordLayer(&w));
-  const Activations& a = single ? one_ : block_;
+  const DeviceLayer& w = layers_[layer.value];
+  KV_RETURN_IF_ERROR(Reserve(tokens, &block_));
+  const Activations& a = block_;
   std::memcpy(a.host_hidden, hidden, hidden_bytes(tokens));
   for (uint32_t t = 0; t < tokens; ++t) a.host_positions[t] = first.value + t;
-  if (single) {
-    device_.Replay(w.before);
-  } else {
-    QueueBefore(w, a, tokens);
-  }
+  QueueInput(a, tokens);
+  QueueBefore(w, a, tokens);
   KV_RETURN_IF_ERROR(device_.Synchronize());  // q, k and v leave the device
   const float* const k = a.host_qkv + size_t{tokens} * q_size();
   KV_RETURN_IF_ERROR(attention.Attend(layer, first, tokens, a.host_qkv, k,
                                       k + size_t{tokens} * kv_size(), a.host_attended));
-  if (single) {
-    device_.Replay(w.after);
-  } else {
-    QueueAfter(w, a, tokens);
-  }
+  QueueAfter(w, a, tokens);
+  device_.Copy(a.host_hidden, a.hidden, hidden_bytes(tokens));
   KV_RETURN_IF_ERROR(device_.Synchronize());
   std::memcpy(hidden, a.host_hidden, hidden_bytes(tokens));
   return OkStatus();
 }
 
 void DeviceModel::Logits(const float* hidden, float* logits) {
-  std::memcpy(one_.host_hidden, hidden, hidden_bytes(1));
-  device_.Copy(one_.hidden, one_.host_hidden, hidden_bytes(1));
-  Norm(one_.hidden, one_.normed, final_norm_, 1);
-  Multiply(one_.normed, output_, 0, output_.rows, 1, false, logits_.data<float>());
-  device_.Copy(host_logits_.data(), logits_.data(), config_.vocab_size * sizeof(float));
-  failed_ = device_.Synchronize();
-  if (failed_.ok()) {
-    std::memcpy(logits, host_logits_.data(), config_.vocab_size * sizeof(float));
-  } else {
-    std::fill_n(logits, config_.vocab_size, std::numeric_limits<float>::quiet_NaN());
+  failed_ = LogitsOf(hidden, logits);
+  if (failed_.ok()) return;
+  std::fill_n(logits, config_.vocab_size, std::numeric_limits<float>::quiet_NaN());
+}
+
+Status DeviceModel::LogitsOf(const float* hidden, float* logits) {
+  KV_RETURN_IF_ERROR(Reserve(1, &block_));
+  std::memcpy(block_.host_hidden, hidden, hidden_bytes(1));
+  device_.Copy(block_.hidden, block_.host_hidden, hidden_bytes(1));
+  return ReadLogits(block_, block_.hidden, logits);
+}
+
+Status DeviceModel::ReadLogits(const Activations& a, const float* row, float* logits) {
+  KV_RETURN_IF_ERROR(DeviceMemory::Grow(device_, MemoryKind::kDevice, LogitsBytes(1), &logits_));
+  Norm(row, a.normed, final_norm_, 1);
+  Multiply(a.normed, output_, 0, output_.rows, 1, false, logits_.data<float>());
+  device_.Copy(host_logits_.data(), logits_.data(), LogitsBytes(1));
+  KV_RETURN_IF_ERROR(device_.Synchronize());
+  std::memcpy(logits, host_logits_.data(), LogitsBytes(1));
+  return OkStatus();
+}
+
+// Recorded from the second time on: kernels are loaded when they first run, and not all of that may
+// be recorded.
+Status DeviceModel::QueueStepPart(DeviceLayer* w, uint32_t rows, bool before) {
+  if (!steps_run_.contains(rows)) {
+    before ? QueueBefore(*w, step_, rows) : QueueAfter(*w, step_, rows);
+    return OkStatus();
   }
+  auto recorded = w->recorded.find(rows);
+  if (recorded == w->recorded.end()) {
+    RecordedStep step;
+    KV_ASSIGN_OR_RETURN(step.before, device_.Record([&] { QueueBefore(*w, step_, rows); }));
+    KV_ASSIGN_OR_RETURN(step.after, device_.Record([&] { QueueAfter(*w, step_, rows); }));
+    recorded = w->recorded.emplace(rows, step).first;
+  }
+  device_.Replay(before ? recorded->second.before : recorded->second.after);
+  return OkStatus();
+}
+
+// The hidden state stays on the device from the embedding to the choice of a token. The host waits
+// once per layer for q, k and v, which it has to send; attention waits for what it needs itself.
+Status DeviceModel::Step(std::span<const StepToken> tokens, StepAttention& attention) {
+  KV_RETURN_IF_ERROR(CheckStep(tokens));
+  if (!failed_.ok()) return std::exchange(failed_, OkStatus());
+  const auto rows = static_cast<uint32_t>(tokens.size());
+  const Activations& a = step_;
+  for (uint32_t i = 0; i < rows; ++i) {
+    KV_RETURN_IF_ERROR(EmbedTokens(weights_, {&tokens[i].token, 1},
+                                   a.host_hidden + size_t{i} * config_.hidden_size));
+    a.host_positions[i] = tokens[i].position.value;
+  }
+  step_rows_ = rows;
+  QueueInput(a, rows);
+  const float* const k = a.host_qkv + size_t{rows} * q_size();
+  const float* const v = k + size_t{rows} * kv_size();
+  for (uint16_t l = 0; l < shape_.layers; ++l) {
+    DeviceLayer& w = layers_[l];
+    KV_RETURN_IF_ERROR(QueueStepPart(&w, rows, true));
+    KV_RETURN_IF_ERROR(device_.Synchronize());  // q, k and v have left the device
+    KV_RETURN_IF_ERROR(
+        attention.AttendStep(LayerId(l), tokens, a.host_qkv, k, v, a.host_attended));
+    KV_RETURN_IF_ERROR(QueueStepPart(&w, rows, false));
+  }
+  steps_run_.insert(rows);
+  return OkStatus();
+}
+
+Status DeviceModel::StepLogits(uint32_t row, float* logits) {
+  KV_CHECK(row < step_rows_);
+  return ReadLogits(step_, step_.hidden + size_t{row} * config_.hidden_size, logits);
+}
+
+Status DeviceModel::Choose(std::span<const TokenChoice> choices, int32_t* tokens) {
+  if (choices.empty()) return OkStatus();
+  const auto count = static_cast<uint32_t>(choices.size());
+  KV_CHECK(count <= kStepRowsMax);
+  const size_t width = config_.hidden_size;
+  KV_RETURN_IF_ERROR(
+      DeviceMemory::Grow(device_, MemoryKind::kDevice, LogitsBytes(count), &logits_));
+  auto* const uniform = draws_.data<double>();
+  for (uint32_t i = 0; i < count; ++i) {
+    KV_CHECK(choices[i].row < step_rows_);
+    uniform[i] = choices[i].draw.uniform;
+    Norm(step_.hidden + choices[i].row * width, step_.normed + i * width, final_norm_, 1);
+  }
+  Multiply(step_.normed, output_, 0, output_.rows, count, false, logits_.data<float>());
+  for (uint32_t begin = 0, end = 0; begin < count; begin = end) {  // neighbours that draw alike
+    const Draw& draw = choices[begin].draw;
+    for (end = begin + 1; end < count && choices[end].draw.temperature == draw.temperature &&
+                          choices[end].draw.top_p == draw.top_p;) {
+      ++end;
+    }
+    gpu::SampleArgs args;
+    args.logits = logits_.data<float>() + size_t{begin} * config_.vocab_size;
+    args.uniform = uniform + begin;
+    args.tokens = chosen_.data<int32_t>() + begin;
+    args.rows = end - begin;
+    args.vocab = config_.vocab_size;
+    args.temperature = draw.temperature;
+    args.top_p = draw.top_p;
+    device_.Launch(args);
+  }
+  KV_RETURN_IF_ERROR(device_.Synchronize());
+  std::memcpy(tokens, chosen_.data(), count * sizeof(int32_t));
+  return OkStatus();
 }
 
 }  // namespace

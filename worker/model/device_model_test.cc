@@ -8,6 +8,7 @@
 #include "tests/models/tiny_model.h"
 #include "worker/model/device_model.h"
 #include "worker/model/sampler.h"
+#include "worker/step_attention.h"
 
 namespace icecache {
 namespace {
@@ -99,6 +100,57 @@ TEST_P(DeviceModelSuite, GreedyGenerationsAgreeTokenForToken) {
     texts.push_back(std::move(text));
   }
   EXPECT_EQ(texts[1], texts[0]);
+}
+
+// Three sequences that join one after the other, at positions of their own, greedy and drawn by
+// chance: tokens are those of the CPU, which are those of each sequence alone.
+TEST_P(DeviceModelSuite, StepsOfSeveralSequencesChooseTheTokensOfTheCpu) {
+  Load(Spec("Qwen3ForCausalLM", DType::kF32, 31));
+  const std::vector<SamplerOptions> sampling = {{}, {0.8, 0.9, 5}, {1.5, 1, 6}};
+  std::vector<std::vector<std::vector<int32_t>>> texts;  // by model and sequence
+  for (Model* model : {cpu_.get(), model_.get()}) {
+    std::vector<std::unique_ptr<DenseAttention>> attentions;
+    std::vector<Sampler> samplers;
+    auto& text = texts.emplace_back();
+    for (uint32_t step = 0; step < 6; ++step) {
+      if (step % 2 == 0) {
+        attentions.push_back(std::make_unique<DenseAttention>(model->shape()));
+        samplers.emplace_back(sampling[text.size()]);
+        text.push_back({static_cast<int32_t>(7 + step)});
+      }
+      std::vector<StepToken> tokens;
+      std::vector<TokenChoice> choices;
+      std::vector<LayerAttention*> rows;
+      for (uint32_t i = 0; i < text.size(); ++i) {
+        tokens.push_back({text[i].back(),
+                          TokenPos(1000 * i + static_cast<uint32_t>(text[i].size()) - 1)});
+        choices.push_back({i, samplers[i].Next()});
+        rows.push_back(attentions[i].get());
+      }
+      EachSequence attention(model->shape(), rows);
+      const Status status = model->Step(tokens, attention);
+      ASSERT_TRUE(status.ok()) << status.ToString();
+      std::vector<int32_t> chosen(text.size());
+      ASSERT_TRUE(model->Choose(choices, chosen.data()).ok());
+      std::vector<float> logits(model->vocab_size());
+      ASSERT_TRUE(model->StepLogits(0, logits.data()).ok());
+      EXPECT_EQ(Sampler({}).Sample(logits), chosen[0]) << "the first is greedy";
+      for (uint32_t i = 0; i < text.size(); ++i) text[i].push_back(chosen[i]);
+    }
+  }
+  EXPECT_EQ(texts[1], texts[0]);
+}
+
+TEST_P(DeviceModelSuite, RefusesStepsThatCannotRun) {
+  Load(Spec("LlamaForCausalLM", DType::kF32, 23));
+  DenseAttention dense(model_->shape());
+  EachSequence one(model_->shape(), {&dense});
+  for (Model* model : {cpu_.get(), model_.get()}) {
+    const auto step = [&](StepToken token) { return model->Step({&token, 1}, one).code(); };
+    EXPECT_EQ(step({-1, TokenPos(0)}), StatusCode::kInvalidArgument);
+    EXPECT_EQ(step({0, TokenPos(limits::kContextTokensMax)}), StatusCode::kOutOfRange);
+    EXPECT_EQ(model->Step({}, one).code(), StatusCode::kInvalidArgument);
+  }
 }
 
 TEST_P(DeviceModelSuite, ReturnsErrorsOfAttentionAndGoesOn) {

@@ -19,13 +19,9 @@ class DeviceSamplerSuite : public DeviceSuite {
                                options.top_p});
     return Download(token, 1)[0];
   }
-  // The number that a Sampler of this seed draws first (SplitMix64).
+  // The number that a Sampler of this seed draws first.
   static double FirstUniform(uint64_t seed) {
-    uint64_t z = seed + 0x9e3779b97f4a7c15ull;
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
-    z ^= z >> 31;
-    return static_cast<double>(z >> 11) * 0x1.0p-53;
+    return Sampler({.temperature = 1, .seed = seed}).Next().uniform;
   }
 };
 

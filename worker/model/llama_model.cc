@@ -67,6 +67,9 @@ class LlamaModel final : public Model {
   Status Layer(LayerId layer, TokenPos first, uint32_t tokens, float* hidden,
                LayerAttention& attention) override;
   void Logits(const float* hidden, float* logits) override;
+  Status Step(std::span<const StepToken> tokens, StepAttention& attention) override;
+  Status StepLogits(uint32_t row, float* logits) override;
+  Status Choose(std::span<const TokenChoice> choices, int32_t* tokens) override;
 
  private:
   uint32_t q_size() const { return shape_.query_heads * shape_.head_dim; }
@@ -76,6 +79,9 @@ class LlamaModel final : public Model {
   void ComputeQkv(const LayerWeights& w, uint32_t offset, uint32_t tokens, const float* hidden);
   void AddAttention(const LayerWeights& w, uint32_t offset, uint32_t tokens, float* hidden);
   void AddMlp(const LayerWeights& w, uint32_t tokens, float* hidden);
+  // `attend` reads q_, k_, v_ and writes attended_. Rope is prepared.
+  template <typename Attend>
+  Status RunLayer(LayerId layer, uint32_t tokens, float* hidden, const Attend& attend);
 
   const LlamaWeights weights_;
   const ModelConfig& config_;
@@ -86,6 +92,9 @@ class LlamaModel final : public Model {
   // Scratch of one block: [tokens, ...]; and of one chunk.
   std::vector<float> q_, k_, v_, attended_;
   std::vector<float> normed_, delta_, gate_, up_, exp_;
+  std::vector<float> step_hidden_, step_logits_;  // [rows, ...] of the last Step and Choose
+  uint32_t step_rows_ = 0;
+  Candidates candidates_;
 };
 
 Status LlamaModel::Embed(std::span<const int32_t> tokens, float* hidden) {
@@ -185,9 +194,17 @@ Status LlamaModel::Layer(LayerId layer, TokenPos first, uint32_t tokens, float* 
                       ", expected at most " + std::to_string(limits::kContextTokensMax));
   }
   if (tokens == 0) return OkStatus();
+  rope_.Prepare(first.value, tokens);
+  return RunLayer(layer, tokens, hidden, [&] {
+    return attention.Attend(layer, first, tokens, q_.data(), k_.data(), v_.data(),
+                            attended_.data());
+  });
+}
+
+template <typename Attend>
+Status LlamaModel::RunLayer(LayerId layer, uint32_t tokens, float* hidden, const Attend& attend) {
   const LayerWeights& w = weights_.layers[layer.value];
   Reserve(tokens);
-  rope_.Prepare(first.value, tokens);
   const auto for_chunks = [&](const auto& body) {
     for (uint32_t offset = 0; offset < tokens; offset += kChunkTokens) {
       body(offset, std::min(kChunkTokens, tokens - offset),
@@ -196,8 +213,7 @@ Status LlamaModel::Layer(LayerId layer, TokenPos first, uint32_t tokens, float* 
   };
   for_chunks(
       [&](uint32_t offset, uint32_t count, float* rows) { ComputeQkv(w, offset, count, rows); });
-  KV_RETURN_IF_ERROR(
-      attention.Attend(layer, first, tokens, q_.data(), k_.data(), v_.data(), attended_.data()));
+  KV_RETURN_IF_ERROR(attend());
   for_chunks([&](uint32_t offset, uint32_t count, float* rows) {
     AddAttention(w, offset, count, rows);
     AddMlp(w, count, rows);
@@ -211,7 +227,67 @@ void LlamaModel::Logits(const float* hidden, float* logits) {
   gemm_.Multiply(normed_.data(), 1, weights_.output, nullptr, logits);
 }
 
+Status LlamaModel::Step(std::span<const StepToken> tokens, StepAttention& attention) {
+  KV_RETURN_IF_ERROR(CheckStep(tokens));
+  step_rows_ = static_cast<uint32_t>(tokens.size());
+  step_hidden_.resize(size_t{step_rows_} * config_.hidden_size);
+  std::vector<uint32_t> positions;
+  for (uint32_t i = 0; i < step_rows_; ++i) {
+    KV_RETURN_IF_ERROR(EmbedTokens(weights_, {&tokens[i].token, 1},
+                                   step_hidden_.data() + size_t{i} * config_.hidden_size));
+    positions.push_back(tokens[i].position.value);
+  }
+  rope_.Prepare(positions);
+  for (uint16_t l = 0; l < shape_.layers; ++l) {
+    const LayerId layer(l);
+    KV_RETURN_IF_ERROR(RunLayer(layer, step_rows_, step_hidden_.data(), [&] {
+      return attention.AttendStep(layer, tokens, q_.data(), k_.data(), v_.data(),
+                                  attended_.data());
+    }));
+  }
+  return OkStatus();
+}
+
+Status LlamaModel::StepLogits(uint32_t row, float* logits) {
+  KV_CHECK(row < step_rows_);
+  Logits(step_hidden_.data() + size_t{row} * config_.hidden_size, logits);
+  return OkStatus();
+}
+
+Status LlamaModel::Choose(std::span<const TokenChoice> choices, int32_t* tokens) {
+  const auto count = static_cast<uint32_t>(choices.size());
+  const size_t width = config_.hidden_size;
+  Reserve(count);
+  for (uint32_t i = 0; i < count; ++i) {
+    KV_CHECK(choices[i].row < step_rows_);
+    RmsNorm(step_hidden_.data() + choices[i].row * width, weights_.final_norm,
+            config_.rms_norm_eps, normed_.data() + i * width);
+  }
+  step_logits_.resize(size_t{count} * config_.vocab_size);
+  gemm_.Multiply(normed_.data(), count, weights_.output, nullptr, step_logits_.data());
+  for (uint32_t i = 0; i < count; ++i) {
+    const std::span<const float> logits(step_logits_.data() + size_t{i} * config_.vocab_size,
+                                        config_.vocab_size);
+    tokens[i] = ChooseToken(logits, choices[i].draw, &candidates_);
+  }
+  return OkStatus();
+}
+
 }  // namespace
+
+Status CheckStep(std::span<const StepToken> tokens) {
+  if (tokens.empty() || tokens.size() > limits::kSelectsPerBatchMax) {
+    return InvalidArgument("a step of " + std::to_string(tokens.size()) +
+                           " sequences, expected 1 to " +
+                           std::to_string(limits::kSelectsPerBatchMax));
+  }
+  for (const StepToken& token : tokens) {
+    if (token.position.value < limits::kContextTokensMax) continue;
+    return OutOfRange("position " + std::to_string(token.position.value) + ", expected less than " +
+                      std::to_string(limits::kContextTokensMax));
+  }
+  return OkStatus();
+}
 
 Result<std::unique_ptr<Model>> LoadModel(const std::string& directory,
                                          const ModelOptions& options) {

@@ -10,6 +10,7 @@
 #include "tests/models/reference_model.h"
 #include "tests/models/tiny_model.h"
 #include "worker/model/model.h"
+#include "worker/step_attention.h"
 
 namespace icecache {
 namespace {
@@ -145,6 +146,45 @@ TEST_P(LlamaModelLogits, EqualTheReference) {
 
 INSTANTIATE_TEST_SUITE_P(Families, LlamaModelLogits, ::testing::ValuesIn(Cases()),
                          [](const auto& c) { return c.param.name; });
+
+// Not by rounding, either: the same products in the same order, whatever the company.
+TEST(LlamaModel, ARowOfAStepDoesNotDependOnTheOthers) {
+  for (const DType dtype : {DType::kF32, DType::kF16, DType::kBF16}) {
+    const TempDirectory directory;
+    TinySpec spec = Spec("Qwen2ForCausalLM", dtype, 41);
+    spec.hidden = 64, spec.inner = 96;
+    WriteTinyModel(MakeTinyModel(spec), directory.path());
+    const auto model = LoadModel(directory.path(), {});
+    ASSERT_TRUE(model.ok()) << model.status().ToString();
+    Model& m = **model;
+    const auto run = [&](const std::vector<uint32_t>& sequences) {
+      std::vector<std::unique_ptr<DenseAttention>> attentions;
+      std::vector<LayerAttention*> rows;
+      for (size_t i = 0; i < sequences.size(); ++i) {
+        attentions.push_back(std::make_unique<DenseAttention>(m.shape()));
+        rows.push_back(attentions.back().get());
+      }
+      EachSequence attention(m.shape(), rows);
+      std::vector<std::vector<float>> logits(sequences.size(), std::vector<float>(m.vocab_size()));
+      for (uint32_t step = 0; step < 3; ++step) {
+        std::vector<StepToken> tokens;
+        for (const uint32_t s : sequences) {
+          tokens.push_back({static_cast<int32_t>((5 * s + step) % m.vocab_size()),
+                            TokenPos(100 * s + step)});
+        }
+        EXPECT_TRUE(m.Step(tokens, attention).ok());
+      }
+      for (uint32_t i = 0; i < sequences.size(); ++i) {
+        EXPECT_TRUE(m.StepLogits(i, logits[i].data()).ok());
+      }
+      return logits;
+    };
+    std::vector<uint32_t> all(16);
+    for (uint32_t s = 0; s < 16; ++s) all[s] = s;
+    const auto together = run(all);
+    for (const uint32_t s : {0u, 7u, 15u}) EXPECT_EQ(run({s})[0], together[s]) << "row " << s;
+  }
+}
 
 TEST(LlamaModel, ScalingChangesTheLogits) {
   TinySpec spec = Spec("LlamaForCausalLM", DType::kF32, 9);

@@ -1,10 +1,14 @@
 // Model: the seam between a decoder-only transformer and what serves its attention.
 //
-// A model runs one layer at a time over a block of tokens. It computes q, k, v (RoPE applied) and
-// hands them to LayerAttention, which stores k and v wherever it likes and answers with the
-// attention output. So full KV in the worker, the exact top-k oracle, sink + window only and
-// icecache are four LayerAttentions over the same model code, and prefill can run all tokens of one
-// layer before the next.
+// A model computes q, k, v of a layer (RoPE applied) and hands them to LayerAttention, which stores
+// k and v wherever it likes and answers with the attention output. So full KV in the worker, the
+// exact top-k oracle, sink + window only and icecache are four LayerAttentions over the same model
+// code.
+//
+// Two ways through it. Prefill takes a block of tokens of one sequence a layer at a time (Embed,
+// Layer ..., Logits), so that all tokens of one layer can go before the next. Decoding takes one
+// token of each of several sequences through all layers (Step, then Choose): what lies between the
+// layers stays inside, on a GPU in its memory.
 //
 // Thread: one model object per thread; weights are mapped read-only and shared through the page
 // cache.
@@ -18,6 +22,7 @@
 #include "common/ids.h"
 #include "common/model_shape.h"
 #include "common/status.h"
+#include "worker/model/sampler.h"
 
 namespace icecache {
 
@@ -31,6 +36,29 @@ class LayerAttention {
   // layer.
   virtual Status Attend(LayerId layer, TokenPos first, uint32_t tokens, const float* q,
                         const float* k, const float* v, float* out) = 0;
+};
+
+// One sequence's token in a Step, and where it stands there.
+struct StepToken {
+  int32_t token = 0;
+  TokenPos position;
+};
+
+// Attention for one layer and one token of each of several sequences. Implementations:
+// worker/step_attention.h, worker/batch_attention.h.
+class StepAttention {
+ public:
+  virtual ~StepAttention() = default;
+  // As LayerAttention::Attend, but row i is of sequence i and its token's position. An error ends
+  // the step for all; what befalls one sequence alone is kept for its owner.
+  virtual Status AttendStep(LayerId layer, std::span<const StepToken> tokens, const float* q,
+                            const float* k, const float* v, float* out) = 0;
+};
+
+// Which row of a step chooses a token, and how.
+struct TokenChoice {
+  uint32_t row = 0;
+  Draw draw;
 };
 
 class Model {
@@ -50,7 +78,19 @@ class Model {
                        LayerAttention& attention) = 0;
   // logits[vocab_size] of one token's final hidden state.
   virtual void Logits(const float* hidden, float* logits) = 0;
+
+  // 1 to limits::kSelectsPerBatchMax rows through all layers. INVALID_ARGUMENT and OUT_OF_RANGE as
+  // above, before anything ran. A row's result does not depend on the other rows; on the CPU, up
+  // to 16 of them, not even by rounding (where widths are multiples of 16).
+  virtual Status Step(std::span<const StepToken> tokens, StepAttention& attention) = 0;
+  // logits[vocab_size] of a row of the last Step.
+  virtual Status StepLogits(uint32_t row, float* logits) = 0;
+  // tokens[i] = what follows row choices[i].row of the last Step. One product for all of them.
+  virtual Status Choose(std::span<const TokenChoice> choices, int32_t* tokens) = 0;
 };
+
+// INVALID_ARGUMENT or OUT_OF_RANGE unless Step may be asked for these. For implementations.
+Status CheckStep(std::span<const StepToken> tokens);
 
 struct ModelOptions {
   DType kv_dtype = DType::kF16;

@@ -73,17 +73,28 @@ Rope::Rope(const ModelConfig& config)
       frequencies_(RopeFrequencies(config)) {}
 
 void Rope::Prepare(uint32_t first, uint32_t tokens) {
-  if (first == first_ && tokens <= tokens_) return;
+  if (block_ && first == first_ && tokens <= tokens_) return;
+  block_ = true;
   first_ = first;
   tokens_ = tokens;
   cos_.resize(size_t{tokens} * half_);
   sin_.resize(size_t{tokens} * half_);
-  for (uint32_t t = 0; t < tokens; ++t) {
-    for (uint32_t pair = 0; pair < half_; ++pair) {
-      const double angle = (double{1} * first + t) * frequencies_[pair];
-      cos_[size_t{t} * half_ + pair] = static_cast<float>(std::cos(angle) * attention_factor_);
-      sin_[size_t{t} * half_ + pair] = static_cast<float>(std::sin(angle) * attention_factor_);
-    }
+  for (uint32_t t = 0; t < tokens; ++t) Fill(t, first + t);
+}
+
+void Rope::Prepare(std::span<const uint32_t> positions) {
+  block_ = false;
+  tokens_ = static_cast<uint32_t>(positions.size());
+  cos_.resize(size_t{tokens_} * half_);
+  sin_.resize(size_t{tokens_} * half_);
+  for (uint32_t t = 0; t < tokens_; ++t) Fill(t, positions[t]);
+}
+
+void Rope::Fill(uint32_t token, uint32_t position) {
+  for (uint32_t pair = 0; pair < half_; ++pair) {
+    const double angle = double{1} * position * frequencies_[pair];
+    cos_[size_t{token} * half_ + pair] = static_cast<float>(std::cos(angle) * attention_factor_);
+    sin_[size_t{token} * half_ + pair] = static_cast<float>(std::sin(angle) * attention_factor_);
   }
 }
 

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "worker/model/model_config.h"
@@ -23,6 +24,8 @@ class Rope {
 
   // Afterwards Apply() turns rows by positions first .. first + tokens - 1.
   void Prepare(uint32_t first, uint32_t tokens);
+  // The same for rows at positions of their own.
+  void Prepare(std::span<const uint32_t> positions);
   // Turns x[heads, head_dim], the row of the block's token `token` (0-based), in place, and
   // multiplies it by `scale` on the way. REQUIRES: token < tokens of Prepare(). Any thread while no
   // Prepare runs.
@@ -32,8 +35,11 @@ class Rope {
   const uint32_t half_;
   const double attention_factor_;
   const std::vector<double> frequencies_;
+  void Fill(uint32_t token, uint32_t position);
+
   uint32_t first_ = 0;
   uint32_t tokens_ = 0;
+  bool block_ = false;  // tokens_ from first_ on
   std::vector<float> cos_;  // [tokens_, half_]
   std::vector<float> sin_;
 };

@@ -47,37 +47,44 @@ double Sampler::NextUniform() {
   return static_cast<double>(z >> 11) * 0x1.0p-53;
 }
 
-int32_t Sampler::Sample(std::span<const float> logits) {
+Draw Sampler::Next() {
+  Draw draw{options_.temperature, options_.top_p};
+  if (options_.temperature > 0) draw.uniform = NextUniform();
+  return draw;
+}
+
+int32_t ChooseToken(std::span<const float> logits, const Draw& draw, Candidates* scratch) {
   KV_CHECK(!logits.empty());
   const int32_t best = ArgMax(logits);
-  if (options_.temperature == 0) return best;
+  if (draw.temperature == 0) return best;
   const double top = logits[static_cast<size_t>(best)];
-  candidates_.clear();
+  Candidates& candidates = *scratch;
+  candidates.clear();
   double total = 0;
   for (size_t i = 0; i < logits.size(); ++i) {
-    const double log_weight = (logits[i] - top) / options_.temperature;
+    const double log_weight = (logits[i] - top) / draw.temperature;
     if (!(log_weight >= kLogWeightMin)) continue;  // too small, or NaN
-    candidates_.emplace_back(std::exp(log_weight), static_cast<int32_t>(i));
-    total += candidates_.back().first;
+    candidates.emplace_back(std::exp(log_weight), static_cast<int32_t>(i));
+    total += candidates.back().first;
   }
-  if (candidates_.empty()) return best;  // an infinite or NaN logit at the top
+  if (candidates.empty()) return best;  // an infinite or NaN logit at the top
   double kept = total;
-  if (options_.top_p < 1) {
-    std::sort(candidates_.begin(), candidates_.end(), [](const auto& a, const auto& b) {
+  if (draw.top_p < 1) {
+    std::sort(candidates.begin(), candidates.end(), [](const auto& a, const auto& b) {
       return a.first != b.first ? a.first > b.first : a.second < b.second;
     });
     size_t count = 0;
     kept = 0;
-    while (count < candidates_.size() && kept < options_.top_p * total)
-      kept += candidates_[count++].first;
-    candidates_.resize(std::max<size_t>(1, count));
+    while (count < candidates.size() && kept < draw.top_p * total)
+      kept += candidates[count++].first;
+    candidates.resize(std::max<size_t>(1, count));
   }
-  double left = NextUniform() * kept;
-  for (const auto& [weight, id] : candidates_) {
+  double left = draw.uniform * kept;
+  for (const auto& [weight, id] : candidates) {
     left -= weight;
     if (left < 0) return id;
   }
-  return candidates_.back().second;  // rounding of the sum
+  return candidates.back().second;  // rounding of the sum
 }
 
 }  // namespace icecache

@@ -20,20 +20,35 @@ struct SamplerOptions {
   Status Validate() const;  // INVALID_ARGUMENT naming the option
 };
 
+// All that a choice depends on besides the logits: what the CPU and a GPU choose the same token by.
+struct Draw {
+  double temperature = 0;
+  double top_p = 1;
+  double uniform = 0;  // [0, 1); not used when temperature is 0
+};
+
+// The token that a draw chooses. Greedy (temperature 0): the largest logit, the lowest id among
+// equals. NaN logits lose. REQUIRES: logits not empty. Cost: one pass, plus a sort of the likely
+// tokens when top_p < 1. `scratch`: kept between calls to save allocations.
+using Candidates = std::vector<std::pair<double, int32_t>>;  // (probability weight, id)
+int32_t ChooseToken(std::span<const float> logits, const Draw& draw, Candidates* scratch);
+
 class Sampler {
  public:
   explicit Sampler(const SamplerOptions& options);  // REQUIRES: options.Validate().ok()
 
-  // Greedy: the largest logit, the lowest id among equals; draws no random number. NaN logits lose.
-  // REQUIRES: logits not empty. Cost: one pass, plus a sort of the likely tokens when top_p < 1.
-  int32_t Sample(std::span<const float> logits);
+  // For the next token. Greedy: takes no random number.
+  Draw Next();
+  int32_t Sample(std::span<const float> logits) {
+    return ChooseToken(logits, Next(), &candidates_);
+  }
 
  private:
   double NextUniform();  // [0, 1)
 
-  const SamplerOptions options_;
+  SamplerOptions options_;
   uint64_t state_;
-  std::vector<std::pair<double, int32_t>> candidates_;  // (probability weight, id), reused
+  Candidates candidates_;
 };
 
 }  // namespace icecache
