@@ -31,10 +31,21 @@ class AttentionBackend {
   virtual ~AttentionBackend() = default;
   virtual const char* name() const = 0;  // "cpu" | "reference" | "cuda" | "emulated"
 
-  // All items at once: on a GPU they are one launch, so a layer's heads belong into one call. Items
-  // may share states. REQUIRES: one head_dim and dtype over all items. An error (of a GPU) leaves
-  // states as they were.
-  virtual Status Attend(std::span<const AttentionItem> items) = 0;
+  // Adds the items to what is computed; a GPU works on while the caller does something else. States
+  // live until Finish, which alone writes them; everything else is read by the end of the call,
+  // except pages in frames of the device (DeviceFrames), which stay as they are until Finish. All
+  // items at once: on a GPU they are one launch, so a layer's heads belong into one call. Items may
+  // share states. REQUIRES: one head_dim and dtype over all items. An error adds nothing.
+  virtual Status Start(std::span<const AttentionItem> items) = 0;
+  // States of everything started hold its attention, too. An error (of a GPU) leaves them as they
+  // were. Nothing is started afterwards.
+  virtual Status Finish() = 0;
+
+  Status Attend(std::span<const AttentionItem> items) {
+    const Status started = Start(items);
+    const Status finished = Finish();
+    return started.ok() ? finished : started;
+  }
 
   // The brief form for one group where the backend cannot fail, which is to say: on the CPU.
   void AttendRows(const float* queries, const TokenRows& rows, const AttentionStateRef& states) {

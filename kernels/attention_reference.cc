@@ -67,13 +67,14 @@ class ReferenceAttention final : public AttentionBackend {
  public:
   const char* name() const override { return "reference"; }
 
-  Status Attend(std::span<const AttentionItem> items) override {
+  Status Start(std::span<const AttentionItem> items) override {
     for (const AttentionItem& item : items) {
       if (item.rows.count > 0) AddRows(item.queries, item.rows, item.states);
       if (!item.pages.empty()) AddPages(item.queries, item.kv, item.pages, item.states);
     }
     return OkStatus();
   }
+  Status Finish() override { return OkStatus(); }
 
  private:
   void AddRows(const float* queries, const TokenRows& rows, const AttentionStateRef& states) {

@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <cstring>
+#include <deque>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kernels/gpu/device_frames.h"
@@ -25,14 +27,27 @@ class GpuAttention final : public AttentionBackend {
 
   const char* name() const override { return name_.c_str(); }
 
-  Status Attend(std::span<const AttentionItem> items) override {
+  Status Start(std::span<const AttentionItem> items) override {
     Plan(items);
     if (tasks_.empty()) return OkStatus();
-    KV_RETURN_IF_ERROR(Stage(items));
-    if (frames_ != nullptr) KV_RETURN_IF_ERROR(frames_->QueueCopies());
-    Queue();
+    // The list of dirty frames is one: what reads it has to be through before it is written again.
+    if (from_frames_ && frames_read_) KV_RETURN_IF_ERROR(Finish());
+    if (flights_open_ == flights_.size()) flights_.emplace_back();
+    Flight& flight = flights_[flights_open_];
+    KV_RETURN_IF_ERROR(Stage(items, &flight));
+    if (from_frames_) KV_RETURN_IF_ERROR(frames_->QueueCopies());
+    frames_read_ |= from_frames_;
+    Queue(flight);
+    ++flights_open_;
+    return OkStatus();
+  }
+
+  Status Finish() override {
+    const size_t open = std::exchange(flights_open_, 0);
+    frames_read_ = false;
+    if (open == 0) return OkStatus();
     KV_RETURN_IF_ERROR(device_.Synchronize());
-    AddResults(items);
+    for (size_t f = 0; f < open; ++f) AddResults(flights_[f]);
     return OkStatus();
   }
 
@@ -50,11 +65,26 @@ class GpuAttention final : public AttentionBackend {
     size_t queries = 0, tasks = 0, pages = 0, rows = 0, bytes = 0;
   };
 
+  // Where results of a task go.
+  struct Target {
+    uint32_t head = 0;  // first, within the flight's states
+    AttentionStateRef states;
+  };
+  // What was started and is not finished, with memory of its own.
+  struct Flight {
+    DeviceMemory pinned, staged;  // the same layout on both sides
+    DeviceMemory states;          // [splits + 1] x states
+    DeviceMemory results;         // pinned: states
+    uint32_t heads = 0;
+    uint32_t head_dim = 0;
+    std::vector<Target> targets;
+  };
+
   void Plan(std::span<const AttentionItem> items);
   void AddPage(const PageView& page, size_t row_bytes);
-  Status Stage(std::span<const AttentionItem> items);
-  void Queue();
-  void AddResults(std::span<const AttentionItem> items);
+  Status Stage(std::span<const AttentionItem> items, Flight* flight);
+  void Queue(const Flight& flight);
+  static void AddResults(const Flight& flight);
 
   Device& device_;
   DeviceFrames* const frames_;
@@ -69,11 +99,12 @@ class GpuAttention final : public AttentionBackend {
   std::vector<Source> sources_;
   size_t staged_bytes_ = 0;
   uint32_t splits_ = 1;
+  bool from_frames_ = false;
   Layout layout_;
 
-  DeviceMemory pinned_, staged_;  // the same layout on both sides
-  DeviceMemory states_;           // [splits + 1] x states
-  DeviceMemory results_;          // pinned: states
+  std::deque<Flight> flights_;  // memory is kept from call to call; as many as were ever open
+  size_t flights_open_ = 0;
+  bool frames_read_ = false;  // by one that is open
 };
 
 void GpuAttention::AddPage(const PageView& page, size_t row_bytes) {
@@ -85,6 +116,8 @@ void GpuAttention::AddPage(const PageView& page, size_t row_bytes) {
   if (source.device_k == nullptr || source.device_v == nullptr) {
     source.device_k = source.device_v = nullptr;
     staged_bytes_ += 2 * page.fill * row_bytes;
+  } else {
+    from_frames_ = true;
   }
   sources_.push_back(source);
 }
@@ -95,6 +128,7 @@ void GpuAttention::Plan(std::span<const AttentionItem> items) {
   sources_.clear();
   heads_ = 0;
   staged_bytes_ = 0;
+  from_frames_ = false;
   for (size_t i = 0; i < items.size(); ++i) {
     const AttentionItem& item = items[i];
     if (item.rows.count == 0 && item.pages.empty()) continue;
@@ -125,21 +159,29 @@ void GpuAttention::Plan(std::span<const AttentionItem> items) {
   }
 }
 
-Status GpuAttention::Stage(std::span<const AttentionItem> items) {
+Status GpuAttention::Stage(std::span<const AttentionItem> items, Flight* flight) {
   layout_.queries = 0;
   layout_.tasks = Aligned(size_t{heads_} * head_dim_ * sizeof(float));
   layout_.pages = layout_.tasks + Aligned(tasks_.size() * sizeof(AttendTask));
   layout_.rows = layout_.pages + Aligned(sources_.size() * sizeof(PageView));
   layout_.bytes = layout_.rows + staged_bytes_;
-  KV_RETURN_IF_ERROR(DeviceMemory::Grow(device_, MemoryKind::kPinned, layout_.bytes, &pinned_));
-  KV_RETURN_IF_ERROR(DeviceMemory::Grow(device_, MemoryKind::kDevice, layout_.bytes, &staged_));
+  const auto grow = [&](MemoryKind kind, size_t bytes, DeviceMemory* memory) {
+    return DeviceMemory::Grow(device_, kind, bytes, memory);
+  };
+  KV_RETURN_IF_ERROR(grow(MemoryKind::kPinned, layout_.bytes, &flight->pinned));
+  KV_RETURN_IF_ERROR(grow(MemoryKind::kDevice, layout_.bytes, &flight->staged));
+  const DeviceMemory& pinned = flight->pinned;
+  flight->heads = heads_;
+  flight->head_dim = head_dim_;
+  flight->targets.clear();
   for (size_t t = 0; t < tasks_.size(); ++t) {
     const size_t floats = size_t{tasks_[t].rows} * head_dim_;
-    std::memcpy(pinned_.data<float>(layout_.queries) + size_t{tasks_[t].head} * head_dim_,
+    std::memcpy(pinned.data<float>(layout_.queries) + size_t{tasks_[t].head} * head_dim_,
                 items[item_of_[t]].queries, floats * sizeof(float));
+    flight->targets.push_back({tasks_[t].head, items[item_of_[t]].states});
   }
-  std::memcpy(pinned_.data(layout_.tasks), tasks_.data(), tasks_.size() * sizeof(AttendTask));
-  auto* const pages = pinned_.data<PageView>(layout_.pages);
+  std::memcpy(pinned.data(layout_.tasks), tasks_.data(), tasks_.size() * sizeof(AttendTask));
+  auto* const pages = pinned.data<PageView>(layout_.pages);
   for (size_t p = 0; p < sources_.size(); ++p) {
     const Source& source = sources_[p];
     if (source.device_k != nullptr) {
@@ -148,9 +190,9 @@ Status GpuAttention::Stage(std::span<const AttentionItem> items) {
     }
     const size_t bytes = source.host.fill * size_t{head_dim_} * DTypeBytes(dtype_);
     const size_t at = layout_.rows + source.staged;
-    std::memcpy(pinned_.data(at), source.host.k, bytes);
-    std::memcpy(pinned_.data(at + bytes), source.host.v, bytes);
-    pages[p] = {staged_.data(at), staged_.data(at + bytes), source.host.fill};
+    std::memcpy(pinned.data(at), source.host.k, bytes);
+    std::memcpy(pinned.data(at + bytes), source.host.v, bytes);
+    pages[p] = {flight->staged.data(at), flight->staged.data(at + bytes), source.host.fill};
   }
   uint32_t pages_max = 0;
   for (const AttendTask& task : tasks_) {
@@ -158,18 +200,17 @@ Status GpuAttention::Stage(std::span<const AttentionItem> items) {
   }
   const size_t state_bytes = AttentionStates::FlatFloats(heads_, head_dim_) * sizeof(float);
   splits_ = SplitsFor(device_.info().processors, static_cast<uint32_t>(tasks_.size()), pages_max);
-  KV_RETURN_IF_ERROR(
-      DeviceMemory::Grow(device_, MemoryKind::kDevice, (splits_ + 1) * state_bytes, &states_));
-  return DeviceMemory::Grow(device_, MemoryKind::kPinned, state_bytes, &results_);
+  KV_RETURN_IF_ERROR(grow(MemoryKind::kDevice, (splits_ + 1) * state_bytes, &flight->states));
+  return grow(MemoryKind::kPinned, state_bytes, &flight->results);
 }
 
-void GpuAttention::Queue() {
-  device_.Copy(staged_.data(), pinned_.data(), layout_.bytes);
+void GpuAttention::Queue(const Flight& flight) {
+  device_.Copy(flight.staged.data(), flight.pinned.data(), layout_.bytes);
   AttendArgs args;
-  args.queries = staged_.data<float>(layout_.queries);
-  args.tasks = staged_.data<AttendTask>(layout_.tasks);
-  args.pages = staged_.data<PageView>(layout_.pages);
-  args.states = states_.data<float>();
+  args.queries = flight.staged.data<float>(layout_.queries);
+  args.tasks = flight.staged.data<AttendTask>(layout_.tasks);
+  args.pages = flight.staged.data<PageView>(layout_.pages);
+  args.states = flight.states.data<float>();
   args.dtype = dtype_;
   args.task_count = static_cast<uint32_t>(tasks_.size());
   args.heads = heads_;
@@ -189,17 +230,18 @@ void GpuAttention::Queue() {
     device_.Launch(merge);
     state = merge.state;
   }
-  device_.Copy(results_.data(), state, floats * sizeof(float));
+  device_.Copy(flight.results.data(), state, floats * sizeof(float));
 }
 
-void GpuAttention::AddResults(std::span<const AttentionItem> items) {
-  float* const max = results_.data<float>();
-  float* const denom = max + heads_;
-  float* const out = denom + heads_;
-  for (size_t t = 0; t < tasks_.size(); ++t) {
-    const size_t head = tasks_[t].head;
-    MergeStates({tasks_[t].rows, head_dim_, max + head, denom + head, out + head * head_dim_},
-                items[item_of_[t]].states);
+void GpuAttention::AddResults(const Flight& flight) {
+  float* const max = flight.results.data<float>();
+  float* const denom = max + flight.heads;
+  float* const out = denom + flight.heads;
+  for (const Target& target : flight.targets) {
+    const size_t head = target.head;
+    MergeStates({target.states.heads, flight.head_dim, max + head, denom + head,
+                 out + head * flight.head_dim},
+                target.states);
   }
 }
 

@@ -23,7 +23,7 @@ namespace icecache::gpu {
 
 enum class MemoryKind : uint8_t {
   kDevice,  // the GPU's own
-  kPinned,  // the host's, page-locked and readable by kernels at the same address
+  kPinned,  // the host's, page-locked; kernels read and write it at the same address
 };
 
 struct DeviceInfo {

@@ -19,7 +19,8 @@ class OwnedGpuAttention final : public AttentionBackend {
   explicit OwnedGpuAttention(std::unique_ptr<gpu::Device> device)
       : device_(std::move(device)), backend_(gpu::MakeGpuAttention(*device_, nullptr)) {}
   const char* name() const override { return backend_->name(); }
-  Status Attend(std::span<const AttentionItem> items) override { return backend_->Attend(items); }
+  Status Start(std::span<const AttentionItem> items) override { return backend_->Start(items); }
+  Status Finish() override { return backend_->Finish(); }
 
  private:
   const std::unique_ptr<gpu::Device> device_;
