@@ -54,6 +54,7 @@ void AttentionIceCache::Abandon() {
     if (layer.ahead != nullptr) client_.AbandonSelect(layer.ahead);
     layer.ahead = nullptr;
   }
+  if (asked_ != nullptr) client_.AbandonSelect(std::exchange(asked_, nullptr));
 }
 
 void AttentionIceCache::Begin(const ContextHandle& context, const SinkWindow& window,
@@ -75,6 +76,32 @@ Status AttentionIceCache::Attend(LayerId layer, TokenPos first, uint32_t tokens,
 }
 
 Status AttentionIceCache::AttendToken(LayerId layer, const TokenCall& call) {
+  KV_RETURN_IF_ERROR(Enter(layer, call));
+  const auto start = [&] {
+    const AttentionTimer timer(&stats_.attention);
+    return backend_.Start(items_);
+  };
+  items_.clear();
+  AddLocal(layer, call, &items_);
+  Status status = start();
+  if (status.ok()) status = Collect(layer);
+  if (status.ok()) {
+    items_.clear();
+    AddSelected(layer, call, &items_);
+    status = start();
+  }
+  {
+    const AttentionTimer timer(&stats_.attention);
+    const Status finished = backend_.Finish();  // after an error, too: it writes to states_
+    if (status.ok()) status = finished;
+  }
+  KV_RETURN_IF_ERROR(status);
+  Leave(layer, call);
+  return OkStatus();
+}
+
+Status AttentionIceCache::Enter(LayerId layer, const TokenCall& call) {
+  if (asked_ != nullptr) client_.AbandonSelect(std::exchange(asked_, nullptr));
   token_.StoreToken(call.position, call.k, call.v);
   if (const auto left = window_.Append(layer, token_, &left_)) {
     KV_RETURN_IF_ERROR(appender_.Push(layer, left_, *left));
@@ -91,21 +118,24 @@ Status AttentionIceCache::AttendToken(LayerId layer, const TokenCall& call) {
   } else {
     moved = all_heads_;
   }
-  SelectCall now;
-  uint32_t append_end = 0;
-  if (!moved.empty()) {
-    // Some heads' shards cannot confirm for all.
-    if (moved.size() == shape_.kv_heads) append_end = window_.window_first(layer).value;
-    now = Ask(layer, call.q, moved);
-  }
-  KV_RETURN_IF_ERROR(AttendLocal(layer, call));
-  if (now != nullptr) KV_RETURN_IF_ERROR(Finish(layer, now, append_end));
-  KV_RETURN_IF_ERROR(AttendSelected(layer, call));
+  if (moved.empty()) return OkStatus();
+  // Some heads' shards cannot confirm for all.
+  asked_end_ = moved.size() == shape_.kv_heads ? window_.window_first(layer).value : 0;
+  asked_ = Ask(layer, call.q, moved);
+  return OkStatus();
+}
+
+Status AttentionIceCache::Collect(LayerId layer) {
+  if (asked_ == nullptr) return OkStatus();
+  return Finish(layer, std::exchange(asked_, nullptr), asked_end_);
+}
+
+void AttentionIceCache::Leave(LayerId layer, const TokenCall& call) {
+  Layer& l = layers_[layer.value];
   FinishStates(states_.ref(), call.out);
   appender_.Confirm(layer, l.confirmed);
   if (options_.layer_reuse > 1 && AnchorOf(layer) == nullptr) l.selection.RememberWhere();
   if (options_.prefetch) AskAhead(layer, call.q);
-  return OkStatus();
 }
 
 const LayerSelection* AttentionIceCache::AnchorOf(LayerId layer) const {
@@ -185,24 +215,21 @@ Status AttentionIceCache::Finish(LayerId layer, const SelectCall& call, uint32_t
   return OkStatus();
 }
 
-Status AttentionIceCache::AttendLocal(LayerId layer, const TokenCall& call) {
-  const AttentionTimer timer(&stats_.attention);
-  items_.clear();
+void AttentionIceCache::AddLocal(LayerId layer, const TokenCall& call,
+                                 std::vector<AttentionItem>* items) {
   for (uint16_t h = 0; h < shape_.kv_heads; ++h) {
     for (const TokenRows& rows :
          {window_.sinks(layer, KvHeadId(h)), window_.window(layer, KvHeadId(h))}) {
       if (rows.count == 0) continue;
-      items_.push_back({call.queries(shape_, h), GroupStates(shape_, states_, h), rows, {}, {}});
+      items->push_back({call.queries(shape_, h), GroupStates(shape_, states_, h), rows, {}, {}});
       stats_.attended_tokens += uint64_t{rows.count} * shape_.group();
     }
     stats_.heads += shape_.group();
   }
-  return backend_.Attend(items_);
 }
 
-Status AttentionIceCache::AttendSelected(LayerId layer, const TokenCall& call) {
-  const AttentionTimer timer(&stats_.attention);
-  items_.clear();
+void AttentionIceCache::AddSelected(LayerId layer, const TokenCall& call,
+                                    std::vector<AttentionItem>* items) {
   LayerSelection& selection = layers_[layer.value].selection;
   const uint32_t group = shape_.group();
   for (const KvHeadId h : all_heads_) {
@@ -211,7 +238,7 @@ Status AttentionIceCache::AttendSelected(LayerId layer, const TokenCall& call) {
     if (!caches_.empty()) {
       const PageCache& pages = selection.caches()[h.value];
       if (!pages.selected().empty()) {
-        items_.push_back({queries, states, {}, pages.view(), pages.selected()});
+        items->push_back({queries, states, {}, pages.view(), pages.selected()});
       }
       stats_.attended_tokens += uint64_t{pages.selected_tokens()} * group;
     }
@@ -220,7 +247,7 @@ Status AttentionIceCache::AttendSelected(LayerId layer, const TokenCall& call) {
     uint32_t position = appender_.first(layer).value;
     for (const LayerRows& token : appender_.tokens(layer)) {
       if (head.arrived && position++ < head.covered_end) continue;
-      items_.push_back({queries, states, token.view(h), {}, {}});
+      items->push_back({queries, states, token.view(h), {}, {}});
       stats_.attended_tokens += group;
     }
     if (head.arrived && !head.residual.empty()) {
@@ -228,7 +255,6 @@ Status AttentionIceCache::AttendSelected(LayerId layer, const TokenCall& call) {
       MergeStates({group, shape_.head_dim, flat, flat + group, flat + 2 * size_t{group}}, states);
     }
   }
-  return backend_.Attend(items_);
 }
 
 }  // namespace icecache

@@ -75,6 +75,21 @@ class AttentionIceCache final : public DecodeAttention {
   void ResetStats() override { stats_ = {}; }
   uint64_t kv_bytes() const override { return window_.bytes() + arena_.bytes(); }
 
+  // A layer step of one token in its parts, so that BatchAttention can take several sequences
+  // through them side by side; Attend is all of them in this order. The call lives through all.
+  //   1. Enter        the token enters the window, the question goes out
+  //   2. AddLocal     what is here: to be attended to while the shards select
+  //   3. Collect      waits for the answer, unless it has Arrived
+  //   4. AddSelected  what came: to be attended to
+  //   5. Leave        the result, and the question of the token to come
+  // After an error the step is over, and the next Enter begins another.
+  Status Enter(LayerId layer, const TokenCall& call);
+  void AddLocal(LayerId layer, const TokenCall& call, std::vector<AttentionItem>* items);
+  bool Arrived() const { return asked_ == nullptr || client_.Arrived(asked_); }
+  Status Collect(LayerId layer);
+  void AddSelected(LayerId layer, const TokenCall& call, std::vector<AttentionItem>* items);
+  void Leave(LayerId layer, const TokenCall& call);
+
  private:
   struct Layer {
     Layer(const ModelShape& shape, std::span<PageCache> caches, AttentionStats* stats)
@@ -95,8 +110,6 @@ class AttentionIceCache final : public DecodeAttention {
   bool Sampled();
   const LayerSelection* AnchorOf(LayerId layer) const;
   void Abandon();
-  Status AttendLocal(LayerId layer, const TokenCall& call);
-  Status AttendSelected(LayerId layer, const TokenCall& call);
 
   const ModelShape shape_;
   CacheClient& client_;
@@ -110,9 +123,12 @@ class AttentionIceCache final : public DecodeAttention {
   LayerRows token_, left_;
   std::vector<KvHeadId> all_heads_;
   std::vector<Layer> layers_;
+  // Of the step at hand.
   AttentionStates states_;
   std::vector<AttentionItem> items_;
-  uint64_t asks_ = 0;
+  SelectCall asked_;         // not yet collected; null: the question of a step before will do
+  uint32_t asked_end_ = 0;   // of the appended tokens that it carries to every shard
+  uint64_t asks_ = 0;        // so far, for Sampled
   AttentionStats stats_;
 };
 

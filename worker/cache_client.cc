@@ -12,7 +12,7 @@ namespace {
 
 // How long a wait may outlast the deadlines of the calls that it waits for.
 constexpr Duration kGrace = std::chrono::milliseconds(500);
-constexpr size_t kBuffersMax = 2 * limits::kShardsMax;
+constexpr size_t kBuffersMax = 2 * limits::kShardsMax + limits::kSelectsPerBatchMax;
 
 }  // namespace
 
@@ -205,9 +205,9 @@ SelectCall CacheClient::StartSelect(const ContextHandle& context, const SelectPa
         return !std::binary_search(params.heads.begin(), params.heads.end(), head);
       });
     }
-    if (!heads.empty()) SendSelect(state, ShardId(i), heads);
+    if (!heads.empty()) SendSelect(state, ShardId(i), heads, holding_);
   }
-  reactor_.Poll();  // hands over what the transport only queued
+  if (!holding_) reactor_.Poll();  // hands over what the transport only queued
   state->outcome.sending = reactor_.clock().Now() - start - (handling_ - handled);
   return state;
 }
@@ -227,22 +227,47 @@ Result<SelectOutcome> CacheClient::FinishSelect(const SelectCall& state, Duratio
   return state->outcome;
 }
 
+bool CacheClient::Arrived(const SelectCall& state) const { return state->open == 0; }
+
 void CacheClient::AbandonSelect(const SelectCall& state) {
   state->sink = nullptr;
   state->params = {};
 }
 
 void CacheClient::SendSelect(const SelectCall& state, ShardId shard,
-                             const std::vector<KvHeadId>& heads) {
+                             const std::vector<KvHeadId>& heads, bool hold) {
   const TimePoint now = reactor_.clock().Now();
   ++state->open;
   OutMessage message = SelectMessage(*state, shard, heads);
   state->outcome.bytes_moved += MessageBytes(message);
-  Call(shard, std::move(message),
-       std::max<Duration>(state->deadline - now, Duration(1)),
-       [this, state, shard, heads](const Result<InMessage>& reply) {
-         OnSelectReply(state, shard, heads, reply);
-       });
+  const Duration deadline = std::max<Duration>(state->deadline - now, Duration(1));
+  Channel::Done done = [this, state, shard, heads](const Result<InMessage>& reply) {
+    OnSelectReply(state, shard, heads, reply);
+  };
+  if (!hold) return Call(shard, std::move(message), deadline, std::move(done));
+  held_.resize(links_.size());
+  held_[shard.value].push_back({std::move(message), deadline, std::move(done)});
+}
+
+Duration CacheClient::ReleaseSelects() {
+  const TimePoint start = reactor_.clock().Now();
+  const Duration handled = handling_;
+  holding_ = false;
+  for (uint16_t i = 0; i < held_.size(); ++i) {
+    std::vector<Channel::Request> selects = std::exchange(held_[i], {});
+    for (size_t at = 0; at < selects.size(); at += limits::kSelectsPerBatchMax) {
+      const size_t end = std::min<size_t>(selects.size(), at + limits::kSelectsPerBatchMax);
+      std::vector<Channel::Request> part(std::make_move_iterator(selects.begin() + at),
+                                         std::make_move_iterator(selects.begin() + end));
+      if (part.size() == 1) {
+        Call(ShardId(i), std::move(part[0].message), part[0].deadline, std::move(part[0].done));
+      } else {
+        links_[i]->CallTogether(std::move(part));
+      }
+    }
+  }
+  reactor_.Poll();
+  return reactor_.clock().Now() - start - (handling_ - handled);
 }
 
 // Asks the shards whose connection was lost in this Select again, once they are back. Repeating is
@@ -264,7 +289,7 @@ Status CacheClient::RetryLost(const SelectCall& state) {
                                        link.address() + ": connection lost, and not back in time");
       return OkStatus();
     }
-    SendSelect(state, shard, heads);
+    SendSelect(state, shard, heads, false);
   }
   return Wait([&] { return state->open == 0; }, left() + kGrace);
 }

@@ -114,8 +114,15 @@ class CacheClient {
   SelectCall StartSelect(const ContextHandle& context, const SelectParams& params,
                          SelectionSink& sink);
   Result<SelectOutcome> FinishSelect(const SelectCall& call, Duration limit);
+  // FinishSelect would not wait (or no longer: all calls have ended).
+  bool Arrived(const SelectCall& call) const;
   // Nobody waits: what still comes is dropped.
   void AbandonSelect(const SelectCall& call);
+  // What StartSelect makes between the two leaves with ReleaseSelects, as one message per shard (or
+  // several, of limits::kSelectsPerBatchMax): the sequences of a batch ask together. Returns the
+  // time that sending took. Deadlines run from StartSelect.
+  void HoldSelects() { holding_ = true; }
+  Duration ReleaseSelects();
 
   // Fills `window` (made for the context's sink and window sizes) with sinks and tail of all
   // layers. DATA_LOSS when the rows do not match their checksum or `info`.
@@ -146,7 +153,7 @@ class CacheClient {
   void OnSelectReply(const SelectCall& state, ShardId shard,
                      const std::vector<KvHeadId>& heads, const Result<InMessage>& reply);
   void SendSelect(const SelectCall& state, ShardId shard,
-                  const std::vector<KvHeadId>& heads);
+                  const std::vector<KvHeadId>& heads, bool hold);
   Status RetryLost(const SelectCall& state);
   void ResolveMapped(const SelectState& state, ShardId shard, wire::SelectReply* reply);
   Status ApplySelection(SelectState& state, const std::vector<KvHeadId>& heads,
@@ -166,6 +173,8 @@ class CacheClient {
   std::vector<std::unique_ptr<ShardLink>> links_;  // by shard
   std::vector<std::shared_ptr<std::vector<std::byte>>> buffers_;
   Duration handling_{0};  // of all Selects so far
+  bool holding_ = false;
+  std::vector<std::vector<Channel::Request>> held_;  // by shard
 };
 
 }  // namespace icecache

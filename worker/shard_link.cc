@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "common/log.h"
+#include "common/wire/select_batch_codec.h"
 
 namespace icecache {
 namespace {
@@ -53,15 +54,28 @@ void ShardLink::Call(OutMessage message, Duration deadline, Channel::Done done) 
   KV_CHECK(channel_ != nullptr);
   if (extents_ != nullptr) extents_->DropIdle();
   bytes_moved_ += MessageBytes(message);
-  channel_->Call(std::move(message), deadline,
-                 [this, done = std::move(done)](Result<InMessage> reply) {
-                   if (reply.ok()) {
-                     bytes_moved_ += reply->meta.size() + reply->body.size();
-                     done(std::move(reply));
-                     return;
-                   }
-                   done(reply.status().WithContext("cache server, " + Name()));
-                 });
+  channel_->Call(std::move(message), deadline, Counted(std::move(done)));
+}
+
+Channel::Done ShardLink::Counted(Channel::Done done) {
+  return [this, done = std::move(done)](Result<InMessage> reply) {
+    if (reply.ok()) {
+      bytes_moved_ += reply->meta.size() + reply->body.size();
+      done(std::move(reply));
+      return;
+    }
+    done(reply.status().WithContext("cache server, " + Name()));
+  };
+}
+
+void ShardLink::CallTogether(std::vector<Channel::Request> selects) {
+  KV_CHECK(channel_ != nullptr);
+  if (extents_ != nullptr) extents_->DropIdle();
+  for (Channel::Request& select : selects) {
+    bytes_moved_ += MessageBytes(select.message);
+    select.done = Counted(std::move(select.done));
+  }
+  channel_->CallTogether(std::move(selects), wire::JoinSelects);
 }
 
 void ShardLink::SendAttach(const std::vector<std::byte>& ticket, std::function<void(Status)> done) {

@@ -55,6 +55,8 @@ class ShardLink {
   void Attach(const wire::Grant& grant, std::function<void(Status)> done);
   // Channel::Call with bytes counted and errors that name the shard.
   void Call(OutMessage message, Duration deadline, Channel::Done done);
+  // Selects in one message; each is a Call.
+  void CallTogether(std::vector<Channel::Request> selects);
 
   bool ready() const { return connected_ && attaching_ == 0; }
   // A connection that is or will be lost is tried again.
@@ -78,6 +80,7 @@ class ShardLink {
     ContextId context;
     std::vector<std::byte> ticket;
   };
+  Channel::Done Counted(Channel::Done done);
   void UseEndpoint(std::unique_ptr<Endpoint> endpoint);
   void SendAttach(const std::vector<std::byte>& ticket, std::function<void(Status)> done);
   void ChooseMode(const std::string& extents, std::span<const std::byte> ticket);

@@ -9,6 +9,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -16,6 +17,7 @@
 #include "common/checksum.h"
 #include "common/transport.h"
 #include "common/wire/data_codec.h"
+#include "common/wire/select_batch_codec.h"
 #include "kernels/attention_state.h"
 #include "kernels/distance.h"
 
@@ -50,6 +52,7 @@ class TestShard {
   int wrong_positions = 0;    // pages with a right checksum and a position outside the index
   int refused = 0;            // requests answered with FAILED_PRECONDITION
   std::map<uint16_t, uint64_t> near_positions;  // in Selects, by layer
+  int batches = 0;  // messages of several Selects
   int selects = 0, fetches = 0, pages_sent = 0, rows_sent = 0;
   void Die(bool for_good = false) { channel_->Close(), for_good ? transport_.reset() : void(); }
 
@@ -63,7 +66,9 @@ class TestShard {
     uint32_t indexed_end = 0;
   };
   using Body = std::vector<std::vector<std::byte>>;
-  Slice& slice(LayerId layer, KvHeadId head) { return slices_[{layer.value, head.value}]; }
+  Slice& slice(ContextId context, LayerId layer, KvHeadId head) {
+    return slices_[{context.value, layer.value, head.value}];
+  }
 
   void Answer(uint64_t id, OutMessage reply, std::shared_ptr<Body> body = nullptr) {
     for (size_t i = 0; body && i < body->size(); ++i) reply.body.emplace_back((*body)[i]);
@@ -72,6 +77,12 @@ class TestShard {
   }
 
   void Handle(const InMessage& m) {
+    if (m.kind == wire::kSelectBatch) {
+      ++batches;
+      const std::vector<InMessage> parts = wire::SplitSelects(m).value();
+      for (const InMessage& select : parts) Handle(select);
+      return;
+    }
     if (refused > 0) {
       --refused;
       channel_->ReplyError(m.id, FailedPrecondition("stale epoch"));
@@ -105,7 +116,7 @@ class TestShard {
   void Put(const InMessage& m) {
     const wire::PutRowsRequest r = wire::DecodePutRowsRequest(m, shape_).value();
     for (size_t i = 0; i < r.slices.heads.size(); ++i) {
-      Slice& s = slice(r.slices.layer, r.slices.heads[i]);
+      Slice& s = slice(r.slices.context, r.slices.layer, r.slices.heads[i]);
       for (uint32_t t = 0; t < r.token_count; ++t) {
         Add(s, r.k_rows(i, shape_).data() + t * shape_.row_bytes(),
             r.v_rows(i, shape_).data() + t * shape_.row_bytes(), r.first_position + t);
@@ -116,22 +127,7 @@ class TestShard {
     Answer(m.id, std::move(reply));
   }
 
-  void Build(const InMessage& m) {
-    const wire::BuildRequest r = wire::DecodeBuildRequest(m, shape_).value();
-    for (const KvHeadId head : r.slices.heads) {
-      Slice& s = slice(r.slices.layer, head);
-      KV_CHECK(s.k.size() == r.token_count);
-      s.tokens = r.token_count;
-      s.sinks = std::min(sinks_, s.tokens);
-      s.tail = std::min(window_, s.tokens - s.sinks);
-      s.indexed_end = s.sinks;
-      while (s.indexed_end < s.tokens - s.tail) Index(s);
-    }
-    OutMessage reply;
-    wire::Encode(wire::BuildReply{1}, &reply);
-    Answer(m.id, std::move(reply));
-  }
-
+  void Build(const InMessage& m);
   void Index(Slice& s) {
     if (s.pages.empty() || s.pages.back().rows.size() == limits::kPageTokens)
       s.pages.emplace_back();
@@ -191,7 +187,7 @@ class TestShard {
   const uint16_t index_, count_;
   std::unique_ptr<Transport> transport_;
   std::unique_ptr<Channel> channel_;
-  std::map<std::pair<uint16_t, uint16_t>, Slice> slices_;
+  std::map<std::tuple<uint64_t, uint16_t, uint16_t>, Slice> slices_;
 };
 
 }  // namespace icecache::test

@@ -1,9 +1,25 @@
-// The requests of TestShard that read: selection, sinks and tail, pages by name.
+// Requests of TestShard: build, selection, sinks and tail, pages by name.
 #pragma once
 
 #include "worker/test_shard.h"
 
 namespace icecache::test {
+
+inline void TestShard::Build(const InMessage& m) {
+  const wire::BuildRequest r = wire::DecodeBuildRequest(m, shape_).value();
+  for (const KvHeadId head : r.slices.heads) {
+    Slice& s = slice(r.slices.context, r.slices.layer, head);
+    KV_CHECK(s.k.size() == r.token_count);
+    s.tokens = r.token_count;
+    s.sinks = std::min(sinks_, s.tokens);
+    s.tail = std::min(window_, s.tokens - s.sinks);
+    s.indexed_end = s.sinks;
+    while (s.indexed_end < s.tokens - s.tail) Index(s);
+  }
+  OutMessage reply;
+  wire::Encode(wire::BuildReply{1}, &reply);
+  Answer(m.id, std::move(reply));
+}
 
 inline void TestShard::Select(const InMessage& m) {
   ++selects;
@@ -11,7 +27,7 @@ inline void TestShard::Select(const InMessage& m) {
   wire::SelectReply reply;
   const auto body = std::make_shared<Body>();
   for (size_t i = 0; i < r.heads.size(); ++i) {
-    Slice& s = slice(r.layer, r.heads[i].head);
+    Slice& s = slice(r.context, r.layer, r.heads[i].head);
     near_positions[r.layer.value] += r.heads[i].near.size();
     const float* const q = r.queries.data() + i * shape_.group() * shape_.head_dim;
     for (uint32_t t = 0; t < r.append_count; ++t) {
@@ -78,7 +94,7 @@ inline void TestShard::Rows(const InMessage& m) {
   wire::FetchRowsReply reply;
   std::vector<std::byte> all;
   for (const KvHeadId head : r.slices.heads) {
-    const Slice& s = slice(r.slices.layer, head);
+    const Slice& s = slice(r.slices.context, r.slices.layer, head);
     reply.first_position = r.part == wire::RowsPart::kSinks ? 0 : s.tokens - s.tail;
     reply.count = r.part == wire::RowsPart::kSinks ? s.sinks : s.tail;
     for (const auto* rows : {&s.k, &s.v}) {
@@ -109,7 +125,7 @@ inline void TestShard::Pages(const InMessage& m) {
   for (const wire::ResidentPage& page : r.pages) {
     const bool corrupt = corrupt_refetches > 0 && corrupt_refetches-- > 0;
     selection.pages.push_back(
-        PutPage(slice(r.layer, r.head), page.page.value, 0, corrupt, body.get()));
+        PutPage(slice(r.context, r.layer, r.head), page.page.value, 0, corrupt, body.get()));
   }
   OutMessage out;
   wire::Encode(reply, &out);

@@ -25,6 +25,7 @@ std::unique_ptr<BenchCommand> MakeFetchCommand();
 std::unique_ptr<BenchCommand> MakeAttentionCommand();
 std::unique_ptr<BenchCommand> MakeGatherCommand();
 std::unique_ptr<BenchCommand> MakeDecodeCommand();
+std::unique_ptr<BenchCommand> MakeBatchCommand();
 std::unique_ptr<BenchCommand> MakeTierCommand();
 std::unique_ptr<BenchCommand> MakeGrowthCommand();
 

@@ -16,6 +16,7 @@ int main(int argc, char** argv) {
   commands.push_back(icecache::MakeAttentionCommand());
   commands.push_back(icecache::MakeGatherCommand());
   commands.push_back(icecache::MakeDecodeCommand());
+  commands.push_back(icecache::MakeBatchCommand());
   commands.push_back(icecache::MakeTierCommand());
 
   icecache::ConfigParser parser(

@@ -23,6 +23,7 @@
 #include "worker/model/sampler.h"
 #include "worker/prefill.h"
 #include "worker/progress.h"
+#include "worker/serve/generate_batch.h"
 #include "worker/serve/interrupt.h"
 #include "worker/serve/methods.h"
 #include "worker/serve/summary.h"
@@ -73,14 +74,6 @@ class Generation {
   Tokens history_;  // the question and what was sampled: what follows tokens_
   GenerateSummary summary_;
 };
-
-Result<std::string> TextOf(const std::string& text, const std::string& file, const char* what) {
-  if (!text.empty() && !file.empty()) {
-    return InvalidArgument(std::string("--") + what + " and --" + what +
-                           "-file are both given; use one");
-  }
-  return file.empty() ? Result<std::string>(text) : ReadTextFile(file);
-}
 
 // Of a server that may come back.
 bool MayPass(const Status& status) {
@@ -213,7 +206,7 @@ Status Generation::DecodeOn(const std::function<bool(int32_t)>& on_token) {
   for (;;) {
     for (; fed < history_.size(); ++fed) KV_RETURN_IF_ERROR(loop_->Feed(history_[fed]));
     if (history_.size() == end) return OkStatus();
-    const int32_t token = sampler_->Sample(loop_->logits());
+    KV_ASSIGN_OR_RETURN(const int32_t token, loop_->Next(*sampler_));
     if (std::find(stop.begin(), stop.end(), token) != stop.end() || !on_token(token)) {
       return OkStatus();
     }
@@ -308,7 +301,8 @@ void AddGenerateCommand(ConfigParser& parser, GenerateOptions* o) {
       "icecache-worker generate --model DIR --prompt-file book.txt --question 'Who is Ahab?'\n"
       "icecache-worker generate --model DIR --prompt-file book.txt --context book --publish "
       "--durable --max-new-tokens 0\n"
-      "icecache-worker generate --model DIR --fork-of book --question-file q.txt --budget 512");
+      "icecache-worker generate --model DIR --fork-of book --question-file q.txt --budget 512\n"
+      "icecache-worker generate --model DIR --fork-of book --requests questions.jsonl --batch 8");
   AddWorkerOptions(command, &o->worker);
   command.Section("Text");
   command.Add("prompt_file", &o->prompt_file, "File with the prompt");
@@ -316,6 +310,11 @@ void AddGenerateCommand(ConfigParser& parser, GenerateOptions* o) {
   command.Add("question_file", &o->question_file,
               "File with text that follows the prompt, through sparse attention");
   command.Add("question", &o->question, "The same, itself");
+  command.Add("requests", &o->requests,
+              "File of questions to answer side by side, one JSON object a line: question, and as "
+              "needed id, budget, max_new_tokens, temperature, top_p, seed. Answers are JSON lines");
+  command.Add("batch", &o->batch, "With --requests: so many decode together", 1,
+              limits::kSelectsPerBatchMax);
   command.Section("Sharing");
   command.Add("context", &o->context, "Name of the context that is made; empty: a fresh one");
   command.Add("publish", &o->publish, "Seal the prompt and let other workers fork it by name");
@@ -333,6 +332,7 @@ void AddGenerateCommand(ConfigParser& parser, GenerateOptions* o) {
 }
 
 Status RunGenerate(const GenerateOptions& options) {
+  if (!options.requests.empty()) return RunGenerateBatch(options);
   Generation generation(options);
   return generation.Run();
 }

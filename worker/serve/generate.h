@@ -16,6 +16,8 @@ struct GenerateOptions {
   std::string prompt_file;
   std::string question;
   std::string question_file;
+  std::string requests;  // file of questions to be answered together; see generate_batch.h
+  uint32_t batch = 8;
   std::string context;  // name to give; empty: a fresh one
   std::string fork_of;
   bool publish = false;

@@ -176,6 +176,14 @@ IceCacheOptions IceCacheOptionsOf(const WorkerOptions& options, const Compute& c
   return icecache;
 }
 
+Result<std::string> TextOf(const std::string& text, const std::string& file, const char* what) {
+  if (!text.empty() && !file.empty()) {
+    return InvalidArgument(std::string("--") + what + " and --" + what +
+                           "-file are both given; use one");
+  }
+  return file.empty() ? Result<std::string>(text) : ReadTextFile(file);
+}
+
 Result<std::string> ReadTextFile(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
   if (!file) return NotFound("cannot read '" + path + "': " + std::strerror(errno));

@@ -72,6 +72,9 @@ Result<std::unique_ptr<ServerLink>> ConnectToServer(const WorkerOptions& options
 SparseBudget BudgetOf(const WorkerOptions& options);
 IceCacheOptions IceCacheOptionsOf(const WorkerOptions& options, const Compute& compute);
 
+// `text`, or the content of `file`; INVALID_ARGUMENT when both are given. `what`: the flag's name.
+Result<std::string> TextOf(const std::string& text, const std::string& file, const char* what);
+
 // Whole content; NOT_FOUND naming the file.
 Result<std::string> ReadTextFile(const std::string& path);
 
