@@ -12,7 +12,7 @@
 #include "worker/decode_attention.h"
 #include "worker/model/model.h"
 #include "worker/model/sampler.h"
-#include "worker/step_attention.h"
+#include "worker/model/step_attention.h"
 
 namespace icecache {
 

@@ -8,7 +8,7 @@
 #include "tests/models/tiny_model.h"
 #include "worker/model/device_model.h"
 #include "worker/model/sampler.h"
-#include "worker/step_attention.h"
+#include "worker/model/step_attention.h"
 
 namespace icecache {
 namespace {

@@ -10,7 +10,7 @@
 #include "tests/models/reference_model.h"
 #include "tests/models/tiny_model.h"
 #include "worker/model/model.h"
-#include "worker/step_attention.h"
+#include "worker/model/step_attention.h"
 
 namespace icecache {
 namespace {

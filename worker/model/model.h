@@ -45,7 +45,7 @@ struct StepToken {
 };
 
 // Attention for one layer and one token of each of several sequences. Implementations:
-// worker/step_attention.h, worker/batch_attention.h.
+// worker/model/step_attention.h, worker/batch_attention.h.
 class StepAttention {
  public:
   virtual ~StepAttention() = default;
