@@ -78,6 +78,31 @@ TEST_P(AttentionBackendSuite, CallsAddUpInAnyOrderAndSplit) {
   }
 }
 
+// What is started piece by piece, with other states and sizes between, is there after one Finish; what
+// the caller did to queries and rows meanwhile does not matter.
+TEST_P(AttentionBackendSuite, FinishAddsAllThatWasStarted) {
+  AttentionCase c(111, DType::kF16, 64, 4, 9, 3.0f), other(112, DType::kBF16, 128, 2, 30, 3.0f);
+  AttentionStates expected(4, 64), expected_other(2, 128), actual(4, 64), actual_other(2, 128);
+  reference_->AttendRows(c.queries.data(), c.rows, expected.ref());
+  reference_->AttendRows(other.queries.data(), other.rows, expected_other.ref());
+  for (size_t at = 0; at < c.ids.size(); at += 3) {
+    const AttentionItem item{c.queries.data(), actual.ref(), {}, c.kv,
+                             std::span(c.ids).subspan(at, 3)};
+    ASSERT_TRUE(backend_->Start({&item, 1}).ok());
+    if (at != 3) continue;
+    const AttentionItem rows{other.queries.data(), actual_other.ref(), other.rows, {}, {}};
+    ASSERT_TRUE(backend_->Start({&rows, 1}).ok());
+    ASSERT_TRUE(backend_->Start({}).ok());
+  }
+  std::fill(c.queries.begin(), c.queries.end(), 1e9f);
+  std::fill(other.k.begin(), other.k.end(), std::byte{0x7f});
+  ASSERT_TRUE(backend_->Finish().ok());
+  ExpectStatesNear(actual, expected, 1e-4f);
+  ExpectStatesNear(actual_other, expected_other, 1e-4f);
+  ASSERT_TRUE(backend_->Finish().ok());  // nothing is started any more
+  ExpectStatesNear(actual, expected, 1e-4f);
+}
+
 TEST_P(AttentionBackendSuite, EmptySetsChangeNothing) {
   const AttentionCase c(7, DType::kBF16, 64, 2, 3, 1.0f);
   AttentionStates states(2, 64);
