@@ -241,7 +241,8 @@ void PolicyAttention::Count(size_t at, const std::vector<Kept>& chosen,
       slice.kept.erase(kept);
     }
     slice.kept.insert(slice.kept.begin(), page);
-    s.repeated += std::any_of(slice.last.begin(), slice.last.end(), same(page));
+    s.repeated +=
+        slice.selected && std::any_of(slice.last.begin(), slice.last.end(), same(page));
   }
   if (slice.kept.size() > kKeptSelections * max_pages_)
     slice.kept.resize(kKeptSelections * max_pages_);
