@@ -11,6 +11,7 @@
 #include <nlohmann/json.hpp>
 
 #include "common/limits.h"
+#include "common/log.h"
 #include "tests/bench/command.h"
 #include "tests/bench/measure.h"
 #include "tests/support/process.h"
@@ -223,6 +224,7 @@ class BatchCommand final : public BenchCommand {
 };
 
 Status BatchCommand::Run() {
+  InitLogging(LogLevel::kWarn, LogFormat::kText, "icecache-bench");
   std::vector<uint32_t> batches;
   for (const std::string& text : flags_.batch) {
     const auto batch = static_cast<uint32_t>(std::strtoul(text.c_str(), nullptr, 10));
