@@ -13,7 +13,7 @@ namespace {
 
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 constexpr float kWorthReading = 1e-4f;  // estimated share (of its best token) to re-rank a page
-constexpr double kRerankGrowth = 1.5;   // more pages are re-ranked when a slice has doubled
+constexpr double kRerankGrowth = 4.0;   // more pages are re-ranked when a slice has doubled
 constexpr float kTopOfPage = 1.5f;  // standard deviations of the best of 16 above the mean, about
 
 size_t CountAtLeast(const float* x, size_t count, float bound) {
