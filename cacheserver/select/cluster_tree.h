@@ -48,7 +48,7 @@ struct ClusterTreeOptions {
   // With SelectRequest::near: pages scanned besides the supers that hold those named, and pages
   // sketched besides those named.
   uint32_t near_scan_pages = 4096;
-  uint32_t near_sketch_pages = 128;
+  uint32_t near_sketch_pages = 256;
   uint32_t sketch_pages = 4096;   // pages whose sketches one query reads; half more if that is all
   float token_threshold = 7e-4f;  // estimated weight above which a single token is read exactly
   float insert_slack =
