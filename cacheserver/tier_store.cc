@@ -15,9 +15,11 @@ namespace {
 constexpr double kStoreShare = 0.5;
 constexpr Duration kRepliesPause = std::chrono::milliseconds(2);
 
-// Pages, then rows and index, of every slice of the part. Any thread: a sealed segment does not
-// change, and while it is not stored its pages stay where they are.
+// Pages, then rows and index, of every slice of the part; on disk when it returns, since whoever
+// evicts a page must find it there. Any thread: a sealed segment does not change, and while it is not
+// stored its pages stay where they are.
 Status WriteSegment(const Segment& segment, ColdStore& store, Counter& pages_stored) {
+  const uint64_t losses = store.losses();
   // First what lets the next start find the rest.
   const ColdWrite record{ColdColumn::kRecords, cold_keys::SegmentRecord(segment.id()),
                          EncodeSegmentRecord(segment.id())};
@@ -43,7 +45,9 @@ Status WriteSegment(const Segment& segment, ColdStore& store, Counter& pages_sto
     KV_RETURN_IF_ERROR(store.Put(batch, false));
     batch.clear();
   }
-  return OkStatus();
+  KV_RETURN_IF_ERROR(store.Sync());
+  if (store.losses() == losses) return OkStatus();
+  return Unavailable("cold store: it was opened again while the segment was written; try again");
 }
 
 }  // namespace

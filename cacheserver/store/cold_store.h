@@ -2,9 +2,10 @@
 // batches.
 //
 // What is kept there is write-once: pages and index images of sealed segments, and small records
-// that say which contexts exist. The caller orders a publication as: Put pages and index -> Sync ->
-// Put the record durably; so a record on disk proves that everything it names is there, and a crash
-// in between leaves blobs that no record names (the caller deletes them at start).
+// that say which contexts exist. The disk has everything up to some write and nothing of what came
+// after it. So the caller puts pages and index first, then the record, durably: a record on disk proves
+// that everything it names is there, and a crash in between leaves blobs that no record names (the
+// caller deletes them at start).
 //
 // Implementations: RocksDB (rocks_cold_store.cc, the only file that knows it) and an in-memory
 // twin. Both pass tests/conformance/cold_store_suite.h. All methods may be called from many threads
@@ -38,7 +39,8 @@ class ColdStore {
  public:
   virtual ~ColdStore() = default;
 
-  // Writes all or none. durable: on disk when it returns; otherwise at the next Sync.
+  // Writes all or none. durable: on disk when it returns, like everything written before; otherwise at
+  // the next Sync.
   // RESOURCE_EXHAUSTED: disk full. DATA_LOSS: the store is corrupt. Both leave earlier data
   // readable.
   virtual Status Put(std::span<const ColdWrite> batch, bool durable) = 0;
@@ -53,8 +55,12 @@ class ColdStore {
   // Removes every key that starts with `prefix` (not empty). Durable at the next Sync.
   virtual Status DeletePrefix(ColdColumn column, std::string_view prefix) = 0;
 
-  // Everything written before is on disk when this returns.
+  // Everything written before is on disk when this returns, unless a loss came between.
   virtual Status Sync() = 0;
+  // How often writes that were not synced have been lost: after a failure (disk full) the store is
+  // opened again with what is on disk. Whoever puts in parts compares before the first and after
+  // the Sync.
+  virtual uint64_t losses() const = 0;
 
   // "puts", "put_bytes", "gets", "get_misses", "disk_bytes", "write_stalls", "background_errors".
   using CounterVisitor = std::function<void(std::string_view name, double value)>;

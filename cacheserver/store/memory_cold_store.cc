@@ -71,6 +71,7 @@ class MemoryColdStore final : public ColdStore {
     return OkStatus();
   }
 
+  uint64_t losses() const override { return 0; }
   Status Sync() override { return Fault("sync"); }
 
   void VisitCounters(const CounterVisitor& visit) const override {
