@@ -82,7 +82,7 @@ void ContextService::Commit(ContextId id, const Done& done) {
     if (!status.ok()) {
       table_.SetDurable(id, false);
       // It may have reached the disk all the same.
-      store_->Forget(ManifestOf(*committed), [](const Status&) {});
+      store_->Forget(ManifestOf(*committed), {}, {});
       return done(status.WithContext("publish"));
     }
     (void)table_.Publish(id);

@@ -308,7 +308,12 @@ void ContextService::Do(const Caller& caller, const wire::Drop& request, Done do
   if (record == nullptr) return done(NotFound("drop: no context '" + request.name + "'"));
   LogInfo("context dropped", {{"tenant", tenant.name}, {"context", record->name}});
   RememberEnd(*record, "it was dropped");
-  DropContext(record->id, [done = std::move(done)] { done(wire::Done{}); });
+  DropContext(record->id, [done = std::move(done)](const Status& status) {
+    if (status.ok()) return done(wire::Done{});
+    done(status.WithContext(
+        "drop: gone from memory; its record on disk goes when it can be written, and brings the "
+        "context back if the server ends before"));
+  });
 }
 
 void ContextService::Do(const Caller& caller, const wire::List&, Done done) {
@@ -429,7 +434,7 @@ void ContextService::EndLeases(const std::vector<Lease>& ended, const char* reas
   CountGauges();
 }
 
-void ContextService::DropContext(ContextId id, std::function<void()> done) {
+void ContextService::DropContext(ContextId id, std::function<void(Status)> done) {
   for (const Lease& lease : leases_.EndContext(id)) {
     metrics_
         .GetCounter("icecache_leases_ended_total", "Leases that ended, by reason.",
@@ -448,15 +453,10 @@ void ContextService::DropContext(ContextId id, std::function<void()> done) {
         return true;
       },
       [this, durable, manifest, freed, done = std::move(done)](const std::vector<bool>&) {
-        const auto finish = [this, freed, done](const Status&) {
-          // The shards write no part of these any more.
-          for (SegmentId segment : freed) {
-            if (store_ != nullptr) store_->DeleteSegment(segment);
-          }
-          if (done) done();
-        };
-        if (!durable) return finish(OkStatus());
-        store_->Forget(manifest, finish);
+        // The shards write no part of the segments any more.
+        if (durable) return store_->Forget(manifest, freed, done);
+        if (store_ != nullptr) store_->DeleteSegments(freed);
+        if (done) done(OkStatus());
       });
 }
 

@@ -125,8 +125,9 @@ class ContextService {
   void Describe(std::vector<ContextRecord> records,
                 std::function<void(std::vector<wire::ContextInfo>)> done);
   void EndLeases(const std::vector<Lease>& ended, const char* reason);
-  // done: when nothing of it can come back. May be empty.
-  void DropContext(ContextId id, std::function<void()> done = {});
+  // done: OK when nothing of it can come back; otherwise why its record is still on disk. May be
+  // empty.
+  void DropContext(ContextId id, std::function<void(Status)> done = {});
   void CountGauges();
 
   ShardGroup& shards_;
@@ -144,6 +145,7 @@ class ContextService {
     std::string name, reason;
     TimePoint when;
   };
+  const TimePoint started_ = leases_.clock().Now();
   std::deque<Ended> ended_;  // contexts that are gone, the last at the end
   std::map<ContextId, std::vector<std::function<void(Status)>>> loading_;
   bool admitting_ = true;

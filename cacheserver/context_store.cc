@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "cacheserver/store/cold_keys.h"
+#include "common/limits.h"
 #include "common/log.h"
 
 namespace icecache {
@@ -65,11 +66,15 @@ Result<ContextStore::Recovered> ContextStore::Recover(uint64_t now_us) {
   KV_RETURN_IF_ERROR(newer);
   std::vector<SegmentId> orphans;
   KV_RETURN_IF_ERROR(store.Scan(ColdColumn::kRecords, cold_keys::kSegments,
-                                [&](std::string_view key, std::string_view) {
+                                [&](std::string_view key, std::string_view value) {
                                   const SegmentId id = SegmentOfKey(key, cold_keys::kSegments);
+                                  const Status record = CheckSegmentRecord(value, id);
+                                  if (record.code() == StatusCode::kFailedPrecondition)
+                                    newer = record;
                                   if (!named.contains(id)) orphans.push_back(id);
-                                  return true;
+                                  return newer.ok();
                                 }));
+  KV_RETURN_IF_ERROR(newer);
   // What an unreadable record names is not known: nothing is deleted then.
   if (found.unreadable > 0) return found;
   found.orphans = orphans.size();
@@ -93,20 +98,47 @@ void ContextStore::Answer(std::function<void(T)> done, T value) {
 void ContextStore::Commit(const ContextManifest& manifest, std::function<void(Status)> done) {
   pool_.SubmitRecord([this, record = EncodeManifest(manifest),
                       key = KeyOf(manifest), done = std::move(done)]() mutable {
-    Status status = pool_.store().Sync();
-    if (status.ok()) {
-      const ColdWrite write{ColdColumn::kRecords, std::move(key), std::move(record)};
-      status = pool_.store().Put({&write, 1}, true);
-    }
+    const ColdWrite write{ColdColumn::kRecords, std::move(key), std::move(record)};
+    Status status = pool_.store().Put({&write, 1}, true);
     Answer<Status>(std::move(done), pool_.NoteWrite(std::move(status)));
   });
 }
 
-void ContextStore::Forget(const ContextManifest& manifest, std::function<void(Status)> done) {
-  pool_.SubmitRecord([this, key = KeyOf(manifest), done = std::move(done)]() mutable {
-    Status status = pool_.store().DeletePrefix(ColdColumn::kRecords, key);
-    Answer<Status>(std::move(done), pool_.NoteWrite(std::move(status)));
+void ContextStore::Forget(const ContextManifest& manifest, std::vector<SegmentId> segments,
+                          std::function<void(Status)> done) {
+  ++forgetting_;
+  ForgetOnce(manifest, std::move(segments), std::move(done));
+}
+
+void ContextStore::ForgetOnce(const ContextManifest& manifest, std::vector<SegmentId> segments,
+                              std::function<void(Status)> done) {
+  auto finish = [this, manifest, segments = std::move(segments),
+                 done = std::move(done)](const Status& status) {
+    if (done) done(status);
+    if (status.ok()) {
+      --forgetting_;
+      return DeleteSegments(segments);
+    }
+    control_.After(limits::kStoreRetryTime,
+                   [this, manifest, segments, alive = std::weak_ptr<int>(alive_)] {
+                     if (!alive.expired()) ForgetOnce(manifest, segments, {});
+                   });
+  };
+  pool_.SubmitRecord([this, key = KeyOf(manifest), finish = std::move(finish)]() mutable {
+    ColdStore& store = pool_.store();
+    const uint64_t losses = store.losses();
+    Status status = store.DeletePrefix(ColdColumn::kRecords, key);
+    if (status.ok()) status = store.Sync();
+    if (status.ok() && store.losses() != losses)
+      status = Unavailable("cold store: it was opened again meanwhile");
+    Answer<Status>(std::move(finish), pool_.NoteWrite(std::move(status)));
   });
+}
+
+void ContextStore::DeleteSegments(const std::vector<SegmentId>& segments) {
+  unnamed_.insert(unnamed_.end(), segments.begin(), segments.end());
+  if (forgetting_ > 0) return;
+  for (const SegmentId segment : std::exchange(unnamed_, {})) pool_.DeleteSegment(segment);
 }
 
 void ContextStore::ReadRows(std::vector<SegmentId> segments, uint32_t slices,

@@ -1,8 +1,8 @@
 // ContextStore: what the control plane does with the cold store. Finds durable contexts at start,
 // commits and forgets them, and reads what a context needs before it can be opened.
 //
-// A publication: every shard has written its part of every segment (Tier::Store) -> Commit flushes
-// all that to disk and writes the context's record, durably. A crash before that leaves blobs that
+// A publication: every shard has written its part of every segment (Tier::Store) -> Commit writes the
+// context's record, and all of it is flushed to disk. A crash before that leaves blobs that
 // no record names; Recover deletes them. So a context is there whole or not at all.
 //
 // Lifecycle: 1. Recover, before threads are started -> 2. the rest, from the control thread; answers
@@ -40,9 +40,14 @@ class ContextStore {
 
   // OK: the context is on disk and found at the next start.
   void Commit(const ContextManifest& manifest, std::function<void(Status)> done);
-  // The record is gone from disk when it is answered.
-  void Forget(const ContextManifest& manifest, std::function<void(Status)> done);
-  void DeleteSegment(SegmentId segment) { pool_.DeleteSegment(segment); }
+  // Deletes the record, then these segments, which no other context names. Answers once, when the
+  // record is gone or could not be deleted (disk full); then it is tried again every
+  // kStoreRetryTime.
+  void Forget(const ContextManifest& manifest, std::vector<SegmentId> segments,
+              std::function<void(Status)> done);
+  // Segments that no context names any more. They go when every record that is to go has gone: one
+  // of those may name them.
+  void DeleteSegments(const std::vector<SegmentId>& segments);
 
   // The plain rows of all slices of these segments, [segment][layer * kv_heads + head].
   using Rows = std::vector<std::vector<std::string>>;
@@ -50,11 +55,15 @@ class ContextStore {
                 std::function<void(Result<std::shared_ptr<const Rows>>)> done);
 
  private:
+  void ForgetOnce(const ContextManifest& manifest, std::vector<SegmentId> segments,
+                  std::function<void(Status)> done);
   template <typename T>
   void Answer(std::function<void(T)> done, T value);
 
   Reactor& control_;
   ColdPool& pool_;
+  uint64_t forgetting_ = 0;         // records that are to go and are still there
+  std::vector<SegmentId> unnamed_;  // segments that wait for those
   std::shared_ptr<int> alive_ = std::make_shared<int>(0);
 };
 
