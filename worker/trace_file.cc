@@ -30,6 +30,10 @@ Header HeaderOf(const TraceExtent& extent) {
 Result<TraceExtent> ParseHeader(const Header& header) {
   if (header[0] == 0) return DataLoss("the dump was not finished; make it again");
   if (header[0] != kMagic) return DataLoss("does not begin with ICKV: no trace");
+  if (header[1] > kVersion) {
+    return FailedPrecondition("version " + std::to_string(header[1]) + ", this program reads up to " +
+                              std::to_string(kVersion) + "; use a newer one, or dump it again");
+  }
   if (header[1] != kVersion) {
     return DataLoss("version " + std::to_string(header[1]) + ", expected " +
                     std::to_string(kVersion) + "; dump it again");

@@ -71,7 +71,8 @@ struct TraceSlice {
 // Reads one slice at a time.
 class TraceReader {
  public:
-  // NOT_FOUND, or DATA_LOSS naming what in the header is wrong or how the size differs.
+  // NOT_FOUND, FAILED_PRECONDITION (a newer version), or DATA_LOSS naming what in the header is wrong
+  // or how the size differs.
   static Result<TraceReader> Open(const std::string& path);
 
   const TraceExtent& extent() const { return extent_; }

@@ -109,6 +109,15 @@ std::string EncodeSegmentRecord(SegmentId segment) {
   return out.Finish();
 }
 
+Status CheckSegmentRecord(std::string_view blob, SegmentId segment) {
+  BlobReader in(kSegmentFormat, blob);
+  const auto id = in.Get<uint64_t>();
+  KV_RETURN_IF_ERROR(in.Finish());
+  if (id == segment.value) return OkStatus();
+  return DataLoss(std::string(kSegmentFormat.name) + ": it is of segment " + std::to_string(id) +
+                  ", expected " + std::to_string(segment.value));
+}
+
 std::string EncodeStartRecord(uint64_t first_id) {
   BlobWriter out(kStartFormat);
   out.Put(first_id);

@@ -43,6 +43,8 @@ Result<ContextManifest> DecodeManifest(std::string_view blob);
 
 // The record that lets a start find what no context names.
 std::string EncodeSegmentRecord(SegmentId segment);
+// DATA_LOSS: not this segment's. FAILED_PRECONDITION: a newer format.
+Status CheckSegmentRecord(std::string_view blob, SegmentId segment);
 
 // The record of the last start: ids and epochs below `first_id` were used.
 std::string EncodeStartRecord(uint64_t first_id);

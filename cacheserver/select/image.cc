@@ -58,8 +58,11 @@ ImageReader::ImageReader(PolicyKind kind, const PolicyOptions& options, std::str
   if (header.magic != kMagic) {
     Fail("it does not start with the magic number");
   } else if (header.version != kVersion) {
-    Fail("it has version " + std::to_string(header.version) + ", this build reads version " +
-         std::to_string(kVersion) + "; rebuild the index from its pages");
+    const std::string what = "it has version " + std::to_string(header.version) +
+                             ", this build reads version " + std::to_string(kVersion);
+    Fail(what + "; rebuild the index from its pages");
+    if (header.version > kVersion)
+      status_ = FailedPrecondition("index image: " + what + "; use a newer server");
   } else if (header.body_bytes != expected_bytes) {
     Fail("its body has " + std::to_string(expected_bytes) + " bytes, its header says " +
          std::to_string(header.body_bytes));

@@ -57,6 +57,10 @@ BlobReader::BlobReader(const BlobFormat& format, std::string_view blob) : format
                                  "; use a newer server or another --data-dir");
     return;
   }
+  if (ValueAt<uint16_t>(blob, 4) == 0 || ValueAt<uint16_t>(blob, 6) != 0) {
+    Fail("its header holds what was never written");
+    return;
+  }
   const uint64_t body_bytes = blob.size() - kHeaderBytes - kSumBytes;
   const size_t sum_at = blob.size() - kSumBytes;
   if (ValueAt<uint64_t>(blob, 8) != body_bytes) {

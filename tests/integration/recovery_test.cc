@@ -9,6 +9,7 @@
 #include <set>
 #include <thread>
 
+#include "cacheserver/store/cold_store.h"
 #include "cacheserver/test_worker.h"
 #include "tests/support/process.h"
 
@@ -198,6 +199,52 @@ TEST(RecoveryOf, KilledAtAnyMomentAContextIsWholeOrAbsent) {
       });
     }
   }
+}
+
+// Somebody goes back to an older server: it changes nothing and says what to do.
+TEST(RecoveryOf, ARecordOfANewerServerIsRefusedAndKept) {
+  TempDir dir;
+  {
+    TestServer server(Args(dir));
+    Worker writer(server.address(), 5);
+    MakeContext(writer, "doc", 400, true);
+    server.process().Signal(SIGKILL);
+    server.process().Wait(std::chrono::seconds(10));
+  }
+  const auto set_version = [&](char version) {
+    auto store = OpenRocksColdStore({.directory = dir.path("data")});
+    ASSERT_TRUE(store.ok()) << store.status().ToString();
+    ColdWrite record{ColdColumn::kRecords, "", ""};
+    ASSERT_TRUE((*store)
+                    ->Scan(ColdColumn::kRecords, "context/",
+                           [&](std::string_view key, std::string_view value) {
+                             record.key = key;
+                             record.value = value;
+                             return false;
+                           })
+                    .ok());
+    ASSERT_GT(record.value.size(), 5u);
+    record.value[4] = version;
+    ASSERT_TRUE((*store)->Put({&record, 1}, true).ok());
+  };
+  set_version(9);
+  {
+    std::vector<std::string> args = Args(dir);
+    args.insert(args.end(), {"--port", "0", "--http-port", "0"});
+    Process refused("icecache-server", args);
+    const ProcessResult r = refused.Wait(std::chrono::seconds(20));
+    EXPECT_TRUE(r.exited);
+    EXPECT_EQ(r.exit_code, static_cast<int>(StatusCode::kFailedPrecondition));
+    EXPECT_THAT(refused.Err(),
+                ::testing::AllOf(::testing::HasSubstr(dir.path("data")),
+                                 ::testing::HasSubstr("record of a durable context"),
+                                 ::testing::HasSubstr("format 9"), ::testing::HasSubstr("up to 1"),
+                                 ::testing::HasSubstr("use a newer server")));
+  }
+  set_version(1);
+  TestServer server(Args(dir));
+  Worker reader(server.address(), 5);
+  EXPECT_TRUE(OpenContext(reader, "doc").ok());
 }
 
 TEST(RecoveryOf, WorkingSetOfFourTimesTheMemoryIsAnsweredInFull) {
