@@ -16,6 +16,7 @@
 #include "common/transport.h"
 #include "common/ucx_connection.h"
 #include "common/ucx_environment.h"
+#include "common/ucx_peer.h"
 
 namespace icecache {
 namespace {
@@ -227,6 +228,9 @@ void UcxTransport::Accept(ucp_conn_request_h request) {
   params.conn_request = request;
   const auto connection = std::make_shared<UcxConnection>(core_, peer);
   Status status = connection->OpenWorker();
+  // Asked as late as can be.
+  if (status.ok() && known && PeerHasClosed(attributes.client_address))
+    status = Unavailable("it has given up and closed the connection");
   if (!status.ok()) {
     ucp_listener_reject(listener_, request);
   } else {
