@@ -1,9 +1,10 @@
 // A fuzzing engine for any compiler: replays a corpus, then mutates it.
 //
-//   fuzz_NAME [--seconds N] [--seed S] [--corpus DIR] [--write-corpus DIR] [FILE...]
+//   fuzz_NAME [--target NAME] [--seconds N] [--seed S] [--corpus DIR] [--write-corpus DIR] [FILE...]
 //
-// With FILEs: runs these and nothing else (to reproduce). On a crash the input is in
-// ./crash-fuzz_NAME.
+// Without --target all of them, one after the other, for so long each. DIR has a folder for each
+// target. With FILEs: runs these and nothing else (to reproduce). On a crash the input is in
+// ./crash-fuzz_NAME-TARGET.
 #include <fcntl.h>
 #include <signal.h>
 #include <unistd.h>
@@ -40,10 +41,10 @@ void OnCrash(int signal) {
   raise(signal);
 }
 
-void RunOne(const std::string& input) {
+void RunOne(const Target& target, const std::string& input) {
   g_current = input;
   alarm(10);  // no single input takes seconds: a hang is a finding
-  LLVMFuzzerTestOneInput(reinterpret_cast<const uint8_t*>(input.data()), input.size());
+  target.run(input);
   alarm(0);
 }
 
@@ -102,19 +103,66 @@ std::string Mutate(std::string input, const std::vector<std::string>& corpus,
   return input;
 }
 
-int Fuzz(std::vector<std::string> corpus, double seconds, uint64_t seed) {
+void Fuzz(const Target& target, const std::vector<std::string>& corpus, double seconds,
+          uint64_t seed) {
   std::mt19937_64 random(seed);
-  for (const std::string& input : corpus) RunOne(input);
+  for (const std::string& input : corpus) RunOne(target, input);
   uint64_t runs = corpus.size();
   const auto end = std::chrono::steady_clock::now() + std::chrono::duration<double>(seconds);
   while (std::chrono::steady_clock::now() < end) {
     for (int i = 0; i < 16; ++i, ++runs)
-      RunOne(Mutate(corpus[random() % corpus.size()], corpus, random));
+      RunOne(target, Mutate(corpus[random() % corpus.size()], corpus, random));
   }
-  std::printf("%llu runs over %zu seeds, seed %llu, nothing found\n",
+  std::printf("%s: %llu runs over %zu seeds, seed %llu, nothing found\n", target.name.c_str(),
               static_cast<unsigned long long>(runs), corpus.size(),
               static_cast<unsigned long long>(seed));
-  return 0;
+}
+
+void WriteCorpus(const Target& target, const std::string& dir) {
+  std::filesystem::create_directories(dir + "/" + target.name);
+  int n = 0;
+  for (const std::string& s : target.seeds)
+    std::ofstream(dir + "/" + target.name + "/seed-" + std::to_string(n++), std::ios::binary) << s;
+}
+
+// Seeds and files, sorted: the same order on every file system. A target without a folder was forgotten.
+std::vector<std::string> CorpusOf(const Target& target, const std::string& dir) {
+  std::vector<std::string> corpus = target.seeds;
+  if (!dir.empty()) {
+    for (const auto& entry : std::filesystem::directory_iterator(dir + "/" + target.name))
+      corpus.push_back(ReadAll(entry.path()));
+  }
+  std::sort(corpus.begin(), corpus.end());
+  return corpus;
+}
+
+struct Options {
+  double seconds = 15;
+  uint64_t seed = std::random_device{}();
+  std::string target, corpus, write_corpus;
+  std::vector<std::string> files;
+};
+
+Options Parse(int argc, char** argv) {
+  Options options;
+  for (int i = 1; i < argc; ++i) {
+    const std::string word = argv[i];
+    const auto value = [&]() -> std::string { return i + 1 < argc ? argv[++i] : ""; };
+    if (word == "--seconds") {
+      options.seconds = std::stod(value());
+    } else if (word == "--seed") {
+      options.seed = std::stoull(value());
+    } else if (word == "--target") {
+      options.target = value();
+    } else if (word == "--corpus") {
+      options.corpus = value();
+    } else if (word == "--write-corpus") {
+      options.write_corpus = value();
+    } else {
+      options.files.push_back(word);
+    }
+  }
+  return options;
 }
 
 }  // namespace
@@ -125,41 +173,37 @@ void Broken(const char* promise) {
 }
 
 int Main(int argc, char** argv) {
-  double seconds = 15;
-  uint64_t seed = std::random_device{}();
-  std::vector<std::string> corpus, files;
-  for (int i = 1; i < argc; ++i) {
-    const std::string word = argv[i];
-    const auto value = [&]() -> std::string { return i + 1 < argc ? argv[++i] : ""; };
-    if (word == "--seconds") {
-      seconds = std::stod(value());
-    } else if (word == "--seed") {
-      seed = std::stoull(value());
-    } else if (word == "--corpus") {
-      for (const auto& entry : std::filesystem::directory_iterator(value()))
-        corpus.push_back(ReadAll(entry.path()));
-      std::sort(corpus.begin(), corpus.end());  // the same order on every file system
-    } else if (word == "--write-corpus") {
-      const std::string dir = value();
-      std::filesystem::create_directories(dir);
-      int n = 0;
-      for (const std::string& s : Seeds())
-        std::ofstream(dir + "/seed-" + std::to_string(n++), std::ios::binary) << s;
-      return 0;
-    } else {
-      files.push_back(word);
-    }
-  }
-  g_crash_file = "crash-" + std::filesystem::path(argv[0]).filename().string();
+  const Options options = Parse(argc, argv);
+  const std::string program = std::filesystem::path(argv[0]).filename().string();
   for (const int s : {SIGABRT, SIGALRM, SIGSEGV, SIGFPE, SIGILL, SIGBUS}) signal(s, OnCrash);
-  for (const std::string& f : files) RunOne(ReadAll(f));
-  if (!files.empty()) return 0;
-  for (const std::string& s : Seeds()) corpus.push_back(s);
-  std::printf("seed %llu\n", static_cast<unsigned long long>(seed));
-  std::fflush(stdout);
-  return Fuzz(std::move(corpus), seconds, seed);
+  std::printf("seed %llu\n", static_cast<unsigned long long>(options.seed));
+  bool found = false;
+  for (const Target& target : Targets()) {
+    if (!options.target.empty() && options.target != target.name) continue;
+    found = true;
+    g_crash_file = "crash-" + program + "-" + target.name;
+    std::fflush(stdout);
+    for (const std::string& file : options.files) RunOne(target, ReadAll(file));
+    if (!options.write_corpus.empty()) WriteCorpus(target, options.write_corpus);
+    if (!options.files.empty() || !options.write_corpus.empty()) continue;
+    Fuzz(target, CorpusOf(target, options.corpus), options.seconds, options.seed);
+  }
+  if (!found) std::fprintf(stderr, "%s has no target '%s'\n", program.c_str(), options.target.c_str());
+  return found ? 0 : 2;
 }
 
 }  // namespace icecache::fuzz
 
+#ifdef ICECACHE_LIBFUZZER
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  static const auto targets = icecache::fuzz::Targets();
+  const char* name = std::getenv("ICECACHE_FUZZ_TARGET");
+  for (const auto& target : targets) {
+    if (name == nullptr || target.name == name)
+      target.run(std::string(reinterpret_cast<const char*>(data), size));
+  }
+  return 0;
+}
+#else
 int main(int argc, char** argv) { return icecache::fuzz::Main(argc, argv); }
+#endif

@@ -1,5 +1,4 @@
-// Text files of the server: configuration and tokens. Input: one byte for the format, then the
-// file's bytes.
+// Text files of the server: configuration and tokens.
 #include <unistd.h>
 
 #include <fstream>
@@ -34,27 +33,19 @@ void CheckConfig(const std::string& text) {
 
 }  // namespace
 
-std::vector<std::string> Seeds() {
+std::vector<Target> Targets() {
+  const std::string tokens =
+      "[[tenant]]\nname = \"alice\"\nsecret_sha256 = \"c0ffeec0ffee:" + HashSecret("c0ffeec0ffee", "s") +
+      "\"\nquota = \"8GiB\"\nweight = 2\nrights = [\"read\", \"write\"]\n\n[[tenant]]\nname = "
+      "\"bob\"\nsecret_sha256 = \"saltsalt:" +
+      HashSecret("saltsalt", "t") + "\"\n";
   return {
-      "\x01host = \"::1\"\nport = 7400\nmemory_size = \"4GiB\"\nflag = true\nlease_ms = \"2s\"\n",
-      "\x01port = 70000\n", "\x01# nothing\n",
-      std::string("\x02[[tenant]]\nname = \"alice\"\nsecret_sha256 = \"c0ffee:") +
-          HashSecret("c0ffee", "s") +
-          "\"\nquota = \"8GiB\"\nweight = 2\nrights = [\"read\", \"write\"]\n\n[[tenant]]\nname = "
-          "\"bob\"\nsecret_sha256 = \"00:" +
-          HashSecret("00", "t") + "\"\n"};
+      {"config",
+       {"host = \"::1\"\nport = 7400\nmemory_size = \"4GiB\"\nflag = true\nlease_ms = \"2s\"\n",
+        "port = 70000\n", "# nothing\n"},
+       CheckConfig},
+      {"tokens", {tokens}, [](const std::string& text) { (void)TenantTable::Parse(text, "fuzz"); }},
+  };
 }
 
 }  // namespace icecache::fuzz
-
-extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
-  using namespace icecache;
-  if (size == 0) return 0;
-  const std::string text(reinterpret_cast<const char*>(data) + 1, size - 1);
-  if (data[0] % 2 == 1) {
-    fuzz::CheckConfig(text);
-  } else {
-    (void)TenantTable::Parse(text, "fuzz");
-  }
-  return 0;
-}

@@ -18,35 +18,27 @@ void Check(const Message& message, Decode decode) {
   if (wire::EncodeFrame(again.value()) != once) Broken("encoding is a function of the message");
 }
 
+void CheckFrame(const std::string& input) {
+  const auto bytes = std::as_bytes(std::span(input));
+  if (bytes.size() >= wire::kFrameHeaderBytes)
+    (void)wire::FrameBytes(bytes.first<wire::kFrameHeaderBytes>());
+  if (const auto request = wire::DecodeRequest(bytes); request.ok())
+    Check(request.value(), wire::DecodeRequest);
+  if (const auto reply = wire::DecodeReply(bytes); reply.ok())
+    Check(reply.value(), wire::DecodeReply);
+}
+
+Target Request(const char* name, wire::ControlRequest request) {
+  return {name, {Frame(wire::EncodeFrame(request))}, CheckFrame};
+}
+Target Reply(const char* name, wire::ControlReply reply) {
+  return {name, {Frame(wire::EncodeFrame(reply))}, CheckFrame};
+}
+
 }  // namespace
 
-std::vector<std::string> Seeds() {
+std::vector<Target> Targets() {
   const ModelShape shape{.layers = 4, .kv_heads = 2, .query_heads = 8, .head_dim = 64};
-  std::vector<std::string> seeds;
-  const auto request = [&](auto body) {
-    seeds.push_back(Frame(wire::EncodeFrame(wire::ControlRequest{7, body})));
-  };
-  const auto reply = [&](auto body) {
-    seeds.push_back(Frame(wire::EncodeFrame(wire::ControlReply{7, body})));
-  };
-  request(wire::Hello{.tenant = "alice", .secret = "s3cret", .client = "worker 1"});
-  request(wire::Create{.name = "doc",
-                       .shape = shape,
-                       .model = "recall",
-                       .sink_tokens = 16,
-                       .window_tokens = 16,
-                       .policy = "cluster_tree"});
-  request(wire::Open{"doc"});
-  request(wire::Fork{"doc", "doc-2"});
-  request(wire::Seal{ContextId(3)});
-  request(wire::Publish{ContextId(3)});
-  request(wire::Release{ContextId(3)});
-  request(wire::Drop{"doc"});
-  request(wire::List{});
-  request(wire::Describe{"doc"});
-  request(wire::Renew{});
-  request(wire::Inspect{wire::InspectTopic::kExplain, "doc"});
-  request(wire::Drain{});
   wire::ContextInfo info{.id = ContextId(3),
                          .name = "doc",
                          .shape = shape,
@@ -58,27 +50,37 @@ std::vector<std::string> Seeds() {
                          .tenant = "alice"};
   info.segments.push_back(
       {.id = SegmentId(9), .tokens = 16384, .sealed = true, .references = 2, .bytes = 1 << 20});
-  reply(NotFound("no context 'doc'"));
-  reply(wire::HelloReply{
-      .version = "0.1.0", .shards = {"127.0.0.1:1", "127.0.0.1:2"}, .heartbeat_ms = 200});
-  reply(wire::Grant{
-      .context = info, .epoch = Epoch(5), .ticket = std::vector<std::byte>(32), .lease_ms = 10000});
-  reply(wire::Done{});
-  reply(wire::ContextList{{info, info}});
-  reply(wire::Report{"{\"contexts\": []}"});
-  return seeds;
+  const wire::Grant grant{
+      .context = info, .epoch = Epoch(5), .ticket = std::vector<std::byte>(32), .lease_ms = 10000};
+  const wire::HelloReply hello{
+      .version = "0.1.0", .shards = {"127.0.0.1:1", "127.0.0.1:2"}, .heartbeat_ms = 200};
+  const wire::Create create{.name = "doc",
+                            .shape = shape,
+                            .model = "recall",
+                            .sink_tokens = 16,
+                            .window_tokens = 16,
+                            .policy = "cluster_tree"};
+  return {
+      Request("hello", {7, wire::Hello{.tenant = "alice", .secret = "s", .client = "worker 1"}}),
+      Request("create", {7, create}),
+      Request("open", {7, wire::Open{"doc"}}),
+      Request("fork", {7, wire::Fork{"doc", "doc-2"}}),
+      Request("seal", {7, wire::Seal{ContextId(3)}}),
+      Request("publish", {7, wire::Publish{ContextId(3), true}}),
+      Request("release", {7, wire::Release{ContextId(3)}}),
+      Request("drop", {7, wire::Drop{"doc"}}),
+      Request("list", {7, wire::List{}}),
+      Request("describe", {7, wire::Describe{"doc"}}),
+      Request("renew", {7, wire::Renew{}}),
+      Request("inspect", {7, wire::Inspect{wire::InspectTopic::kExplain, "doc"}}),
+      Request("drain", {7, wire::Drain{}}),
+      Reply("status_reply", {7, NotFound("no context 'doc'")}),
+      Reply("hello_reply", {7, hello}),
+      Reply("grant_reply", {7, grant}),
+      Reply("done_reply", {7, wire::Done{}}),
+      Reply("list_reply", {7, wire::ContextList{{info, info}}}),
+      Reply("report_reply", {7, wire::Report{"{\"contexts\": []}"}}),
+  };
 }
 
 }  // namespace icecache::fuzz
-
-extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
-  using namespace icecache;
-  const auto bytes = std::as_bytes(std::span(data, size));
-  if (size >= wire::kFrameHeaderBytes)
-    (void)wire::FrameBytes(bytes.first<wire::kFrameHeaderBytes>());
-  if (const auto request = wire::DecodeRequest(bytes); request.ok())
-    fuzz::Check(request.value(), wire::DecodeRequest);
-  if (const auto reply = wire::DecodeReply(bytes); reply.ok())
-    fuzz::Check(reply.value(), wire::DecodeReply);
-  return 0;
-}

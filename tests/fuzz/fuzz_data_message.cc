@@ -1,5 +1,4 @@
-// Data-plane messages. Input: one byte for the kind, two bytes (little endian) of meta length in
-// words, meta, body. What a decoder accepts must stay inside the body it was given and inside the
+// Data-plane messages. Input: two bytes (little endian) of meta length in words, meta, body. What a decoder accepts must stay inside the body it was given and inside the
 // limits.
 #include <cstring>
 
@@ -14,10 +13,9 @@ namespace {
 
 const ModelShape kShape{.layers = 2, .kv_heads = 2, .query_heads = 4, .head_dim = 16};
 
-std::string Input(uint8_t decoder, const OutMessage& m, const std::string& body) {
+std::string Input(const OutMessage& m, const std::string& body) {
   const size_t words = (m.meta.size() + 7) / 8;
-  std::string out = {static_cast<char>(decoder), static_cast<char>(words & 255),
-                     static_cast<char>(words >> 8)};
+  std::string out = {static_cast<char>(words & 255), static_cast<char>(words >> 8)};
   out.append(reinterpret_cast<const char*>(m.meta.data()), m.meta.size());
   out.append(words * 8 - m.meta.size(), '\0');
   return out + body;
@@ -49,24 +47,24 @@ void CheckSelectReply(const InMessage& m) {
   }
 }
 
-void CheckRequests(const InMessage& m, int decoder) {
-  if (decoder == 2) {
-    const auto put = wire::DecodePutRowsRequest(m, kShape);
-    if (!put.ok()) return;
-    for (size_t h = 0; h < put->slices.heads.size(); ++h) {
-      Inside(put->k_rows(h, kShape), m);
-      Inside(put->v_rows(h, kShape), m);
-    }
-  } else if (decoder == 4) {
-    const auto select = wire::DecodeSelectRequest(m, kShape);
-    if (!select.ok()) return;
-    if (select->queries.size() != select->heads.size() * kShape.group() * kShape.head_dim) {
-      Broken("queries are there for every head");
-    }
-    for (size_t h = 0; select->append_count > 0 && h < select->heads.size(); ++h) {
-      Inside(select->append_k(h, kShape), m);
-      Inside(select->append_v(h, kShape), m);
-    }
+void CheckPutRows(const InMessage& m) {
+  const auto put = wire::DecodePutRowsRequest(m, kShape);
+  if (!put.ok()) return;
+  for (size_t h = 0; h < put->slices.heads.size(); ++h) {
+    Inside(put->k_rows(h, kShape), m);
+    Inside(put->v_rows(h, kShape), m);
+  }
+}
+
+void CheckSelect(const InMessage& m) {
+  const auto select = wire::DecodeSelectRequest(m, kShape);
+  if (!select.ok()) return;
+  if (select->queries.size() != select->heads.size() * kShape.group() * kShape.head_dim) {
+    Broken("queries are there for every head");
+  }
+  for (size_t h = 0; select->append_count > 0 && h < select->heads.size(); ++h) {
+    Inside(select->append_k(h, kShape), m);
+    Inside(select->append_v(h, kShape), m);
   }
 }
 
@@ -81,27 +79,44 @@ void CheckBatch(const InMessage& m) {
          part.meta.data() + part.meta.size() > m.meta.data() + m.meta.size())) {
       Broken("metas of a batch lie inside its meta");
     }
-    CheckRequests(part, 4);
+    CheckSelect(part);
   }
 }
 
-}  // namespace
-
-std::vector<std::string> Seeds() {
-  const wire::SliceSet slices{ContextId(1), Epoch(2), LayerId(1), {KvHeadId(0), KvHeadId(1)}};
-  const size_t row = kShape.row_bytes();
-  std::vector<std::string> seeds;
-  OutMessage select_message;
-  const auto add = [&](uint8_t decoder, const auto& message, size_t body_bytes) {
-    OutMessage out;
-    wire::Encode(message, &out);
-    seeds.push_back(Input(decoder, out, std::string(body_bytes, '\1')));
+// The message as a transport delivers it: meta aligned, body of its own, so that a sanitizer sees
+// their ends.
+template <typename Decode>
+std::function<void(const std::string&)> Delivered(uint16_t kind, Decode decode) {
+  return [kind, decode](const std::string& input) {
+    if (input.size() < 2) return;
+    const auto byte = [&](size_t i) { return static_cast<uint8_t>(input[i]); };
+    const size_t meta_bytes =
+        std::min<size_t>((byte(0) | size_t{byte(1)} << 8) * 8, input.size() - 2);
+    std::vector<uint64_t> meta((meta_bytes + 7) / 8);
+    if (meta_bytes > 0) std::memcpy(meta.data(), input.data() + 2, meta_bytes);
+    const std::vector<char> body(input.begin() + static_cast<ptrdiff_t>(2 + meta_bytes), input.end());
+    InMessage m{.kind = kind, .id = 1};
+    m.meta = std::as_bytes(std::span(meta)).first(meta_bytes);
+    m.body = std::as_bytes(std::span(body));
+    (void)wire::PeekContext(m);
+    decode(m);
   };
-  add(0, wire::AttachRequest{.ticket = std::vector<std::byte>(32)}, 0);
-  add(1, wire::AttachReply{.shard_count = 2}, 0);
-  add(2, wire::PutRowsRequest{.slices = slices, .first_position = 32, .token_count = 3},
-      2 * 2 * 3 * row);
-  add(3, wire::BuildRequest{.slices = slices, .token_count = 40}, 0);
+}
+
+template <typename Message>
+std::string Seed(const Message& message, size_t body_bytes) {
+  OutMessage out;
+  wire::Encode(message, &out);
+  return Input(out, std::string(body_bytes, '\1'));
+}
+
+struct SelectSeeds {
+  std::vector<std::string> requests, replies, batches;
+};
+
+SelectSeeds MakeSelectSeeds() {
+  const size_t row = kShape.row_bytes();
+  SelectSeeds seeds;
   wire::SelectRequest select{.context = ContextId(1),
                              .epoch = Epoch(2),
                              .layer = LayerId(1),
@@ -110,85 +125,65 @@ std::vector<std::string> Seeds() {
                              .append_first = 40,
                              .append_count = 1};
   select.heads.push_back({KvHeadId(0), {{SegmentId(3), PageId(4), 1, 16}}, {0.5f, 0.25f}});
-  add(4, select, 2 * 16 * 4 + 2 * row);
+  seeds.requests.push_back(Seed(select, 2 * 16 * 4 + 2 * row));
   wire::SelectReply reply{.select_ns = 1, .gather_ns = 2, .next_position = 41};
   reply.heads.push_back({KvHeadId(0),
                          {{SegmentId(3), PageId(4), 1, 16, 0, -1.0f, 77}},
                          std::vector<float>(2 * 18),
                          0.9f,
                          160});
-  add(5, reply, 16 * (2 * row + 4));
+  seeds.replies.push_back(Seed(reply, 16 * (2 * row + 4)));
   select.heads[0].near = {17, 4, 39};
   select.flags = wire::kSelectInt8;
-  add(4, select, 2 * 16 * 4 + 2 * row);
+  seeds.requests.push_back(Seed(select, 2 * 16 * 4 + 2 * row));
   reply.heads[0].pages[0].coded_bytes = 600;
-  add(5, reply, 600 + 16 * 4);
-  add(6, wire::FetchRowsRequest{.slices = slices, .part = wire::RowsPart::kTail}, 0);
-  add(7, wire::FetchRowsReply{.first_position = 24, .count = 2, .checksum = 9}, 2 * 2 * 2 * row);
-  add(8,
-      wire::FetchPagesRequest{
-          ContextId(1), Epoch(2), LayerId(0), KvHeadId(1), {{SegmentId(3), PageId(4), 1, 16}}},
-      0);
-  wire::Encode(select, &select_message);
-  std::vector<OutMessage> selects = {select_message, select_message};
+  seeds.replies.push_back(Seed(reply, 600 + 16 * 4));
+  OutMessage one;
+  wire::Encode(select, &one);
   const std::vector<std::byte> body(2 * 16 * 4 + 2 * row, std::byte{1});
-  for (OutMessage& one : selects) one.body.emplace_back(body);
-  seeds.push_back(Input(10, wire::JoinSelects(selects), std::string(2 * body.size(), '\1')));
-  OutMessage status;
-  wire::EncodeStatus(Unavailable("draining"), &status);
-  seeds.push_back(Input(9, status, ""));
+  one.body.emplace_back(body);
+  std::vector<OutMessage> two = {one, one};
+  seeds.batches.push_back(Input(wire::JoinSelects(two), std::string(2 * body.size(), '\1')));
   return seeds;
 }
 
-}  // namespace icecache::fuzz
+}  // namespace
 
-extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
-  using namespace icecache;
-  if (size < 3) return 0;
-  const int decoder = data[0] % 11;  // see kKinds
-  const size_t meta_bytes = std::min<size_t>((data[1] | size_t{data[2]} << 8) * 8, size - 3);
-  std::vector<uint64_t> meta((meta_bytes + 7) / 8);  // aligned, as the transport delivers it
-  if (meta_bytes > 0) std::memcpy(meta.data(), data + 3, meta_bytes);
-  const std::vector<uint8_t> body(data + 3 + meta_bytes,
-                                  data + size);  // of its own, so that a sanitizer sees its end
-  constexpr uint16_t kKinds[] = {wire::kAttach,   wire::kAttach,    wire::kPutRows,
-                                 wire::kBuild,    wire::kSelect,    wire::kSelect,
-                                 wire::kFetchRows, wire::kFetchRows, wire::kFetchPages,
-                                 0,               wire::kSelectBatch};
-  InMessage m{.kind = kKinds[decoder], .id = 1};
-  m.meta = std::as_bytes(std::span(meta)).first(meta_bytes);
-  m.body = std::as_bytes(std::span(body));
-  (void)wire::PeekContext(m);
-  switch (decoder) {
-    case 0:
-      (void)wire::DecodeAttachRequest(m);
-      break;
-    case 1:
-      (void)wire::DecodeAttachReply(m);
-      break;
-    case 3:
-      (void)wire::DecodeBuildRequest(m, fuzz::kShape);
-      break;
-    case 5:
-      fuzz::CheckSelectReply(m);
-      break;
-    case 6:
-      (void)wire::DecodeFetchRowsRequest(m, fuzz::kShape);
-      break;
-    case 7:
-      (void)wire::DecodeFetchRowsReply(m, fuzz::kShape, 2);
-      break;
-    case 8:
-      (void)wire::DecodeFetchPagesRequest(m, fuzz::kShape);
-      break;
-    case 10:
-      fuzz::CheckBatch(m);
-      break;
-    case 9:
-      if (wire::DecodeStatus(m).ok()) fuzz::Broken("an error status is never OK");
-      break;
-    default:
-      fuzz::CheckRequests(m, decoder);
-  }
-  return 0;
+std::vector<Target> Targets() {
+  const wire::SliceSet slices{ContextId(1), Epoch(2), LayerId(1), {KvHeadId(0), KvHeadId(1)}};
+  const size_t row = kShape.row_bytes();
+  const SelectSeeds select = MakeSelectSeeds();
+  OutMessage refusal;
+  wire::EncodeStatus(Unavailable("draining"), &refusal);
+  return {
+      {"attach", {Seed(wire::AttachRequest{.ticket = std::vector<std::byte>(32)}, 0)},
+       Delivered(wire::kAttach, [](const InMessage& m) { (void)wire::DecodeAttachRequest(m); })},
+      {"attach_reply", {Seed(wire::AttachReply{.shard_count = 2}, 0)},
+       Delivered(wire::kAttach, [](const InMessage& m) { (void)wire::DecodeAttachReply(m); })},
+      {"put_rows",
+       {Seed(wire::PutRowsRequest{.slices = slices, .first_position = 32, .token_count = 3},
+             2 * 2 * 3 * row)},
+       Delivered(wire::kPutRows, CheckPutRows)},
+      {"build", {Seed(wire::BuildRequest{.slices = slices, .token_count = 40}, 0)},
+       Delivered(wire::kBuild, [](const InMessage& m) { (void)wire::DecodeBuildRequest(m, kShape); })},
+      {"select", select.requests, Delivered(wire::kSelect, CheckSelect)},
+      {"select_reply", select.replies, Delivered(wire::kSelect, CheckSelectReply)},
+      {"select_batch", select.batches, Delivered(wire::kSelectBatch, CheckBatch)},
+      {"fetch_rows", {Seed(wire::FetchRowsRequest{.slices = slices, .part = wire::RowsPart::kTail}, 0)},
+       Delivered(wire::kFetchRows, [](const InMessage& m) { (void)wire::DecodeFetchRowsRequest(m, kShape); })},
+      {"fetch_rows_reply",
+       {Seed(wire::FetchRowsReply{.first_position = 24, .count = 2, .checksum = 9},
+             2 * 2 * 2 * row)},
+       Delivered(wire::kFetchRows, [](const InMessage& m) { (void)wire::DecodeFetchRowsReply(m, kShape, 2); })},
+      {"fetch_pages",
+       {Seed(wire::FetchPagesRequest{ContextId(1), Epoch(2), LayerId(0), KvHeadId(1),
+                                     {{SegmentId(3), PageId(4), 1, 16}}},
+             0)},
+       Delivered(wire::kFetchPages, [](const InMessage& m) { (void)wire::DecodeFetchPagesRequest(m, kShape); })},
+      {"status", {Input(refusal, "")}, Delivered(0, [](const InMessage& m) {
+         if (wire::DecodeStatus(m).ok()) Broken("an error status is never OK");
+       })},
+  };
 }
+
+}  // namespace icecache::fuzz

@@ -18,9 +18,7 @@ void Query(const SelectionPolicy& policy, const PagedKv& pages) {
   if (selection.pages.size() > 4) Broken("never more pages than asked for");
 }
 
-}  // namespace
-
-std::vector<std::string> Seeds() {
+std::vector<std::string> Images() {
   std::vector<float> rows(200 * 32);
   for (size_t i = 0; i < rows.size(); ++i) rows[i] = std::sin(static_cast<float>(i * i % 1013));
   const auto* bytes = reinterpret_cast<const std::byte*>(rows.data());
@@ -38,15 +36,9 @@ std::vector<std::string> Seeds() {
   return seeds;
 }
 
-}  // namespace icecache::fuzz
-
-extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
-  using namespace icecache;
-  if (size == 0) return 0;
-  const std::string_view image(reinterpret_cast<const char*>(data) + 1, size - 1);
-  const PolicyKind kind = AllPolicyKinds()[data[0] % AllPolicyKinds().size()];
-  auto policy = MakePolicy(kind, fuzz::kOptions);
-  if (!policy->Restore(image).ok()) return 0;
+void CheckImage(PolicyKind kind, const std::string& image) {
+  auto policy = MakePolicy(kind, kOptions);
+  if (!policy->Restore(image).ok()) return;
   double pages = 0;
   policy->VisitCounters([&](std::string_view name, double value) {
     if (name == "pages") pages = value;
@@ -54,10 +46,21 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   // All pages cold: only the structure itself is used.
   const std::vector<PageView> views(static_cast<size_t>(pages), PageView{nullptr, nullptr, 1});
   const PagedKv kv{DType::kF32, 32, static_cast<uint32_t>(views.size()), views.data()};
-  fuzz::Query(*policy, kv);
+  Query(*policy, kv);
   std::string saved;
   policy->Save(&saved);
-  if (!MakePolicy(kind, fuzz::kOptions)->Restore(saved).ok())
-    fuzz::Broken("a saved image restores");
-  return 0;
+  if (!MakePolicy(kind, kOptions)->Restore(saved).ok()) Broken("a saved image restores");
 }
+
+void CheckInput(const std::string& input) {
+  if (input.empty()) return;
+  const PolicyKind kind =
+      AllPolicyKinds()[static_cast<uint8_t>(input[0]) % AllPolicyKinds().size()];
+  CheckImage(kind, input.substr(1));
+}
+
+}  // namespace
+
+std::vector<Target> Targets() { return {{"image", Images(), CheckInput}}; }
+
+}  // namespace icecache::fuzz

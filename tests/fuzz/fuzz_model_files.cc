@@ -1,13 +1,15 @@
-// Files of a model directory. Input: one byte for the format, then the file's bytes.
+// Files of a model directory, and traces.
 #include <unistd.h>
 
 #include <cstring>
 #include <fstream>
+#include <sstream>
 
 #include "tests/fuzz/fuzz_target.h"
 #include "worker/model/model_config.h"
 #include "worker/model/safetensors.h"
 #include "worker/model/tokenizer.h"
+#include "worker/trace_file.h"
 
 namespace icecache::fuzz {
 namespace {
@@ -42,40 +44,45 @@ void CheckTokenizer(std::string_view json) {
   if (ids.ok()) (void)(*tokenizer)->Decode(ids.value(), false);
 }
 
+void CheckTrace(const std::string& bytes) {
+  static const std::string path = "/tmp/fuzz-trace-" + std::to_string(getpid());
+  std::ofstream(path, std::ios::binary) << bytes;
+  auto trace = TraceReader::Open(path);
+  if (trace.ok()) (void)trace->Read(LayerId(0), KvHeadId(0));
+  unlink(path.c_str());
+}
+
+std::string Trace() {
+  const std::string path = "/tmp/fuzz-trace-seed-" + std::to_string(getpid());
+  const TraceExtent extent{{.layers = 1, .kv_heads = 1, .query_heads = 2, .head_dim = 32}, 4, 2};
+  auto writer = TraceWriter::Create(path, extent);
+  if (!writer.ok() || !writer->Finish().ok()) Broken("an empty trace can be written");
+  std::ifstream file(path, std::ios::binary);
+  std::ostringstream bytes;
+  bytes << file.rdbuf();
+  unlink(path.c_str());
+  return bytes.str();
+}
+
 }  // namespace
 
-std::vector<std::string> Seeds() {
+std::vector<Target> Targets() {
   return {
-      "\x01" +
-          Safetensors(
-              R"({"a":{"dtype":"F16","shape":[2,3],"data_offsets":[0,12]},"b":{"dtype":"F32","shape":[1],"data_offsets":[12,16]}})",
-              16),
-      "\x02"
-      R"({"architectures":["LlamaForCausalLM"],"model_type":"llama","hidden_size":64,"intermediate_size":128,"num_hidden_layers":2,"num_attention_heads":4,"num_key_value_heads":2,"vocab_size":100,"rope_theta":10000.0,"rms_norm_eps":1e-5,"max_position_embeddings":4096,"rope_scaling":{"rope_type":"llama3","factor":8.0,"low_freq_factor":1.0,"high_freq_factor":4.0,"original_max_position_embeddings":1024}})",
-      "\x02"
-      R"({"architectures":["Qwen3ForCausalLM"],"model_type":"qwen3","hidden_size":64,"intermediate_size":128,"num_hidden_layers":2,"num_attention_heads":4,"num_key_value_heads":2,"head_dim":32,"vocab_size":100,"tie_word_embeddings":true})",
-      "\x03"
-      R"({"version":"1.0","added_tokens":[{"id":0,"content":"<unk>","special":true,"single_word":false,"lstrip":false,"rstrip":false,"normalized":false},{"id":1,"content":"<ask>","special":true,"single_word":false,"lstrip":false,"rstrip":false,"normalized":false}],"normalizer":{"type":"Lowercase"},"pre_tokenizer":{"type":"WhitespaceSplit"},"model":{"type":"WordLevel","vocab":{"<unk>":0,"<ask>":1,"the":2},"unk_token":"<unk>"}})",
-      "\x03"
-      R"({"version":"1.0","added_tokens":[],"normalizer":null,"pre_tokenizer":{"type":"ByteLevel","add_prefix_space":false,"use_regex":true},"decoder":{"type":"ByteLevel"},"model":{"type":"BPE","vocab":{"a":0,"b":1,"ab":2,"T":3,"h":4,"e":5,"he":6},"merges":["a b","h e"]}})",
+      {"safetensors",
+       {Safetensors(
+           R"({"a":{"dtype":"F16","shape":[2,3],"data_offsets":[0,12]},"b":{"dtype":"F32","shape":[1],"data_offsets":[12,16]}})",
+           16)},
+       CheckSafetensors},
+      {"model_config",
+       {R"({"architectures":["LlamaForCausalLM"],"model_type":"llama","hidden_size":64,"intermediate_size":128,"num_hidden_layers":2,"num_attention_heads":4,"num_key_value_heads":2,"vocab_size":100,"rope_theta":10000.0,"rms_norm_eps":1e-5,"max_position_embeddings":4096,"rope_scaling":{"rope_type":"llama3","factor":8.0,"low_freq_factor":1.0,"high_freq_factor":4.0,"original_max_position_embeddings":1024}})",
+        R"({"architectures":["Qwen3ForCausalLM"],"model_type":"qwen3","hidden_size":64,"intermediate_size":128,"num_hidden_layers":2,"num_attention_heads":4,"num_key_value_heads":2,"head_dim":32,"vocab_size":100,"tie_word_embeddings":true})"},
+       [](const std::string& json) { (void)ParseModelConfig(json, "", "fuzz"); }},
+      {"tokenizer",
+       {R"({"version":"1.0","added_tokens":[{"id":0,"content":"<unk>","special":true,"single_word":false,"lstrip":false,"rstrip":false,"normalized":false},{"id":1,"content":"<ask>","special":true,"single_word":false,"lstrip":false,"rstrip":false,"normalized":false}],"normalizer":{"type":"Lowercase"},"pre_tokenizer":{"type":"WhitespaceSplit"},"model":{"type":"WordLevel","vocab":{"<unk>":0,"<ask>":1,"the":2},"unk_token":"<unk>"}})",
+        R"({"version":"1.0","added_tokens":[],"normalizer":null,"pre_tokenizer":{"type":"ByteLevel","add_prefix_space":false,"use_regex":true},"decoder":{"type":"ByteLevel"},"model":{"type":"BPE","vocab":{"a":0,"b":1,"ab":2,"T":3,"h":4,"e":5,"he":6},"merges":["a b","h e"]}})"},
+       [](const std::string& json) { CheckTokenizer(json); }},
+      {"trace", {Trace()}, CheckTrace},
   };
 }
 
 }  // namespace icecache::fuzz
-
-extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
-  using namespace icecache;
-  if (size == 0) return 0;
-  const std::string bytes(reinterpret_cast<const char*>(data) + 1, size - 1);
-  switch (data[0] % 3) {
-    case 1:
-      fuzz::CheckSafetensors(bytes);
-      break;
-    case 2:
-      (void)ParseModelConfig(bytes, "", "fuzz");
-      break;
-    default:
-      fuzz::CheckTokenizer(bytes);
-  }
-  return 0;
-}
