@@ -77,7 +77,9 @@ std::string ContextService::WhyGone(TenantId tenant, const std::string& name) co
     return ended.tenant == tenant && ended.name == name;
   });
   if (last == ended_.rend()) {
-    return "no context of this name has ended lately; is the name right, and the tenant?";
+    return "no context of this name has ended since the server started " +
+           Ago(leases_.clock().Now() - started_) +
+           "; is the name right, and the tenant? What was not durable ended with the server before";
   }
   return "gone since " + Ago(leases_.clock().Now() - last->when) + ": " + last->reason;
 }
@@ -85,6 +87,8 @@ std::string ContextService::WhyGone(TenantId tenant, const std::string& name) co
 // What Open would say, and what to do about it.
 std::string ContextService::WhyThere(const ContextRecord& record) const {
   if (!admitting_) return "the server is draining: Open is refused";
+  if (record.published && !record.loaded)
+    return "published, durable and on disk: the first Open or Fork reads it";
   if (record.published) return "published: Open and Fork serve it";
   if (record.sealed) return "sealed and not published: only its creator can use it; publish it";
   return "still written by its creator: it can be opened once it is sealed and published";

@@ -207,6 +207,7 @@ Status DataService::SelectHeads(Context& context, const wire::SelectRequest& req
 void DataService::NameByExtent(wire::HeadSelection* selection) {
   for (wire::PagePayload& page : selection->pages) {
     if (page.from == page.fill) continue;
+    bytes_mapped_.Add(page.k_rows.size() + page.v_rows.size() + page.positions.size());
     page.place = wire::PagePlace::kMapped;
     page.k_rows = page.v_rows = page.positions = {};
   }
@@ -296,6 +297,7 @@ Status DataService::Select(Connection& connection, const InMessage& message) {
   Misses misses;
   KV_RETURN_IF_ERROR(SelectHeads(context, request, &misses));
   if (!misses.empty()) return WaitForPages(connection, message, misses);
+  (current_ == nullptr ? selections_warm_ : selections_cold_).Add();
   const TimePoint selected = reactor_.clock().Now();
 
   OutMessage reply;

@@ -20,6 +20,33 @@ Histogram& StageHistogram(MetricsRegistry& metrics, const char* stage) {
       {{"stage", stage}});
 }
 
+Counter& SelectionsOf(MetricsRegistry& metrics, const char* found) {
+  return metrics.GetCounter("icecache_selections_total",
+                            "Selections whose pages were all in memory, and those that had to wait "
+                            "for the disk.",
+                            {{"found", found}});
+}
+
+Counter& BytesOf(MetricsRegistry& metrics, const char* name, const char* transport) {
+  return metrics.GetCounter(name,
+                            "Bytes of data-plane messages, by the transport of their connection; "
+                            "mapped: named to be read in the tenant's extents.",
+                            {{"transport", transport}});
+}
+
+// What UCX has chosen for a connection, in few words; "unknown" as long as it connects.
+const char* TransportOf(const std::string& endpoint) {
+  const size_t at = endpoint.find(" over ");
+  if (at == std::string::npos) return "unknown";
+  const std::string_view lanes = std::string_view(endpoint).substr(at + 6);
+  if (lanes.starts_with("loopback")) return "loopback";
+  if (lanes.find("(shared memory)") != std::string_view::npos) return "shared_memory";
+  for (const char* rdma : {"rc", "dc", "ud"}) {
+    if (lanes.starts_with(rdma)) return "rdma";
+  }
+  return lanes.starts_with("tcp") ? "tcp" : "other";
+}
+
 }  // namespace
 
 DataService::DataService(Shard& shard, Reactor& reactor, MetricsRegistry& metrics,
@@ -31,9 +58,7 @@ DataService::DataService(Shard& shard, Reactor& reactor, MetricsRegistry& metric
       connection_gauge_(metrics.GetGauge("icecache_data_connections",
                                          "Open data-plane connections, by shard.",
                                          {{"shard", std::to_string(shard.options().id.value)}})),
-      bytes_sent_(metrics.GetCounter("icecache_sent_bytes_total",
-                                     "Bytes of data-plane replies, by shard.",
-                                     {{"shard", std::to_string(shard.options().id.value)}})),
+      bytes_mapped_(BytesOf(metrics, "icecache_sent_bytes_total", "mapped")),
       pages_returned_(metrics.GetCounter("icecache_pages_sent_total",
                                          "Pages sent with content by selections.")),
       pages_resident_(metrics.GetCounter("icecache_pages_resident_total",
@@ -58,6 +83,8 @@ DataService::DataService(Shard& shard, Reactor& reactor, MetricsRegistry& metric
       checked_error_(metrics.GetCounter(
           "icecache_checked_output_error_ppm_total",
           "Relative error of pages and residual, millionths, summed over checks.")),
+      selections_warm_(SelectionsOf(metrics, "memory")),
+      selections_cold_(SelectionsOf(metrics, "disk")),
       append_seconds_(StageHistogram(metrics, "append")),
       select_seconds_(StageHistogram(metrics, "select")),
       gather_seconds_(StageHistogram(metrics, "gather")) {
@@ -135,8 +162,21 @@ void DataService::Count(uint16_t kind, StatusCode code) {
   counter->Add();
 }
 
+void DataService::CountBytes(Connection& connection, uint64_t sent, uint64_t received) {
+  if (!connection.transport_known) {
+    const std::string transport = TransportOf(connection.channel->endpoint().Describe());
+    connection.transport_known = transport != "unknown";
+    connection.bytes_sent = &BytesOf(metrics_, "icecache_sent_bytes_total", transport.c_str());
+    connection.bytes_received =
+        &BytesOf(metrics_, "icecache_received_bytes_total", transport.c_str());
+  }
+  connection.bytes_sent->Add(sent);
+  connection.bytes_received->Add(received);
+}
+
 void DataService::Handle(Connection& connection, const InMessage& message) {
   Status status;
+  if (current_ == nullptr) CountBytes(connection, 0, message.meta.size() + message.body.size());
   if (connection.channel->endpoint().bytes_queued() > limits::kReplyBytesQueuedMax) {
     status = ResourceExhausted("the peer takes its replies too slowly: " +
                                std::to_string(connection.channel->endpoint().bytes_queued()) +
@@ -180,7 +220,7 @@ void DataService::Reply(Connection& connection, const InMessage& request, OutMes
   reply.kind = request.kind;
   uint64_t bytes = reply.meta.size();
   for (std::span<const std::byte> part : reply.body) bytes += part.size();
-  bytes_sent_.Add(bytes);
+  CountBytes(connection, bytes, 0);
   Count(request.kind, StatusCode::kOk);
   connection.channel->Reply(request.id, std::move(reply));
 }

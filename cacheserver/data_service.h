@@ -62,6 +62,10 @@ class DataService {
     std::optional<TenantId> tenant;  // of the first ticket; later ones must be of the same
     std::unordered_map<ContextId, Epoch> attached;
     TimePoint last_attached;  // when it last had a living lease, or was made
+    // By transport, which is known when the connection stands.
+    bool transport_known = false;
+    Counter* bytes_sent = nullptr;
+    Counter* bytes_received = nullptr;
   };
   // What a fenced request may touch.
   struct Fenced {
@@ -87,7 +91,7 @@ class DataService {
 
   Status AppendRows(const Fenced& fenced, const wire::SelectRequest& request);
   Status SelectHeads(Context& context, const wire::SelectRequest& request, Misses* misses);
-  static void NameByExtent(wire::HeadSelection* selection);
+  void NameByExtent(wire::HeadSelection* selection);
   void CountPages(const wire::HeadSelection& selection);
   Status CheckHead(const Context& context, LayerId layer, const float* queries,
                    const wire::HeadSelection& selection);
@@ -106,6 +110,7 @@ class DataService {
   void Reply(Connection& connection, const InMessage& request, OutMessage reply);
   void FinishBuild(const BuildInFlight& build);
   void Count(uint16_t kind, StatusCode code);
+  void CountBytes(Connection& connection, uint64_t sent, uint64_t received);
   void Close(uint64_t connection);
   void Sweep();
 
@@ -114,7 +119,7 @@ class DataService {
   MetricsRegistry& metrics_;
   const DataServiceOptions options_;
   Gauge& connection_gauge_;
-  Counter& bytes_sent_;
+  Counter& bytes_mapped_;
   Counter& pages_returned_;
   Counter& pages_resident_;
   Counter& pages_mapped_;
@@ -125,6 +130,8 @@ class DataService {
   Counter& checks_skipped_;
   Counter& checked_mass_;
   Counter& checked_error_;
+  Counter& selections_warm_;
+  Counter& selections_cold_;
   Histogram& append_seconds_;
   Histogram& select_seconds_;
   Histogram& gather_seconds_;

@@ -50,6 +50,8 @@ json ShardJson(const ShardStatus& shard) {
 struct TenantSum {
   uint64_t used = 0;
   uint64_t held = 0;
+  uint64_t refused_by_quota = 0;
+  uint64_t refused_by_memory = 0;
 };
 
 std::vector<TenantSum> SumTenants(const std::vector<ShardStatus>& shards,
@@ -59,6 +61,8 @@ std::vector<TenantSum> SumTenants(const std::vector<ShardStatus>& shards,
     for (const auto& [id, usage] : shard.tenants) {
       sums[id.value].used += usage.frame_bytes + usage.row_bytes;
       sums[id.value].held += usage.held_bytes();
+      sums[id.value].refused_by_quota += usage.refused_by_quota;
+      sums[id.value].refused_by_memory += usage.refused_by_memory;
     }
   }
   return sums;
@@ -219,6 +223,8 @@ std::string ExplainJson(const std::string& name, const std::string& why,
   for (size_t i = 0; i < shards.size(); ++i) {
     for (const auto& [id, part] : shards[i].segments) {
       SegmentDetail& sum = sums[id];
+      sum.stored = part.stored && (sum.slices == 0 || sum.stored);
+      sum.slices += part.slices;
       sum.warm_pages += part.warm_pages;
       sum.cold_pages += part.cold_pages;
       sum.indexed_tokens += part.indexed_tokens;
@@ -246,6 +252,7 @@ std::string ExplainJson(const std::string& name, const std::string& why,
                         {"tokens", segment.tokens},
                         {"sealed", segment.sealed},
                         {"references", segment.references},
+                        {"stored", sum.stored},
                         {"warm_pages", sum.warm_pages},
                         {"cold_pages", sum.cold_pages},
                         {"indexed_rows", sum.indexed_tokens},
@@ -294,6 +301,16 @@ void SetMemoryGauges(const std::vector<ShardStatus>& shards, const TenantTable& 
         shard.pool.row_bytes);
     set("icecache_pool_waiting_frames", "Frames released that a reply may still read.",
         shard.pool.waiting_frames);
+    const auto pages = [&](const char* tier, uint64_t value) {
+      metrics
+          .GetGauge("icecache_pages", "Pages in frames of memory, and of those that only the disk holds.",
+                    {{"shard", id}, {"tier", tier}})
+          .Set(static_cast<int64_t>(value));
+    };
+    pages("memory", shard.pool.frames - shard.pool.waiting_frames);
+    pages("disk", shard.tier.pages_cold);
+    set("icecache_segments_stored", "Sealed segments in memory that are on disk too.",
+        shard.tier.segments_stored);
     set("icecache_cluster_jobs", "Builds and re-clusterings running or waiting.", shard.jobs);
   }
   const std::vector<TenantSum> sums = SumTenants(shards, tenants);
@@ -302,7 +319,54 @@ void SetMemoryGauges(const std::vector<ShardStatus>& shards, const TenantTable& 
         .GetGauge("icecache_tenant_held_bytes", "Memory charged to a tenant.",
                   {{"tenant", tenant.name}})
         .Set(static_cast<int64_t>(sums[tenant.id.value].held));
+    metrics
+        .GetGauge("icecache_tenant_quota_bytes", "Memory that a tenant may hold; 0: all there is.",
+                  {{"tenant", tenant.name}})
+        .Set(static_cast<int64_t>(tenant.quota_bytes));
+    const auto refused = [&](const char* name, const char* help, uint64_t count) {
+      metrics.GetCounter(name, help, {{"tenant", tenant.name}}).Set(count);
+    };
+    refused("icecache_quota_refusals_total",
+            "Reservations refused by a tenant's quota; each try of one that waits counts.",
+            sums[tenant.id.value].refused_by_quota);
+    refused("icecache_memory_refusals_total",
+            "Reservations refused because --memory-size is used up; each try of one that waits counts.",
+            sums[tenant.id.value].refused_by_memory);
   }
+}
+
+namespace {
+
+struct StoreCounter {
+  const char* counter;  // of ColdStore::VisitCounters
+  const char* metric;
+  const char* help;
+};
+constexpr StoreCounter kStoreCounters[] = {
+    {"puts", "icecache_cold_store_writes_total", "Batches written to the cold store."},
+    {"put_bytes", "icecache_cold_store_written_bytes_total",
+     "Keys and values written to the cold store."},
+    {"gets", "icecache_cold_store_reads_total", "Values asked of the cold store."},
+    {"get_misses", "icecache_cold_store_read_misses_total",
+     "Values that the cold store did not have."},
+    {"write_stalls", "icecache_cold_store_stalls_total",
+     "Times that RocksDB has slowed or stopped writes until it had caught up."},
+    {"background_errors", "icecache_cold_store_background_errors_total",
+     "Failures of RocksDB's own work: flushes and compactions."},
+};
+
+}  // namespace
+
+void SetStoreMetrics(const ColdStore& store, MetricsRegistry& metrics) {
+  store.VisitCounters([&](std::string_view name, double value) {
+    for (const StoreCounter& c : kStoreCounters) {
+      if (name == c.counter)
+        metrics.GetCounter(c.metric, c.help).Set(static_cast<uint64_t>(value));
+    }
+    if (name != "disk_bytes") return;
+    metrics.GetGauge("icecache_cold_store_disk_bytes", "Size of the cold store's tables on disk.")
+        .Set(static_cast<int64_t>(value));
+  });
 }
 
 }  // namespace icecache

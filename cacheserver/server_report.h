@@ -10,6 +10,7 @@
 #include "cacheserver/context/tenant.h"
 #include "cacheserver/context_service.h"
 #include "cacheserver/shard.h"
+#include "cacheserver/store/cold_store.h"
 #include "common/metrics.h"
 
 namespace icecache {
@@ -57,5 +58,7 @@ std::string VerifyJson(const std::vector<VerifyResult>& shards, uint64_t context
 
 void SetMemoryGauges(const std::vector<ShardStatus>& shards, const TenantTable& tenants,
                      uint64_t memory_size, MetricsRegistry& metrics);
+// What the store counts itself. Cheap: no disk is asked.
+void SetStoreMetrics(const ColdStore& store, MetricsRegistry& metrics);
 
 }  // namespace icecache

@@ -16,6 +16,7 @@ ContextDetail Shard::Detail(ContextId id) const {
   detail.found = true;
   it->second->VisitSegments([&](const Segment& segment) {
     SegmentDetail& part = detail.segments[segment.id()];
+    part.stored = tier_.Stored(segment.id());
     segment.VisitSlices([&](LayerId, KvHeadId, const HeadSlice& slice) {
       ++part.slices;
       for (uint32_t page = 0; page < slice.page_count(); ++page)

@@ -14,6 +14,7 @@ namespace icecache {
 // What `explain` tells of a context on one shard.
 struct SegmentDetail {
   uint32_t slices = 0;
+  bool stored = false;          // on disk too, so that its pages may leave memory
   uint64_t warm_pages = 0;      // in memory
   uint64_t cold_pages = 0;      // on disk only, or on their way
   uint64_t indexed_tokens = 0;  // summed over slices, like the following

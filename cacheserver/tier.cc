@@ -21,14 +21,25 @@ struct Tier::Loading {
   TimePoint started;
 };
 
+namespace {
+
+Counter& Evictions(MetricsRegistry& metrics, const char* reason) {
+  return metrics.GetCounter("icecache_pages_evicted_total",
+                            "Pages of stored segments that gave their memory back: for want of "
+                            "memory, of a tenant's quota, or ahead of need.",
+                            {{"reason", reason}});
+}
+
+}  // namespace
+
 Tier::Tier(Reactor& reactor, PagePool& pool, ColdPool* cold, MetricsRegistry& metrics)
     : reactor_(reactor),
       pool_(pool),
       cold_(cold),
       promoted_(metrics.GetCounter("icecache_pages_promoted_total",
                                    "Pages read back from the cold store into memory.")),
-      evicted_(metrics.GetCounter("icecache_pages_evicted_total",
-                                  "Pages of stored segments that gave their memory back.")),
+      evicted_{&Evictions(metrics, "memory"), &Evictions(metrics, "quota"),
+               &Evictions(metrics, "watermark")},
       stored_(metrics.GetCounter("icecache_pages_stored_total",
                                  "Pages of sealed segments written to the cold store.")),
       failed_(metrics.GetCounter("icecache_cold_reads_failed_total",

@@ -13,6 +13,7 @@
 // A page that fails its check is DATA_LOSS for the request; the others go on. Thread: the shard's.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -47,11 +48,17 @@ class Tier {
   // nullptr: none that is alive.
   std::shared_ptr<const Segment> Find(SegmentId segment) const;
 
+  // Whether this shard's part of it is on disk.
+  bool Stored(SegmentId segment) const {
+    const auto it = entries_.find(segment);
+    return it != entries_.end() && it->second.stored;
+  }
+
   using Done = std::function<void(Status)>;
   // `done` on a later turn, or at once when all is here; the pages cannot be evicted before it has
   // returned. RESOURCE_EXHAUSTED: no frames now; DATA_LOSS; UNAVAILABLE: the store.
   void Load(const Misses& misses, Done done);
-  // Writes this shard's part. OK when it is in the store, not yet durable (ColdStore::Sync).
+  // Writes this shard's part. OK when it is on disk.
   void Store(SegmentId segment, Done done);
   // For a request that found no room: true when something has become evictable since, on a later
   // turn; false when waiting is of no use.
@@ -92,8 +99,11 @@ class Tier {
   bool StoreOldest();
   void Tick();
 
+  enum class Reason : uint8_t { kMemory, kQuota, kWatermark };
+  void Evict(PageTable& table, PageId page, Reason reason);
   void Reclaim(const PagePool::Shortage& shortage);
-  uint32_t Sweep(const std::function<bool(const PageTable&)>& eligible, uint32_t frames);
+  uint32_t Sweep(const std::function<bool(const PageTable&)>& eligible, uint32_t frames,
+                 Reason reason);
   void EvictExtents(const PagePool::Shortage& shortage);
   void EvictAboveWatermark(const PoolUsage& usage);
   template <typename Visit>
@@ -104,7 +114,7 @@ class Tier {
   PagePool& pool_;
   ColdPool* const cold_;
   Counter& promoted_;
-  Counter& evicted_;
+  const std::array<Counter*, 3> evicted_;  // by Reason
   Counter& stored_;
   Counter& failed_;
   Histogram& promotion_seconds_;

@@ -26,9 +26,15 @@ void Tier::VisitStoredTables(const Visit& visit) {
   }
 }
 
+void Tier::Evict(PageTable& table, PageId page, Reason reason) {
+  table.Evict(page);
+  evicted_[static_cast<size_t>(reason)]->Add();
+}
+
 // The hand goes on until `frames` pages gave their frame back, but not more than twice round: the
 // first round takes the bits of what was used, the second takes pages. Returns how many.
-uint32_t Tier::Sweep(const std::function<bool(const PageTable&)>& eligible, uint32_t frames) {
+uint32_t Tier::Sweep(const std::function<bool(const PageTable&)>& eligible, uint32_t frames,
+                     Reason reason) {
   Prune();
   uint32_t evicted = 0;
   for (size_t step = 0; step < 2 * ring_.size() + 1 && evicted < frames && !ring_.empty(); ++step) {
@@ -42,8 +48,7 @@ uint32_t Tier::Sweep(const std::function<bool(const PageTable&)>& eligible, uint
         const PageId page(hand_page_);
         if (table.residency(page) != Residency::kWarm || table.held(page)) continue;
         if (table.TakeReferenced(page)) continue;
-        table.Evict(page);
-        evicted_.Add();
+        Evict(table, page, reason);
         ++evicted;
       }
       hand_page_ = 0;
@@ -60,7 +65,7 @@ void Tier::Reclaim(const PagePool::Shortage& shortage) {
         [&](const PageTable& table) {
           return table.tenant() == shortage.tenant && table.frame_bytes() == shortage.frame_bytes;
         },
-        shortage.frames);
+        shortage.frames, shortage.of_tenant ? Reason::kQuota : Reason::kMemory);
   } else {
     EvictExtents(shortage);
   }
@@ -99,11 +104,11 @@ void Tier::EvictExtents(const PagePool::Shortage& shortage) {
   // One more than is missing: the class that asks may keep an empty one.
   const uint64_t wanted = (shortage.bytes + limits::kExtentBytes - 1) / limits::kExtentBytes + 1;
   for (size_t i = 0; i < order.size() && i < wanted; ++i) order[i]->chosen = true;
+  const Reason reason = shortage.of_tenant ? Reason::kQuota : Reason::kMemory;
   VisitStoredTables([&](PageTable& table) {
     for (uint32_t p = 0; p < table.page_count(); ++p) {
       if (!evictable(table, PageId(p)) || !extents[table.frame(PageId(p)).extent].chosen) continue;
-      table.Evict(PageId(p));
-      evicted_.Add();
+      Evict(table, PageId(p), reason);
     }
   });
 }
@@ -114,7 +119,7 @@ void Tier::EvictAboveWatermark(const PoolUsage& usage) {
   if (used <= kEvictAbove * size || usage.frames == 0) return;
   const double frame = static_cast<double>(usage.frame_bytes) / static_cast<double>(usage.frames);
   Sweep([](const PageTable&) { return true; },
-        static_cast<uint32_t>((used - kEvictTo * size) / frame) + 1);
+        static_cast<uint32_t>((used - kEvictTo * size) / frame) + 1, Reason::kWatermark);
 }
 
 }  // namespace icecache

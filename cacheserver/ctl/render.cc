@@ -102,11 +102,12 @@ std::string Explain(const json& document) {
          "), " + Number(document.at("leases")) + " leases\n";
   out += "pages " + Number(document.at("pages").at("warm")) + " in memory, " +
          Number(document.at("pages").at("cold")) + " on disk only\n\n";
-  Table segments({"SEGMENT", "TOKENS", "SEALED", "REFERENCES", "WARM", "COLD", "PENDING_ROWS",
-                  "BYTES", "INDEX"});
+  Table segments({"SEGMENT", "TOKENS", "SEALED", "ON_DISK", "REFERENCES", "WARM", "COLD",
+                  "PENDING_ROWS", "BYTES", "INDEX"});
   for (const json& segment : document.at("segments")) {
     segments.Add({Number(segment.at("id")), Number(segment.at("tokens")),
-                  segment.at("sealed").get<bool>() ? "yes" : "no", Number(segment.at("references")),
+                  segment.at("sealed").get<bool>() ? "yes" : "no",
+                  segment.at("stored").get<bool>() ? "yes" : "no", Number(segment.at("references")),
                   Number(segment.at("warm_pages")), Number(segment.at("cold_pages")),
                   Number(segment.at("pending_rows")), Bytes(segment.at("bytes")),
                   Bytes(segment.at("index_bytes"))});

@@ -119,6 +119,15 @@ Status PagePool::MakeRoom(TenantId tenant, const Account& account, uint64_t byte
   return CheckRoom(tenant, account, bytes);
 }
 
+// A refusal by the quota is the tenant's to mend, one by memory the operator's.
+Status PagePool::CountRefusal(Account& account, uint64_t bytes, Status status) {
+  if (status.code() != StatusCode::kResourceExhausted) return status;
+  const uint64_t quota = account.usage.quota_bytes;
+  const bool by_quota = quota != 0 && account.usage.held_bytes() + bytes > quota;
+  ++(by_quota ? account.usage.refused_by_quota : account.usage.refused_by_memory);
+  return status;
+}
+
 // What it gives back comes through Release; it asks for nothing.
 void PagePool::AskReclaimer(const Shortage& shortage) {
   if (!reclaim_ || reclaiming_) return;
@@ -199,14 +208,18 @@ Status PagePool::Reserve(TenantId tenant, uint32_t frame_bytes, uint32_t count,
   };
   // Frames of the same kind are the cheapest to take back.
   if (frames.frames_free < count && !CheckRoom(tenant, account, extent_bytes()).ok()) {
+    const uint64_t quota = account.usage.quota_bytes;
     AskReclaimer({.tenant = tenant,
+                  .of_tenant = quota != 0 && account.usage.held_bytes() + extent_bytes() > quota,
                   .frame_bytes = frame_bytes,
                   .frames = count - static_cast<uint32_t>(frames.frames_free)});
   }
   if (frames.frames_free < count) {
     const uint64_t per_extent = limits::kExtentBytes / frame_bytes;
     const uint64_t extents = (count - frames.frames_free + per_extent - 1) / per_extent;
-    KV_RETURN_IF_ERROR(MakeRoom(tenant, account, extents * limits::kExtentBytes, &frames));
+    const uint64_t bytes = extents * limits::kExtentBytes;
+    KV_RETURN_IF_ERROR(
+        CountRefusal(account, bytes, MakeRoom(tenant, account, bytes, &frames)));
     for (uint64_t i = 0; i < extents; ++i) {
       if (Status status = AddExtent(tenant, account, frame_bytes); !status.ok()) {
         TrimEmptyExtents(nullptr);
@@ -294,7 +307,7 @@ void PagePool::FreeFrames(TenantId tenant, uint32_t frame_bytes, std::span<const
 
 Status PagePool::ReserveBytes(TenantId tenant, uint64_t bytes) {
   Account& account = accounts_[tenant];
-  KV_RETURN_IF_ERROR(MakeRoom(tenant, account, bytes, nullptr));
+  KV_RETURN_IF_ERROR(CountRefusal(account, bytes, MakeRoom(tenant, account, bytes, nullptr)));
   account.usage.row_bytes += bytes;
   total_.row_bytes += bytes;
   return OkStatus();
@@ -327,7 +340,9 @@ PoolUsage PagePool::usage() {
 std::vector<TenantId> PagePool::tenants() const {
   std::vector<TenantId> result;
   for (const auto& [tenant, account] : accounts_) {
-    if (account.usage.held_bytes() != 0 || account.usage.quota_bytes != 0) result.push_back(tenant);
+    const TenantUsage& usage = account.usage;
+    if (usage.held_bytes() + usage.quota_bytes + usage.refused_by_memory > 0)
+      result.push_back(tenant);
   }
   return result;
 }

@@ -52,6 +52,8 @@ struct TenantUsage {
   uint64_t frame_bytes = 0;  // in those frames
   uint64_t row_bytes = 0;    // in row buffers
   uint64_t quota_bytes = 0;  // 0: none
+  uint64_t refused_by_quota = 0;   // reservations, ever; each try of one that waits counts
+  uint64_t refused_by_memory = 0;  // likewise, for want of memory
   uint64_t held_bytes() const { return extents * limits::kExtentBytes + row_bytes; }
 };
 
@@ -112,7 +114,7 @@ class PagePool {
 
   TenantUsage usage(TenantId tenant);
   PoolUsage usage();
-  // Tenants that hold something or have a quota, ascending.
+  // Tenants that hold something, have a quota or were refused, ascending.
   std::vector<TenantId> tenants() const;
 
   // For workers on the same host: the extents of one tenant. fd: read-only for whoever receives it
@@ -163,6 +165,7 @@ class PagePool {
 
   Status CheckRoom(TenantId tenant, const Account& account, uint64_t bytes) const;
   Status MakeRoom(TenantId tenant, const Account& account, uint64_t bytes, const FrameClass* keep);
+  Status CountRefusal(Account& account, uint64_t bytes, Status status);
   Status AddExtent(TenantId tenant, Account& account, uint32_t frame_bytes);
   void DropExtent(Account& account, uint32_t slot);
   void TrimEmptyExtents(const FrameClass* keep);
