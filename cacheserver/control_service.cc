@@ -37,7 +37,7 @@ struct ControlService::Impl {
   Reactor& reactor;
   ContextService& contexts;
   const TenantTable& tenants;
-  const ControlServiceOptions options;
+  ControlServiceOptions options;
   Gauge& connection_gauge;
   Counter& refused;
   tcp::acceptor acceptor;
@@ -332,6 +332,8 @@ void ControlService::StopAccepting() {
   error_code ignored;
   impl_->acceptor.close(ignored);
 }
+
+void ControlService::SetTls(std::shared_ptr<TlsContext> tls) { impl_->options.tls = std::move(tls); }
 
 void ControlService::CloseInactiveTenants() {
   std::vector<std::shared_ptr<Connection>> gone;

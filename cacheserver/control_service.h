@@ -37,6 +37,8 @@ class ControlService {
   // the port is taken.
   Result<std::string> Listen(const std::string& host, uint16_t port);
   void StopAccepting();
+  // For connections from now on; those that stand keep theirs.
+  void SetTls(std::shared_ptr<TlsContext> tls);
   // After a reload of the token file: ends the connections of tenants that are gone.
   void CloseInactiveTenants();
   size_t connection_count() const;

@@ -1,7 +1,7 @@
 // icecache-server: command line, signals, start-up line. Everything else is Server.
 //
 //   SIGTERM, SIGINT   drain and exit 0; a second one exits at once
-//   SIGHUP            read the token file again
+//   SIGHUP            read the token file, the certificate and its key again
 #include <sys/socket.h>
 #include <sys/un.h>
 #include <unistd.h>
@@ -82,9 +82,11 @@ Status WritePortFile(const std::string& path, const Server& server) {
 
 class Signals {
  public:
-  Signals(Server& server, std::string token_file)
+  Signals(Server& server, const ServerConfig& config)
       : server_(server),
-        token_file_(std::move(token_file)),
+        token_file_(config.token_file),
+        tls_cert_(config.tls_cert),
+        tls_key_(config.tls_key),
         set_(server.reactor().io(), SIGTERM, SIGINT, SIGHUP) {
     Wait();
   }
@@ -108,7 +110,13 @@ class Signals {
   }
 
   void Reload() {
-    if (token_file_.empty()) return LogWarn("SIGHUP: there is no token file to read again");
+    if (token_file_.empty() && tls_cert_.empty())
+      return LogWarn("SIGHUP: there is no token file and no certificate to read again");
+    if (!token_file_.empty()) ReloadTokens();
+    if (!tls_cert_.empty()) ReloadCertificate();
+  }
+
+  void ReloadTokens() {
     Result<TenantTable> tenants = TenantTable::Load(token_file_);
     if (!tenants.ok()) {
       return LogError("token file not reloaded, the old one stays",
@@ -117,8 +125,17 @@ class Signals {
     server_.Reload(*std::move(tenants));
   }
 
+  void ReloadCertificate() {
+    Result<std::shared_ptr<TlsContext>> tls = TlsContext::Server(tls_cert_, tls_key_);
+    if (!tls.ok()) {
+      return LogError("certificate not reloaded, the old one stays",
+                      {{"status", tls.status().ToString()}});
+    }
+    server_.Reload(*std::move(tls));
+  }
+
   Server& server_;
-  const std::string token_file_;
+  const std::string token_file_, tls_cert_, tls_key_;
   boost::asio::signal_set set_;
   bool draining_ = false;
 };
@@ -145,7 +162,7 @@ int Serve(ParsedServerConfig parsed, const Machine& machine) {
   Result<std::unique_ptr<Server>> started = Server::Start(std::move(parts));
   if (!started.ok()) return Fail(started.status());
   Server& server = **started;
-  std::optional<Signals> signals(std::in_place, server, config.token_file);
+  std::optional<Signals> signals(std::in_place, server, config);
   if (Status status = WritePortFile(config.port_file, server); !status.ok()) return Fail(status);
 
   std::string data;
@@ -179,6 +196,7 @@ int main(int argc, char** argv) {
   // place.
   ApplyUcxEnvironment();
   std::signal(SIGPIPE, SIG_IGN);  // a peer that is gone is an error of its socket
+  std::signal(SIGXFSZ, SIG_IGN);  // a file at its limit (ulimit -f) is an error of its write
   const Machine machine = ReadMachine();
   Result<ParsedServerConfig> parsed = ParseServerConfig(argc, argv, machine);
   if (!parsed.ok()) return Fail(parsed.status());

@@ -274,6 +274,13 @@ void Server::Reload(TenantTable tenants) {
   });
 }
 
+void Server::Reload(std::shared_ptr<TlsContext> tls) {
+  reactor_->Post([this, tls = std::move(tls)] {
+    control_->service.SetTls(tls);
+    LogInfo("certificate reloaded");
+  });
+}
+
 std::vector<std::string> Server::data_addresses() const {
   std::vector<std::string> addresses;
   for (const auto& shard : shards_) addresses.push_back(shard->address);
@@ -335,6 +342,7 @@ void Server::RenderMetrics(std::function<void(std::string)> answer) {
       [](Shard& shard) { return shard.status(); },
       [this, answer = std::move(answer)](const std::vector<ShardStatus>& shards) {
         SetMemoryGauges(shards, parts_.tenants, parts_.config.memory_size, metrics_);
+        if (cold_ != nullptr) SetStoreMetrics(cold_->store(), metrics_);
         answer(metrics_.RenderPrometheus());
       });
 }

@@ -54,8 +54,10 @@ class Server {
   Status Run();
   void Drain();
   void Stop();
-  // Takes over a token file that was read again.
+  // Takes over files that were read again. tls: for connections from now on; REQUIRES: the server
+  // was started with TLS.
   void Reload(TenantTable tenants);
+  void Reload(std::shared_ptr<TlsContext> tls);
 
   // Addresses as they were chosen.
   const std::string& control_address() const { return control_address_; }

@@ -1,6 +1,7 @@
 // The control plane under TLS, between a real server and the client that workers use.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <signal.h>
 #include <sys/stat.h>
 
 #include "common/control_client.h"
@@ -72,6 +73,31 @@ TEST_F(ControlTls, AServerInTheClearIsNoTlsServer) {
   TestServer server({"--memory-size", "64MiB", "--threads", "1"});
   EXPECT_FALSE(Hello(server.address(), dir_.path("server.pem")).ok());
   EXPECT_EQ(Hello(server.address(), "").ToString(), "OK");
+}
+
+// A certificate is renewed under the same names; SIGHUP takes it over, and a bad one changes nothing.
+TEST_F(ControlTls, AHangUpTakesOverARenewedCertificate) {
+  TestServer server(Args());
+  const std::string old_roots = dir_.path("old.pem"), new_roots = dir_.path("other.pem");
+  WriteFile(old_roots, ReadFile(dir_.path("server.pem")));
+  WriteFile(dir_.path("server.pem"), "no certificate");
+  server.process().Signal(SIGHUP);
+  ASSERT_TRUE(server.process().WaitForOutput("certificate not reloaded, the old one stays", 10s));
+  EXPECT_THAT(server.process().Err(), HasSubstr("server.pem"));
+  EXPECT_EQ(Hello(server.address(), old_roots).ToString(), "OK");
+
+  ControlClientOptions options;
+  options.address = server.address();
+  options.tls_ca = old_roots;
+  auto standing = ControlClient::Connect(reactor_, options);
+  ASSERT_TRUE(standing.ok());
+  WriteFile(dir_.path("server.key"), ReadFile(dir_.path("other.key")));
+  WriteFile(dir_.path("server.pem"), ReadFile(new_roots));
+  server.process().Signal(SIGHUP);
+  ASSERT_TRUE(server.process().WaitForOutput("certificate reloaded", 10s));
+  EXPECT_EQ(Hello(server.address(), new_roots).ToString(), "OK");
+  EXPECT_EQ(Hello(server.address(), old_roots).code(), StatusCode::kUnauthenticated);
+  EXPECT_TRUE((*standing)->List().ok()) << "a connection that stands is left alone";
 }
 
 TEST_F(ControlTls, BadFilesAreNamedBeforeAnythingStarts) {

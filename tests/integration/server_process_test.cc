@@ -5,6 +5,8 @@
 
 #include <nlohmann/json.hpp>
 
+#include "cacheserver/context/tenant.h"
+#include "common/control_client.h"
 #include "tests/support/process.h"
 
 namespace icecache::test {
@@ -109,14 +111,72 @@ TEST(ServerProcess, PromtoolAcceptsTheMetrics) {
   Process there("/bin/sh", {"-c", "command -v promtool"});
   if (there.Wait(10s).exit_code != 0)
     GTEST_SKIP() << "promtool is not installed (Debian package prometheus): not checked";
-  TestServer server({"--memory-size", "64MiB", "--threads", "2"});
   TempDir dir;
+  TestServer server(
+      {"--memory-size", "64MiB", "--threads", "2", "--data-dir", dir.path("data")});
+  Process smoke("icecachectl", {"bench", "smoke", "--server", server.address()});
+  const ProcessResult served = smoke.Wait(60s);
+  ASSERT_TRUE(served.exited && served.exit_code == 0) << smoke.Err();
   const std::string metrics = server.HttpGet("/metrics");
-  EXPECT_THAT(metrics, HasSubstr("icecache_checksum_failures_total"));
+  for (const char* name :
+       {"icecache_checksum_failures_total", "icecache_select_seconds_bucket{stage=\"append\"",
+        "icecache_select_seconds_bucket{stage=\"select\"",
+        "icecache_select_seconds_bucket{stage=\"gather\"", "icecache_pages{shard=\"0\",tier=\"memory\"}",
+        "icecache_pages{shard=\"0\",tier=\"disk\"}", "icecache_received_bytes_total{transport=",
+        "icecache_sent_bytes_total{transport=", "icecache_selections_total{found=\"memory\"}",
+        "icecache_selections_total{found=\"disk\"}", "icecache_pages_resident_total", "icecache_leases",
+        "icecache_pages_evicted_total{reason=\"memory\"}",
+        "icecache_pages_evicted_total{reason=\"quota\"}",
+        "icecache_pages_evicted_total{reason=\"watermark\"}",
+        "icecache_quota_refusals_total{tenant=\"default\"}",
+        "icecache_memory_refusals_total{tenant=\"default\"}",
+        "icecache_loop_lag_seconds_bucket{loop=\"control\"", "icecache_cold_store_stalls_total",
+        "icecache_cold_store_background_errors_total", "icecache_cold_store_disk_bytes",
+        "icecache_promotion_seconds_bucket"}) {
+    EXPECT_THAT(metrics, HasSubstr(name));
+  }
   WriteFile(dir.path("metrics"), metrics);
   Process check("/bin/sh", {"-c", "promtool check metrics < " + dir.path("metrics")});
   const ProcessResult r = check.Wait(30s);
   EXPECT_TRUE(r.exited && r.exit_code == 0) << check.Out() << check.Err();
+}
+
+// Tenants come and go with SIGHUP; a file that is broken changes nothing and is named.
+TEST(ServerProcess, AHangUpReadsTheTokenFileAgain) {
+  const auto tenant = [](const std::string& name) {
+    return "[[tenant]]\nname = \"" + name + "\"\nsecret_sha256 = \"saltsalt:" +
+           HashSecret("saltsalt", name + "-secret") + "\"\n";
+  };
+  TempDir dir;
+  const std::string tokens = dir.path("tokens.toml");
+  WriteFile(tokens, tenant("alice"));
+  TestServer server({"--memory-size", "64MiB", "--threads", "1", "--token-file", tokens});
+  const auto clock = MakeSteadyClock();
+  Reactor reactor(*clock, Duration::zero());
+  const auto connect = [&](const std::string& name) {
+    ControlClientOptions options;
+    options.address = server.address();
+    options.tenant = name;
+    options.secret = name + "-secret";
+    return ControlClient::Connect(reactor, options);
+  };
+  auto alice = connect("alice");
+  ASSERT_TRUE(alice.ok()) << alice.status().ToString();
+  EXPECT_FALSE(connect("bob").ok());
+
+  WriteFile(tokens, tenant("bob") + "[[tenant]]\nname = 7\n");
+  server.process().Signal(SIGHUP);
+  ASSERT_TRUE(server.process().WaitForOutput("the old one stays", 10s)) << server.process().Err();
+  EXPECT_THAT(server.process().Err(), HasSubstr("tokens.toml"));
+  EXPECT_TRUE((*alice)->List().ok());
+  EXPECT_FALSE(connect("bob").ok());
+
+  WriteFile(tokens, tenant("bob"));
+  server.process().Signal(SIGHUP);
+  ASSERT_TRUE(server.process().WaitForOutput("token file reloaded", 10s)) << server.process().Err();
+  EXPECT_TRUE(connect("bob").ok());
+  EXPECT_FALSE(connect("alice").ok());
+  EXPECT_FALSE((*alice)->List().ok()) << "her connection was closed";
 }
 
 TEST(ServerProcess, TermDrainsAndExitsZero) {
