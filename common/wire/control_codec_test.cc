@@ -162,8 +162,14 @@ TEST_F(ControlCodec, RequestsComeBackAsSent) {
     EXPECT_EQ(Ask(Seal{id}).context, id);
     EXPECT_EQ(Ask(Publish{id}).context, id);
     EXPECT_EQ(Ask(Release{id}).context, id);
+    const Publish publish{id, random.Flip()};
+    EXPECT_EQ(Ask(publish).durable, publish.durable);
+    const Inspect inspect{static_cast<InspectTopic>(random.Below(kInspectTopics)), name};
+    EXPECT_EQ(Ask(inspect).topic, inspect.topic);
+    EXPECT_EQ(Ask(inspect).name, inspect.name);
     Ask(List{});
     Ask(Renew{});
+    Ask(Drain{});
   }
 }
 
@@ -192,6 +198,8 @@ TEST_F(ControlCodec, RepliesComeBackAsSent) {
     for (size_t i = 0; i < l.contexts.size(); ++i) ExpectEqual(l.contexts[i], list.contexts[i]);
 
     Answer(Done{});
+    const Report report{random.Text(5000)};
+    EXPECT_EQ(Answer(report).json, report.json);
     const Status error(static_cast<StatusCode>(1 + random.Below(14)), random.Label());
     EXPECT_EQ(Answer(error).ToString(), error.ToString());
   }
@@ -237,6 +245,17 @@ std::vector<std::vector<std::byte>> Frames(Random& random) {
       EncodeFrame(ControlRequest{2, Create{"n", random.Shape(), "m", 4, 64, "cluster_tree", 1}}),
       EncodeFrame(ControlRequest{3, Fork{"parent", "child"}}),
       EncodeFrame(ControlRequest{4, Seal{ContextId(8)}}),
+      EncodeFrame(ControlRequest{4, Open{"n"}}),
+      EncodeFrame(ControlRequest{4, Publish{ContextId(8), true}}),
+      EncodeFrame(ControlRequest{4, Release{ContextId(8)}}),
+      EncodeFrame(ControlRequest{4, Drop{"n"}}),
+      EncodeFrame(ControlRequest{4, List{}}),
+      EncodeFrame(ControlRequest{4, Describe{"n"}}),
+      EncodeFrame(ControlRequest{4, Renew{}}),
+      EncodeFrame(ControlRequest{4, Inspect{InspectTopic::kExplain, "n"}}),
+      EncodeFrame(ControlRequest{4, Drain{}}),
+      EncodeFrame(ControlReply{5, Done{}}),
+      EncodeFrame(ControlReply{5, Report{"{}"}}),
       EncodeFrame(ControlReply{5, Grant{small, Epoch(1), random.Bytes(16), 1000}}),
       EncodeFrame(ControlReply{6, ContextList{{small, small}}}),
       EncodeFrame(ControlReply{7, HelloReply{1, "0.1.0", {"127.0.0.1:1", "127.0.0.1:2"}, 200}}),
