@@ -4,12 +4,12 @@
 // are part of its life; a wrong byte, an error that nothing explains or a hang ends it with exit
 // code 3.
 //
-//   chaos_worker --server HOST:PORT --tenant NAME --registry FILE --foreign FILE --id N --seed S
+//   chaos_worker --server HOST:PORT --tenant NAME --registry FILE --foreign FILE --damage FILE
+//                --id N --seed S
 //
-// Registry: one file per tenant that its workers append to: "+ MS DOCUMENT" when it was published,
-// "- MS NAME" before it is dropped. Foreign: the other tenant's, whose names must lead nowhere.
+// Registry: registry.h. Foreign: the other tenant's, whose names must lead nowhere. Damage: while this
+// file exists, the server's disk has been damaged on purpose, and DATA_LOSS is an honest answer.
 // Prints one line per action: name, status, pages checked, layer steps checked.
-#include <fcntl.h>
 #include <signal.h>
 #include <unistd.h>
 
@@ -18,7 +18,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <fstream>
 #include <map>
 #include <random>
 #include <set>
@@ -26,7 +25,9 @@
 #include "common/checksum.h"
 #include "common/log.h"
 #include "common/ucx_environment.h"
+#include "tests/chaos/checking_sink.h"
 #include "tests/chaos/document.h"
+#include "tests/chaos/registry.h"
 #include "worker/attention_icecache.h"
 #include "worker/layer_upload.h"
 #include "worker/server_link.h"
@@ -38,105 +39,12 @@ using std::chrono::milliseconds;
 
 constexpr unsigned kActionSecondsMax = 60;  // longer: a hang
 constexpr uint32_t kChainMax = 4;
-constexpr int kBadExit = 3;
+constexpr size_t kDocumentsMin = 24;  // of a tenant, before any is dropped
 volatile sig_atomic_t g_stop = 0;
 
 struct Options {
-  std::string server, tenant, registry, foreign, id;
+  std::string server, tenant, registry, foreign, damage, id;
   uint64_t seed = 1;
-};
-
-[[noreturn]] void Fail(const std::string& what) {
-  std::fprintf(stderr, "CHAOS: %s\n", what.c_str());
-  std::fflush(stderr);
-  std::_Exit(kBadExit);
-}
-
-uint64_t NowMs() {
-  return static_cast<uint64_t>(std::chrono::steady_clock::now().time_since_epoch() /
-                               milliseconds(1));
-}
-
-class Registry {
- public:
-  explicit Registry(std::string path) : path_(std::move(path)) {}
-  void Published(const Document& document) { Append("+ ", document.ToLine()); }
-  void Dropping(const std::string& name) { Append("- ", name); }
-  // Published and not dropped.
-  std::vector<Document> Documents() const {
-    std::map<std::string, Document> there;
-    std::ifstream file(path_);
-    for (std::string line; std::getline(file, line);) {
-      const size_t space = line.find(' ', 2);
-      if (line.size() < 3 || space == std::string::npos) continue;
-      const std::string rest = line.substr(space + 1);
-      const auto document = Document::Parse(rest);
-      if (line[0] == '+' && document) there[document->name] = *document;
-      if (line[0] == '-') there.erase(rest);
-    }
-    std::vector<Document> all;
-    for (auto& [name, document] : there) all.push_back(std::move(document));
-    return all;
-  }
-
- private:
-  // One write: lines of several processes do not mix.
-  void Append(const char* sign, const std::string& text) {
-    const std::string line = sign + std::to_string(NowMs()) + " " + text + "\n";
-    const int fd = open(path_.c_str(), O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0600);
-    if (fd < 0 || write(fd, line.data(), line.size()) != static_cast<ssize_t>(line.size()))
-      Fail("cannot write " + path_);
-    close(fd);
-  }
-  const std::string path_;
-};
-
-// Takes whole pages and compares each with the model.
-class CheckingSink final : public SelectionSink {
- public:
-  CheckingSink(const Content& content, LayerId layer) : content_(content), layer_(layer) {}
-  void FillHead(wire::SelectHead*) override { seen_.clear(); }
-  void OnSelection(const wire::HeadSelection& selection,
-                   std::vector<wire::ResidentPage>* refetch) override {
-    for (const wire::PagePayload& page : selection.pages) {
-      if (!Take(selection.head, page))
-        refetch->push_back({page.segment, page.page, page.version, page.fill});
-    }
-  }
-  void OnRefetched(KvHeadId head, const wire::PagePayload& page) override { Take(head, page); }
-  uint64_t pages = 0;
-
- private:
-  // False: not intact, to be fetched again, as every worker does.
-  bool Take(KvHeadId head, const wire::PagePayload& mapped) {
-    wire::PagePayload page = mapped;
-    const size_t rows = size_t{page.fill} * kShape.row_bytes();
-    if (page.from != 0 || page.k_rows.size() != rows || page.v_rows.size() != rows ||
-        page.positions.size() != page.fill * sizeof(uint32_t)) {
-      return false;
-    }
-    // The rows may lie in the server's memory: first copied, then believed.
-    std::vector<std::byte> copy;
-    for (const auto part : {page.k_rows, page.v_rows, page.positions})
-      copy.insert(copy.end(), part.begin(), part.end());
-    page.k_rows = std::span(copy).first(rows);
-    page.v_rows = std::span(copy).subspan(rows, rows);
-    page.positions = std::span(copy).subspan(2 * rows);
-    if (PageChecksum({page.segment.value, page.page.value, page.version}, page.k_rows, page.v_rows,
-                     page.positions) != page.checksum) {
-      return false;
-    }
-    if (const Status status = content_.CheckPage(layer_, head, page); !status.ok())
-      Fail("page " + std::to_string(page.page.value) +
-           " passed its checksum and is wrong: " + status.ToString());
-    if (!seen_.insert({head.value, page.segment.value, page.page.value}).second)
-      Fail("a page was selected twice");
-    ++pages;
-    return true;
-  }
-  const Content& content_;
-  const LayerId layer_;
-  std::set<std::tuple<uint16_t, uint64_t, uint32_t>> seen_;
 };
 
 // What nothing in a run explains: the server or this worker has a bug.
@@ -167,6 +75,7 @@ class ChaosWorker {
     while (g_stop == 0) {
       alarm(kActionSecondsMax);
       pages_ = steps_ = 0;
+      const bool damaged = Damaged();
       const char* name = "connect";
       Status status = link_ == nullptr ? Connect() : OkStatus();
       if (status.ok()) status = Act(&name);
@@ -175,7 +84,8 @@ class ChaosWorker {
                   static_cast<unsigned long long>(pages_), static_cast<unsigned long long>(steps_));
       std::fflush(stdout);
       if (status.ok()) continue;
-      if (!Explained(status)) Fail(std::string(name) + ": " + status.ToString());
+      const bool lost = status.code() == StatusCode::kDataLoss && (damaged || Damaged());
+      if (!lost && !Explained(status)) Fail(std::string(name) + ": " + status.ToString());
       // Gone with its server, or dropped by somebody else.
       if (status.code() == StatusCode::kNotFound) gone_.insert(picked_);
       std::fprintf(stderr, "%s: %s\n", name, status.ToString().c_str());
@@ -210,6 +120,8 @@ class ChaosWorker {
     return *name = "trespass", Trespass();
   }
 
+  bool Damaged() const { return access(options_.damage.c_str(), F_OK) == 0; }
+
   std::string FreshName() {
     return options_.tenant + "-" + options_.id + "-" + std::to_string(next_name_++);
   }
@@ -218,7 +130,8 @@ class ChaosWorker {
   Status Write() {
     Document document;
     document.name = FreshName();
-    document.tokens = 40 + static_cast<uint32_t>(random_() % 700);
+    // A few are long, so that memory becomes short and pages move to disk and back.
+    document.tokens = 40 + static_cast<uint32_t>(random_() % (random_() % 4 == 0 ? 4000 : 700));
     document.parts = {{0, random_()}};
     const Content content(document);
     wire::Create create;
@@ -268,6 +181,7 @@ class ChaosWorker {
       }
     }
     KV_RETURN_IF_ERROR(CheckPages(handle, content, window.window_first(LayerId(0))));
+    KV_RETURN_IF_ERROR(CheckAnswers(handle, document, content, window.window_first(LayerId(0))));
     if (document.parts.size() >= kChainMax) return link_->control().Release(handle.id);
     return GoOn(grant, document, window, grant.context.policy == "exact");
   }
@@ -280,23 +194,24 @@ class ChaosWorker {
     KV_RETURN_IF_ERROR(link_->cache().Attach(grant));
     const ContextHandle handle{grant.context.id, grant.epoch, kShape};
     const Content content(*document);
-    for (int i = 0; i < 4; ++i) {
-      KV_RETURN_IF_ERROR(
-          CheckPages(handle, content, TokenPos(grant.context.tokens - grant.context.tail_tokens)));
-    }
+    const TokenPos next(grant.context.tokens - grant.context.tail_tokens);
+    for (int i = 0; i < 4; ++i) KV_RETURN_IF_ERROR(CheckPages(handle, content, next));
+    KV_RETURN_IF_ERROR(CheckAnswers(handle, *document, content, next));
     return link_->control().Release(handle.id);
   }
 
   Status Drop() {
     const std::optional<Document> victim = Pick();
-    if (!victim || registry_.Documents().size() < 4) return OkStatus();
+    if (!victim || Documents(registry_).size() < kDocumentsMin) return OkStatus();
     registry_.Dropping(victim->name);
-    return link_->control().Drop(victim->name);
+    KV_RETURN_IF_ERROR(link_->control().Drop(victim->name));
+    registry_.Dropped(victim->name);
+    return OkStatus();
   }
 
   // Names of the other tenant, contexts by guessed number: all must lead nowhere.
   Status Trespass() {
-    const std::vector<Document> foreign = foreign_.Documents();
+    const std::vector<Document> foreign = Documents(foreign_);
     if (!foreign.empty()) {
       const std::string& name = foreign[random_() % foreign.size()].name;
       Refused("open", link_->control().Open(name).status());
@@ -320,8 +235,17 @@ class ChaosWorker {
     if (!Explained(status)) Fail(std::string(what) + ": " + status.ToString());
   }
 
+  // Also those whose publication was not answered: if one is there, it is there whole.
+  static std::vector<Document> Documents(const Registry& registry) {
+    std::vector<Document> all;
+    for (const auto& [name, entry] : registry.Entries()) {
+      if (!entry.dropping) all.push_back(entry.document);
+    }
+    return all;
+  }
+
   std::optional<Document> Pick() {
-    std::vector<Document> all = registry_.Documents();
+    std::vector<Document> all = Documents(registry_);
     std::erase_if(all, [&](const Document& d) { return gone_.contains(d.name); });
     if (all.empty()) return std::nullopt;
     const Document& document = all[random_() % all.size()];
@@ -363,11 +287,48 @@ class ChaosWorker {
     return OkStatus();
   }
 
+  // What fixed questions to the document select: a hash over pages, versions, checksums and order.
+  // Wherever its pages lie, and whatever server answers, it is the same.
+  Result<uint64_t> Answers(const ContextHandle& handle, const Document& document,
+                           const Content& content, TokenPos next) {
+    std::mt19937_64 questions(document.parts.back().seed + document.tokens);
+    std::normal_distribution<float> normal(0, 0.4f);
+    uint64_t hash = 0;
+    for (uint32_t i = 0; i < 2 * kShape.layers; ++i) {
+      std::vector<float> q(size_t{kShape.query_heads} * kShape.head_dim);
+      for (float& x : q) x = normal(questions);
+      CheckingSink sink(content, LayerId(i % kShape.layers));
+      SelectParams params;
+      params.layer = LayerId(i % kShape.layers);
+      params.queries = q.data();
+      params.max_pages = 8;
+      params.read_cap = 1024;
+      params.append_first = next;
+      params.deadline = std::chrono::seconds(3);
+      const auto outcome = link_->cache().Select(handle, params, sink, {});
+      if (!outcome.ok()) return outcome.status();
+      if (!outcome->complete) return Unavailable("a shard did not answer in time");
+      pages_ += sink.pages;
+      const uint64_t both[] = {hash, sink.Hash()};
+      hash = Checksum64(std::as_bytes(std::span(both)));
+    }
+    return hash;
+  }
+
+  Status CheckAnswers(const ContextHandle& handle, const Document& document,
+                      const Content& content, TokenPos next) {
+    if (document.answers == 0) return OkStatus();
+    KV_ASSIGN_OR_RETURN(const uint64_t answers, Answers(handle, document, content, next));
+    if (answers != document.answers)
+      Fail("the same questions select other pages than when it was sealed: " + document.ToLine());
+    return OkStatus();
+  }
+
   // Decodes with a budget of everything, so that the output must be full attention; then seals and
   // publishes, or lets it go.
   Status GoOn(const wire::Grant& grant, const Document& document, const SinkWindow& window,
               bool exact) {
-    const Document longer = document.Extended(1 + static_cast<uint32_t>(random_() % 40), random_());
+    Document longer = document.Extended(1 + static_cast<uint32_t>(random_() % 40), random_());
     const Content content(longer);
     const ContextHandle handle{grant.context.id, grant.epoch, kShape};
     IceCacheOptions options;
@@ -388,9 +349,13 @@ class ChaosWorker {
       return link_->control().Release(handle.id);
     KV_RETURN_IF_ERROR(SendWindow(handle, content, longer));
     KV_RETURN_IF_ERROR(link_->control().Seal(handle.id));
-    KV_RETURN_IF_ERROR(CheckPages(handle, content, TokenPos(longer.tokens - kWindowTokens)));
-    KV_RETURN_IF_ERROR(link_->control().Publish(handle.id));
-    registry_.Published(longer);
+    const TokenPos next(longer.tokens - kWindowTokens);
+    KV_RETURN_IF_ERROR(CheckPages(handle, content, next));
+    KV_ASSIGN_OR_RETURN(longer.answers, Answers(handle, longer, content, next));
+    longer.durable = random_() % 2 == 0;
+    const uint64_t asked_ms = registry_.Publishing(longer);
+    KV_RETURN_IF_ERROR(link_->control().Publish(handle.id, longer.durable));
+    registry_.Published(longer, asked_ms);
     return link_->control().Release(handle.id);
   }
 
@@ -473,6 +438,7 @@ int Main(int argc, char** argv) {
   options.tenant = flags["--tenant"];
   options.registry = flags["--registry"];
   options.foreign = flags["--foreign"];
+  options.damage = flags["--damage"];
   options.id = flags["--id"];
   options.seed = std::strtoull(flags["--seed"].c_str(), nullptr, 10);
   ChaosWorker(options).Run();

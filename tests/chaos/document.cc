@@ -33,12 +33,13 @@ Document Document::Extended(uint32_t count, uint64_t seed) const {
   more.parts.push_back({tokens, seed});
   more.tokens += count;
   more.durable = false;
+  more.answers = 0;
   return more;
 }
 
 std::string Document::ToLine() const {
   std::ostringstream line;
-  line << name << ' ' << tokens << ' ' << durable << ' ' << parts.size();
+  line << name << ' ' << tokens << ' ' << durable << ' ' << answers << ' ' << parts.size();
   for (const Part& part : parts) line << ' ' << part.first << ' ' << part.seed;
   return line.str();
 }
@@ -47,7 +48,7 @@ std::optional<Document> Document::Parse(const std::string& text) {
   std::istringstream line(text);
   Document document;
   size_t parts = 0;
-  line >> document.name >> document.tokens >> document.durable >> parts;
+  line >> document.name >> document.tokens >> document.durable >> document.answers >> parts;
   if (!line || parts == 0 || parts > 64) return std::nullopt;
   for (size_t i = 0; i < parts; ++i) {
     Part part;

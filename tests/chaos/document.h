@@ -31,6 +31,7 @@ struct Document {
   std::string name;
   uint32_t tokens = 0;
   bool durable = false;  // published with the promise that it survives the server
+  uint64_t answers = 0;  // hash of the pages that Questions() select in it; 0: never asked
   std::vector<Part> parts;
 
   // This document and `count` more tokens of another seed.

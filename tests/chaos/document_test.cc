@@ -3,12 +3,21 @@
 
 #include <gtest/gtest.h>
 
+#include <map>
+
+#include "tests/chaos/registry.h"
+#include "tests/chaos/schedule.h"
+#include "tests/support/process.h"
+
 namespace icecache::chaos {
 namespace {
 
 Document Two() {
-  Document document{.name = "doc", .tokens = 30, .durable = true, .parts = {{0, 7}}};
-  return document.Extended(10, 8);
+  Document document{.name = "doc", .tokens = 30, .parts = {{0, 7}}};
+  document = document.Extended(10, 8);
+  document.durable = true;
+  document.answers = 12345;
+  return document;
 }
 
 // A page with the rows of positions 25 .. 34, as a server would send it.
@@ -41,6 +50,8 @@ TEST(ChaosDocument, ItsLineComesBackAsItWas) {
   ASSERT_TRUE(again.has_value());
   EXPECT_EQ(again->ToLine(), document.ToLine());
   EXPECT_EQ(again->tokens, 40u);
+  EXPECT_TRUE(again->durable);
+  EXPECT_EQ(again->answers, 12345u);
   EXPECT_FALSE(Document::Parse("doc 30").has_value());
 }
 
@@ -68,6 +79,38 @@ TEST(ChaosDocument, TheSecondPartIsOfAnotherSeed) {
   const Status status = content.CheckPage(LayerId(1), KvHeadId(1), bytes.page());
   EXPECT_EQ(status.code(), StatusCode::kDataLoss);
   EXPECT_NE(status.message().find("position 30"), std::string::npos) << status.ToString();
+}
+
+TEST(ChaosRegistry, SaysWhatMayBeThereAndWhatMust) {
+  test::TempDir dir;
+  Registry registry(dir.path("registry"));
+  const Document document = Two();
+  const uint64_t asked = registry.Publishing(document);
+  EXPECT_FALSE(registry.Entries().at("doc").published);
+  registry.Published(document, asked);
+  EXPECT_TRUE(registry.Entries().at("doc").published);
+  EXPECT_EQ(registry.Entries().at("doc").asked_ms, asked);
+  EXPECT_EQ(registry.Entries().at("doc").document.ToLine(), document.ToLine());
+  registry.Dropping("doc");
+  EXPECT_TRUE(registry.Entries().at("doc").dropping);
+  EXPECT_FALSE(registry.Entries().at("doc").dropped);
+  registry.Dropped("doc");
+  EXPECT_TRUE(registry.Entries().at("doc").dropped);
+}
+
+TEST(ChaosSchedule, IsAFunctionOfItsSeedAndHasEveryTrouble) {
+  Schedule one(7, 3), again(7, 3), other(8, 3);
+  std::map<Trouble, int> seen;
+  bool differs = false;
+  for (int i = 0; i < 500; ++i) {
+    const Turn turn = one.Next();
+    EXPECT_EQ(turn.ToString(), again.Next().ToString());
+    differs |= turn.ToString() != other.Next().ToString();
+    EXPECT_LT(turn.worker, 3u);
+    ++seen[turn.trouble];
+  }
+  EXPECT_TRUE(differs);
+  EXPECT_EQ(seen.size(), kTroubleNames.size());
 }
 
 }  // namespace

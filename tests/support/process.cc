@@ -139,15 +139,17 @@ double Process::CpuSeconds() const {
 
 TestServer::TestServer(std::vector<std::string> extra_args, std::vector<std::string> environment)
     : args_(std::move(extra_args)), environment_(std::move(environment)) {
-  Start(0, 0);
+  KV_CHECK(Start(0, 0));
 }
 
-void TestServer::Restart() {
+void TestServer::Restart() { KV_CHECK(TryRestart()); }
+
+bool TestServer::TryRestart() {
   process_.reset();
-  Start(port_, http_port_);
+  return Start(port_, http_port_);
 }
 
-void TestServer::Start(uint16_t port, uint16_t http_port) {
+bool TestServer::Start(uint16_t port, uint16_t http_port) {
   const std::string port_file = dir_.path("ports.json");
   std::filesystem::remove(port_file);
   std::vector<std::string> args = {"--port",      std::to_string(port),
@@ -164,10 +166,11 @@ void TestServer::Start(uint16_t port, uint16_t http_port) {
   }
   if (!ports.is_object()) {
     std::fprintf(stderr, "the server did not start:\n%s\n", process_->Err().c_str());
-    KV_CHECK(ports.is_object());
+    return false;
   }
   port_ = ports.at("port").get<uint16_t>();
   http_port_ = ports.at("http_port").get<uint16_t>();
+  return true;
 }
 
 std::string TestServer::HttpGet(const std::string& path) const {

@@ -72,6 +72,8 @@ class TestServer {
                       std::vector<std::string> environment = {});
   // Starts again with the same arguments and the same ports.
   void Restart();
+  // The same; false when it ended, or was not ready within 30 s. process() says why.
+  bool TryRestart();
 
   Process& process() { return *process_; }
   std::string address() const { return "127.0.0.1:" + std::to_string(port_); }
@@ -84,7 +86,7 @@ class TestServer {
   double StatusNumber(const std::string& pointer) const;
 
  private:
-  void Start(uint16_t port, uint16_t http_port);
+  bool Start(uint16_t port, uint16_t http_port);
 
   TempDir dir_;
   std::vector<std::string> args_;
