@@ -8,6 +8,7 @@
 
 #include "common/limits.h"
 #include "common/ucx_environment.h"
+#include "common/ucx_peer.h"
 
 namespace icecache {
 namespace {
@@ -147,7 +148,9 @@ bool UcxConnection::Finished() const {
 // Step 2 -> 3. REQUIRES: somebody holds a reference, and no UCX frame is on the stack.
 void UcxConnection::Remove() {
   core_->reactor.Detach(this);
+  const std::vector<int> were_open = UcxMemoryDescriptors();
   ucp_worker_destroy(std::exchange(worker_, nullptr));
+  KeepNumbers(were_open);
   // With the worker gone nothing reads or writes the buffers of what never completed.
   in_flight_.clear();
   receiving_.clear();

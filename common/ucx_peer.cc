@@ -1,15 +1,27 @@
 #include "common/ucx_peer.h"
 
 #include <dirent.h>
+#include <fcntl.h>
 #include <netinet/in.h>
 #include <poll.h>
+#include <unistd.h>
 
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
+#include <functional>
 #include <memory>
+#include <mutex>
+#include <string>
+#include <string_view>
+#include <utility>
 
 namespace icecache {
 namespace {
+
+constexpr size_t kKeptMax = 256;                    // some descriptors per closed connection
+constexpr auto kKeptTime = std::chrono::seconds(15);  // who attaches late has given up by then
 
 bool SameAddress(const sockaddr_storage& a, const sockaddr_storage& b) {
   if (a.ss_family != b.ss_family) return false;
@@ -25,22 +37,74 @@ bool SameAddress(const sockaddr_storage& a, const sockaddr_storage& b) {
          std::memcmp(&x.sin6_addr, &y.sin6_addr, sizeof x.sin6_addr) == 0;
 }
 
+// Until it returns false. Descriptors that other threads close meanwhile are visited and are gone.
+void VisitDescriptors(const std::function<bool(int fd)>& visit) {
+  const std::unique_ptr<DIR, int (*)(DIR*)> all(opendir("/proc/self/fd"), closedir);
+  if (all == nullptr) return;
+  while (const dirent* entry = readdir(all.get())) {
+    if (entry->d_name[0] != '.' && !visit(std::atoi(entry->d_name))) return;
+  }
+}
+
+// Made before any number becomes free, or it would take the first.
+int Placeholder() {
+  static const int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  return fd;
+}
+
+bool IsUcxMemory(int fd) {
+  constexpr std::string_view kPrefix = "/dev/shm/ucx_shm_posix";
+  char path[64];
+  const ssize_t length =
+      readlink(("/proc/self/fd/" + std::to_string(fd)).c_str(), path, sizeof path);
+  return length > 0 && std::string_view(path, static_cast<size_t>(length)).starts_with(kPrefix);
+}
+
 }  // namespace
 
 bool PeerHasClosed(const sockaddr_storage& peer) {
-  const std::unique_ptr<DIR, int (*)(DIR*)> all(opendir("/proc/self/fd"), closedir);
-  if (all == nullptr) return false;
-  while (const dirent* entry = readdir(all.get())) {
-    const int fd = std::atoi(entry->d_name);
+  bool closed = false;
+  VisitDescriptors([&](int fd) {
     sockaddr_storage other{};
     socklen_t length = sizeof other;
-    // Descriptors that other threads close meanwhile fail here.
-    if (getpeername(fd, reinterpret_cast<sockaddr*>(&other), &length) != 0) continue;
-    if (!SameAddress(peer, other)) continue;
+    if (getpeername(fd, reinterpret_cast<sockaddr*>(&other), &length) != 0) return true;
+    if (!SameAddress(peer, other)) return true;
     pollfd wait{fd, POLLRDHUP, 0};
-    return poll(&wait, 1, 0) > 0 && (wait.revents & (POLLRDHUP | POLLHUP | POLLERR)) != 0;
+    closed = poll(&wait, 1, 0) > 0 && (wait.revents & (POLLRDHUP | POLLHUP | POLLERR)) != 0;
+    return false;
+  });
+  return closed;
+}
+
+std::vector<int> UcxMemoryDescriptors() {
+  (void)Placeholder();
+  std::vector<int> open;
+  VisitDescriptors([&](int fd) {
+    if (IsUcxMemory(fd)) open.push_back(fd);
+    return true;
+  });
+  return open;
+}
+
+void KeepNumbers(const std::vector<int>& were_open) {
+  using Clock = std::chrono::steady_clock;
+  static std::mutex mutex;
+  static std::deque<std::pair<Clock::time_point, int>> kept;  // oldest first
+  const std::lock_guard lock(mutex);
+  const auto now = Clock::now();
+  for (const int fd : were_open) {
+    if (IsUcxMemory(fd)) continue;
+    const int number = fcntl(Placeholder(), F_DUPFD_CLOEXEC, fd);
+    if (number == fd) {
+      kept.emplace_back(now, fd);
+    } else if (number >= 0) {
+      close(number);
+    }
   }
-  return false;
+  while (!kept.empty() && (kept.size() > kKeptMax || now - kept.front().first > kKeptTime)) {
+    close(kept.front().second);
+    kept.pop_front();
+  }
 }
 
 }  // namespace icecache

@@ -1,8 +1,12 @@
 #include "common/ucx_peer.h"
 
+#include <fcntl.h>
 #include <gtest/gtest.h>
 #include <netinet/in.h>
 #include <unistd.h>
+
+#include <algorithm>
+#include <string>
 
 namespace icecache {
 namespace {
@@ -31,6 +35,22 @@ TEST(UcxPeer, KnowsWhenWhoeverAskedHasLeft) {
   EXPECT_TRUE(PeerHasClosed(peer));
   for (const int fd : {accepted, accepted_other, listener}) close(fd);
   EXPECT_FALSE(PeerHasClosed(peer)) << "nothing is known of it";
+}
+
+TEST(UcxPeer, NumbersOfClosedMemoryAreNotUsedAgainAtOnce) {
+  const std::string path = "/dev/shm/ucx_shm_posix_test_" + std::to_string(getpid());
+  const int memory = open(path.c_str(), O_CREAT | O_RDWR, 0600);
+  ASSERT_GE(memory, 0);
+  unlink(path.c_str());
+  const std::vector<int> were_open = UcxMemoryDescriptors();
+  EXPECT_EQ(std::count(were_open.begin(), were_open.end(), memory), 1);
+  close(memory);
+  KeepNumbers(were_open);
+  const int next = open("/dev/null", O_RDONLY);
+  EXPECT_NE(next, memory);
+  // Who attaches late finds nothing that can be mapped.
+  EXPECT_LT(open(("/proc/self/fd/" + std::to_string(memory)).c_str(), O_RDWR), 0);
+  close(next);
 }
 
 }  // namespace
