@@ -17,6 +17,7 @@
 
 #include "cacheserver/server.h"
 #include "common/address.h"
+#include "common/file_limit.h"
 #include "common/limits.h"
 #include "common/log.h"
 #include "common/size.h"
@@ -197,6 +198,7 @@ int main(int argc, char** argv) {
   ApplyUcxEnvironment();
   std::signal(SIGPIPE, SIG_IGN);  // a peer that is gone is an error of its socket
   std::signal(SIGXFSZ, SIG_IGN);  // a file at its limit (ulimit -f) is an error of its write
+  RaiseFileLimit();
   const Machine machine = ReadMachine();
   Result<ParsedServerConfig> parsed = ParseServerConfig(argc, argv, machine);
   if (!parsed.ok()) return Fail(parsed.status());

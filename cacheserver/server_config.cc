@@ -26,6 +26,7 @@ namespace {
 constexpr uint64_t kNoLimit = ~0ull;
 constexpr uint64_t kDefaultMemoryMax = 4ull << 30;
 constexpr uint64_t kRdmaMemlockMin = 1ull << 30;
+constexpr uint64_t kOwnFiles = 64;  // sockets of control and admin, the cold store, what libraries open
 
 std::string ReadText(const std::string& path) {
   std::ifstream file(path);
@@ -193,6 +194,19 @@ Status CheckLockedMemory(const ServerConfig& c, const Machine& machine) {
       "memlock=-1)");
 }
 
+// Besides the extents: the program itself, a listener and one worker's connection for each shard.
+Status CheckFiles(const ServerConfig& c, const Machine& machine) {
+  const uint64_t needed = kOwnFiles + c.memory_size / limits::kExtentBytes +
+                          uint64_t{2} * c.threads * kUcxFilesPerWorker;
+  if (machine.files >= needed) return OkStatus();
+  return ResourceExhausted(
+      "a server of " + FormatSize(c.memory_size) + " and " + std::to_string(c.threads) +
+      " shards opens " + std::to_string(needed) + " files and more with each worker, and " +
+      "`ulimit -Hn` is " + std::to_string(machine.files) +
+      "; raise it (systemd: LimitNOFILE=1048576, containers: --ulimit nofile=1048576) or lower "
+      "--memory-size");
+}
+
 Status CheckDataDir(const ServerConfig& c) {
   if (c.data_dir.empty()) return OkStatus();
   std::error_code error;
@@ -327,6 +341,10 @@ Machine ReadMachine(const std::string& root) {
     machine.memlock = lock.rlim_cur;
   }
   machine.first_addresses = ReadFirstAddresses();
+  struct rlimit files {};
+  if (getrlimit(RLIMIT_NOFILE, &files) == 0 && files.rlim_max != RLIM_INFINITY) {
+    machine.files = files.rlim_max;
+  }
   return machine;
 }
 
@@ -375,6 +393,7 @@ Status CheckServerConfig(const ServerConfig& c, const Machine& machine) {
   KV_RETURN_IF_ERROR(CheckMemory(c, machine));
   KV_RETURN_IF_ERROR(CheckSharedMemoryRoom(c, machine));
   KV_RETURN_IF_ERROR(CheckLockedMemory(c, machine));
+  KV_RETURN_IF_ERROR(CheckFiles(c, machine));
   KV_RETURN_IF_ERROR(CheckDataDir(c));
   return CheckLease(c);
 }

@@ -55,6 +55,7 @@ struct Machine {
       ~0ull;                       // what is left of the tightest memory limit of the control group
   uint64_t shm_available = ~0ull;  // free in /dev/shm
   uint64_t memlock = ~0ull;        // ulimit -l
+  uint64_t files = ~0ull;          // ulimit -Hn: main() raises the soft limit to it
   std::vector<std::string> first_addresses =
       {};  // IPv4, one of each network interface; empty: unknown
 };
@@ -78,7 +79,8 @@ Result<ParsedServerConfig> ParseServerConfig(int argc, const char* const* argv,
 // Refuses what cannot work: an IPv4 address that is not an interface's first (UCX's TCP knows no
 // other), a non-loopback address without a token file or without TLS
 // (INVALID_ARGUMENT; TLS may be waived), more memory than the machine or its control group has, a
-// small /dev/shm, a low `ulimit -l` for RDMA (RESOURCE_EXHAUSTED).
+// small /dev/shm, a low `ulimit -l` for RDMA, a `ulimit -n` that does not do for the memory's
+// extents and one worker (RESOURCE_EXHAUSTED).
 Status CheckServerConfig(const ServerConfig& config, const Machine& machine);
 
 // 127.0.0.0/8, ::1 or "localhost".

@@ -127,6 +127,9 @@ TEST(ServerConfig, MissingResourcesAreRefusedWithTheRemedy) {
   machine = kMachine;
   machine.memlock = ~0ull;
   EXPECT_TRUE(CheckServerConfig(config, machine).ok());
+  machine.files = 100;
+  EXPECT_THAT(CheckServerConfig(config, machine).message(), HasSubstr("ulimit -Hn"));
+  machine.files = ~0ull;
   config.data_dir = "/proc/icecache";
   EXPECT_THAT(CheckServerConfig(config, machine).message(), HasSubstr("can write"));
   config.data_dir.clear();

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <utility>
 
+#include "common/file_limit.h"
 #include "common/limits.h"
 #include "common/ucx_environment.h"
 #include "common/ucx_peer.h"
@@ -22,7 +23,11 @@ constexpr int kProgressPerTurn = 4;
 // After the end of a connection UCX has this long to let go of its buffers by itself.
 constexpr auto kFinishMax = std::chrono::milliseconds(500);
 
-std::string UcxReason(ucs_status_t status) { return ucs_status_string(status); }
+std::string UcxReason(ucs_status_t status) {
+  const std::string reason = ucs_status_string(status);
+  if (status != UCS_ERR_REJECTED) return reason;
+  return reason + "; it has no room for another connection, and its log says why";
+}
 
 }  // namespace
 
@@ -30,7 +35,9 @@ UcxCore::UcxCore(Reactor& r) : reactor(r), buffers(limits::kReceiveCacheBytesMax
 UcxCore::~UcxCore() = default;
 
 Status OpenUcxWorker(const UcxCore& core, ucp_worker_h* worker, int* event_fd) {
+  // UCX takes either shortage badly: it dies of SIGBUS, or leaves a worker that nothing wakes.
   if (core.shared_memory) KV_RETURN_IF_ERROR(CheckSharedMemory(kUcxSharedBytesPerWorker));
+  KV_RETURN_IF_ERROR(CheckFileDescriptors(kUcxFilesPerWorker));
   ucp_worker_params_t params{};
   params.field_mask = UCP_WORKER_PARAM_FIELD_THREAD_MODE;
   params.thread_mode = UCS_THREAD_MODE_SINGLE;
@@ -42,7 +49,7 @@ Status OpenUcxWorker(const UcxCore& core, ucp_worker_h* worker, int* event_fd) {
   }
   *worker = nullptr;
   return Unavailable("UCX cannot make a worker: " + UcxReason(status) +
-                     "; each takes 12 file descriptors (ulimit -n) and some of /dev/shm");
+                     "; each takes 12 file descriptors (ulimit -n) and 4 MiB of /dev/shm");
 }
 
 // ---- opening and closing

@@ -32,6 +32,8 @@ Status CheckSharedMemory(uint64_t needed_bytes, const std::string& directory = "
 
 // What one worker may take of /dev/shm: the FIFO and the segments of the posix transport.
 inline constexpr uint64_t kUcxSharedBytesPerWorker = 8u << 20;
+// Descriptors that one worker and its endpoint take, with some to spare.
+inline constexpr uint32_t kUcxFilesPerWorker = 20;
 
 // True when the list of transports (the value of UCX_TLS) includes shared memory.
 bool UsesSharedMemory(std::string_view transports);

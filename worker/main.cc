@@ -2,6 +2,7 @@
 #include <cstdio>
 
 #include "common/config.h"
+#include "common/file_limit.h"
 #include "common/ucx_environment.h"
 #include "worker/serve/dump_trace.h"
 #include "worker/serve/generate.h"
@@ -21,6 +22,7 @@ int Fail(const Status& status) {
 
 int Main(int argc, char** argv) {
   ApplyUcxEnvironment();
+  RaiseFileLimit();
   CatchInterrupts();
   ConfigParser parser("icecache-worker",
                       "Runs a language model whose KV cache lives in an icecache-server.",
