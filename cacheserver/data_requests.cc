@@ -395,4 +395,17 @@ Status DataService::FetchPages(Connection& connection, const InMessage& message)
   return OkStatus();
 }
 
+Status DataService::GiveExtentKeys(Connection& connection, const InMessage& message) {
+  KV_ASSIGN_OR_RETURN(const Fenced fenced, Fence(connection, message, false));
+  KV_ASSIGN_OR_RETURN(const wire::ExtentKeysRequest request, wire::DecodeExtentKeysRequest(message));
+  KV_RETURN_IF_ERROR(CheckEpoch(fenced, request.epoch));
+  if (options_.keys == nullptr) return Unimplemented("extent keys: pages come inline here");
+  KV_ASSIGN_OR_RETURN(const wire::ExtentKeysReply keys,
+                      options_.keys->KeysFor(fenced.lease->tenant, request.serials));
+  OutMessage reply;
+  wire::Encode(keys, &reply);
+  Reply(connection, message, std::move(reply));
+  return OkStatus();
+}
+
 }  // namespace icecache

@@ -10,8 +10,9 @@ namespace icecache {
 namespace {
 
 constexpr Duration kSweepInterval = std::chrono::seconds(2);
-constexpr std::array<const char*, 8> kKindNames = {
-    "unknown", "attach", "put_rows", "build", "select", "fetch_rows", "fetch_pages", "select_batch"};
+constexpr std::array<const char*, 9> kKindNames = {
+    "unknown",    "attach",      "put_rows",     "build",      "select",
+    "fetch_rows", "fetch_pages", "select_batch", "extent_keys"};
 
 Histogram& StageHistogram(MetricsRegistry& metrics, const char* stage) {
   return metrics.GetHistogram(
@@ -209,6 +210,8 @@ Status DataService::Dispatch(Connection& connection, const InMessage& message) {
       return FetchRows(connection, message);
     case wire::kFetchPages:
       return FetchPages(connection, message);
+    case wire::kExtentKeys:
+      return GiveExtentKeys(connection, message);
     default:
       return Unimplemented("request kind " + std::to_string(message.kind) +
                            " is not known to protocol version " +

@@ -25,6 +25,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "cacheserver/extent_keys.h"
 #include "cacheserver/shard.h"
 #include "common/channel.h"
 #include "common/metrics.h"
@@ -38,6 +39,7 @@ struct DataServiceOptions {
   Duration peer_timeout = limits::kLeaseTime;
   Duration heartbeat_interval = limits::kHeartbeatInterval;
   std::string extents;  // where ExtentService listens, told to workers that attach; empty: nowhere
+  ExtentKeys* keys = nullptr;  // borrowed; none: no worker reads by itself
 };
 
 class DataService {
@@ -88,6 +90,7 @@ class DataService {
   Status SelectBatch(Connection& connection, const InMessage& message);
   Status FetchRows(Connection& connection, const InMessage& message);
   Status FetchPages(Connection& connection, const InMessage& message);
+  Status GiveExtentKeys(Connection& connection, const InMessage& message);
 
   Status AppendRows(const Fenced& fenced, const wire::SelectRequest& request);
   Status SelectHeads(Context& context, const wire::SelectRequest& request, Misses* misses);
@@ -146,7 +149,7 @@ class DataService {
   bool accepting_ = true;
   Reactor::TimerId sweep_ = 0;
   wire::SelectReply scratch_;  // reused by every Select: its vectors keep their memory
-  std::array<std::array<Counter*, 16>, 8> counters_{};  // [kind][code], made on first use
+  std::array<std::array<Counter*, 16>, 9> counters_{};  // [kind][code], made on first use
   std::shared_ptr<int> alive_ = std::make_shared<int>(0);
 };
 

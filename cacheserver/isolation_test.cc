@@ -3,10 +3,12 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <set>
 
 #include "cacheserver/test_worker.h"
 #include "common/extent_socket.h"
+#include "common/wire/extent_codec.h"
 
 namespace icecache {
 namespace {
@@ -159,6 +161,33 @@ TEST_F(Isolation, ExtentsOfOthersAreNotLent) {
     ASSERT_FALSE(his.empty());
     for (const uint64_t serial : hers) EXPECT_FALSE(his.contains(serial));
     EXPECT_TRUE(lent(bob_, {hers.begin(), hers.end()}).empty());
+  }
+}
+
+TEST_F(Isolation, KeysForReadingOverTheNetworkEndAtTheTenant) {
+  for (size_t shard = 0; shard < kShards; ++shard) {
+    const auto keys_of = [&](Worker& worker, const wire::Grant& grant) {
+      wire::ExtentKeysRequest request{grant.context.id, grant.epoch, {}};
+      for (uint64_t serial = 1; serial <= limits::kExtentsPerReplyMax; ++serial) {
+        request.serials.push_back(serial);
+      }
+      OutMessage message;
+      wire::Encode(request, &message);
+      const Result<OwnedMessage> reply = worker.shard(shard).Call(std::move(message));
+      return reply.ok() ? wire::DecodeExtentKeysReply(reply->view())
+                        : Result<wire::ExtentKeysReply>(reply.status());
+    };
+    const auto hers = keys_of(alice_, alice_.grant()), his = keys_of(bob_, bob_.grant());
+    ASSERT_TRUE(his.ok()) << his.status().ToString();
+    ASSERT_FALSE(his->serials.empty());
+    ASSERT_TRUE(hers.ok()) << hers.status().ToString();
+    ASSERT_FALSE(hers->serials.empty());
+    for (size_t i = 0; i < hers->serials.size(); ++i) {
+      EXPECT_EQ(std::count(his->serials.begin(), his->serials.end(), hers->serials[i]), 0);
+      EXPECT_EQ(std::count(his->keys.begin(), his->keys.end(), hers->keys[i]), 0);
+    }
+    // In the name of her context he gets nothing.
+    EXPECT_EQ(keys_of(bob_, alice_.grant()).status().code(), StatusCode::kPermissionDenied);
   }
 }
 

@@ -11,6 +11,7 @@
 #include "cacheserver/context_service.h"
 #include "cacheserver/control_service.h"
 #include "cacheserver/data_service.h"
+#include "cacheserver/extent_keys.h"
 #include "cacheserver/extent_service.h"
 #include "cacheserver/listen.h"
 #include "cacheserver/server_report.h"
@@ -49,11 +50,13 @@ struct Server::ShardThread {
             .id = id, .count = config.threads, .memory_bytes = config.memory_size / config.threads},
         reactor, *server.builds_, server.metrics_, server.cold_.get());
     extents = std::make_unique<ExtentService>(*shard, reactor, server.metrics_);
+    keys = std::make_unique<ExtentKeys>(shard->pool(), *transport, server.metrics_);
     service = std::make_unique<DataService>(
         *shard, reactor, server.metrics_,
         DataServiceOptions{.peer_timeout = std::chrono::milliseconds(config.lease_ms),
                            .heartbeat_interval = std::chrono::milliseconds(config.heartbeat_ms),
-                           .extents = extents->Listen()});
+                           .extents = extents->Listen(),
+                           .keys = keys.get()});
     KV_ASSIGN_OR_RETURN(address, transport->Listen(FormatHostPort({config.host, 0}),
                                                    [this](std::unique_ptr<Endpoint> endpoint) {
                                                      service->Accept(std::move(endpoint));
@@ -72,6 +75,7 @@ struct Server::ShardThread {
     // point into.
     service.reset();
     extents.reset();
+    keys.reset();
     transport.reset();
     shard.reset();
   }
@@ -80,6 +84,7 @@ struct Server::ShardThread {
   std::unique_ptr<Transport> transport;
   std::unique_ptr<Shard> shard;
   std::unique_ptr<ExtentService> extents;
+  std::unique_ptr<ExtentKeys> keys;
   std::unique_ptr<DataService> service;
   std::string address;
   std::string description;

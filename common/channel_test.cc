@@ -303,6 +303,8 @@ TEST_F(ChannelTest, LargeMessagesAreAnnounced) {
     explicit Recorder(std::vector<OutMessage>& s) : sent(s) {}
     void Send(OutMessage message) override { sent.push_back(std::move(message)); }
     void SetHandlers(std::function<void(const InMessage&)>, std::function<void(Status)>) override {}
+    void Read(std::span<const MemoryRead>, std::shared_ptr<const void>,
+              std::function<void(Status)>) override {}
     void Close() override {}
     uint64_t bytes_sent() const override { return 0; }
     uint64_t bytes_queued() const override { return 0; }

@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <sys/resource.h>
+#include <sys/socket.h>
 #include <unistd.h>
 
 #include <string>
@@ -16,11 +17,12 @@ uint64_t RaiseFileLimit() {
   return ::setrlimit(RLIMIT_NOFILE, &raised) == 0 ? raised.rlim_cur : limit.rlim_cur;
 }
 
-// By opening them: counting those that are open takes time in proportion to their number.
+// By opening them: counting those that are open takes time in proportion to their number. Sockets,
+// because UCX of another process may try to attach what has one of these numbers, and cannot.
 Status CheckFileDescriptors(uint32_t needed) {
   std::vector<int> opened;
   for (uint32_t i = 0; i < needed; ++i) {
-    const int fd = i == 0 ? ::open("/dev/null", O_RDONLY | O_CLOEXEC)
+    const int fd = i == 0 ? ::socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0)
                           : ::fcntl(opened.front(), F_DUPFD_CLOEXEC, 0);
     if (fd < 0) break;
     opened.push_back(fd);

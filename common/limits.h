@@ -92,6 +92,11 @@ inline constexpr uint32_t kExtentSocketConnectionsMax = 256; // per shard
 inline constexpr milliseconds kExtentWaitMax{750};           // a worker's wait for extents; then pages come inline
 inline constexpr milliseconds kExtentIdleMax{10000};         // an extent that no page named for so long is unmapped
 
+// One-sided reads of a peer's memory.
+inline constexpr size_t kMemoryKeyBytesMax = 512;
+inline constexpr uint32_t kMemoryKeysMax = 4096;    // known to one connection
+inline constexpr uint32_t kMemoryReadsMax = 1024;   // in flight on one connection
+
 // Server: connections, leases, work in flight.
 inline constexpr uint32_t kLeasesMax = 1u << 16;
 inline constexpr uint32_t kTenantsMax = 1024;

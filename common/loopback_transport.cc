@@ -200,6 +200,30 @@ class LoopbackNetwork {
     return it->second;
   }
 
+  // Memory that may be read, by its key. Read and taken back under one lock: nobody reads what has
+  // gone.
+  uint64_t AddMemory(std::span<const std::byte> memory) {
+    std::lock_guard lock(mutex_);
+    memory_.emplace(next_key_, memory);
+    return next_key_++;
+  }
+  void DropMemory(uint64_t key) {
+    std::lock_guard lock(mutex_);
+    memory_.erase(key);
+  }
+  Status ReadMemory(std::span<const std::byte> key, uint64_t offset, std::span<std::byte> to) {
+    std::lock_guard lock(mutex_);
+    uint64_t number = 0;
+    if (key.size() == sizeof number) std::memcpy(&number, key.data(), sizeof number);
+    const auto it = memory_.find(number);
+    if (it == memory_.end()) return InvalidArgument("unknown memory key");
+    if (to.size() > it->second.size() || offset > it->second.size() - to.size()) {
+      return OutOfRange("a read behind the end of memory");
+    }
+    if (!to.empty()) std::memcpy(to.data(), it->second.data() + offset, to.size());
+    return OkStatus();
+  }
+
   struct Fate {
     Duration delay{0}, noticed_after{0};
     bool lost = false, death = false, silence = false;
@@ -231,9 +255,23 @@ class LoopbackNetwork {
   std::mt19937_64 random_;
   std::map<std::string, Listener> listeners_;
   uint16_t next_port_ = kFirstFreePort;
+  std::map<uint64_t, std::span<const std::byte>> memory_;
+  uint64_t next_key_ = 1;
 };
 
 namespace {
+
+class LoopbackReadable final : public ReadableMemory {
+ public:
+  LoopbackReadable(std::shared_ptr<LoopbackNetwork> network, std::span<const std::byte> memory)
+      : network_(std::move(network)), number_(network_->AddMemory(memory)) {}
+  ~LoopbackReadable() override { network_->DropMemory(number_); }
+  std::span<const std::byte> key() const override { return std::as_bytes(std::span(&number_, 1)); }
+
+ private:
+  const std::shared_ptr<LoopbackNetwork> network_;
+  const uint64_t number_;
+};
 
 class LoopbackEndpoint final : public Endpoint {
  public:
@@ -278,6 +316,31 @@ class LoopbackEndpoint final : public Endpoint {
     if (side_->closed) return;
     side_->handlers =
         std::make_shared<Handlers>(Handlers{std::move(on_message), std::move(on_closed)});
+  }
+
+  void Read(std::span<const MemoryRead> reads, std::shared_ptr<const void> pin,
+            std::function<void(Status)> done) override {
+    if (side_->closed) return;
+    struct Part {
+      std::vector<std::byte> key;
+      uint64_t offset;
+      std::span<std::byte> to;
+    };
+    std::vector<Part> parts;
+    for (const MemoryRead& read : reads) {
+      parts.push_back({{read.key.begin(), read.key.end()}, read.offset, read.to});
+    }
+    side_->reactor.After(network_->Draw().delay, [weak = std::weak_ptr(side_), network = network_,
+                                                  parts = std::move(parts), pin = std::move(pin),
+                                                  done = std::move(done)] {
+      const auto side = weak.lock();
+      if (side == nullptr || side->handlers == nullptr || side->silent) return;
+      Status status;
+      for (const Part& part : parts) {
+        if (status.ok()) status = network->ReadMemory(part.key, part.offset, part.to);
+      }
+      done(std::move(status));
+    });
   }
 
   void Close() override {
@@ -354,6 +417,10 @@ class LoopbackTransport final : public Transport {
       EndLater(*mailbox_, side, Unavailable("nobody listens at " + name), Duration(0));
     }
     return std::unique_ptr<Endpoint>(std::move(endpoint));
+  }
+
+  Result<std::unique_ptr<ReadableMemory>> MakeReadable(std::span<std::byte> memory) override {
+    return std::unique_ptr<ReadableMemory>(std::make_unique<LoopbackReadable>(network_, memory));
   }
 
   std::string Describe() const override {

@@ -40,6 +40,21 @@ struct InMessage {
   std::span<const std::byte> body;
 };
 
+// Memory of this process that peers may read by themselves, without a thread of this process taking
+// part (RDMA). Ends with the object, which must go before the memory and before the transport.
+class ReadableMemory {
+ public:
+  virtual ~ReadableMemory() = default;
+  // What a peer needs to read all of it, and nothing else: a secret. At most kMemoryKeyBytesMax.
+  virtual std::span<const std::byte> key() const = 0;
+};
+// Bytes of a peer's memory from `offset` on.
+struct MemoryRead {
+  std::span<const std::byte> key;
+  uint64_t offset = 0;
+  std::span<std::byte> to;
+};
+
 class Endpoint {
  public:
   virtual ~Endpoint() = default;  // closes
@@ -52,6 +67,13 @@ class Endpoint {
   // inside either handler.
   virtual void SetHandlers(std::function<void(const InMessage&)> on_message,
                            std::function<void(Status)> on_closed) = 0;
+
+  // Reads memory that the peer has made readable. `done` runs at most once, on a later turn: OK when
+  // all of it is here, OUT_OF_RANGE, INVALID_ARGUMENT (the key), UNAVAILABLE; not after Close. Where
+  // the network cannot read by itself it may never run, so callers bound their wait. `pin` keeps the
+  // memory behind `to` alive until the transport lets go of it. REQUIRES: a message has come.
+  virtual void Read(std::span<const MemoryRead> reads, std::shared_ptr<const void> pin,
+                    std::function<void(Status)> done) = 0;
 
   // Drops what is queued and ends the connection; the peer's on_closed runs.
   virtual void Close() = 0;
@@ -73,12 +95,18 @@ class Transport {
   // Starts a connection; a failure arrives as on_closed. INVALID_ARGUMENT for a bad address.
   virtual Result<std::unique_ptr<Endpoint>> Connect(const std::string& address) = 0;
 
+  // Registers memory for peers' reads; on RDMA that pins it (ulimit -l). RESOURCE_EXHAUSTED.
+  virtual Result<std::unique_ptr<ReadableMemory>> MakeReadable(std::span<std::byte> memory) = 0;
+
   // What the transport chose and why, for the start-up log: "ucx 1.13.1: posix cma tcp; ...".
   virtual std::string Describe() const = 0;
 };
 
 struct UcxOptions {
   std::string transports;  // UCX_TLS; empty: posix,cma,tcp,self unless the user's environment says otherwise
+  // For a side that reads its peers' memory. Where UCX emulates that in software, its peers may then read
+  // and write all memory of this process, whatever keys they have: not for servers.
+  bool reads = false;
 };
 // Attaches itself to the reactor. UNAVAILABLE with UCX's reason when it cannot start.
 // Settings that correctness depends on are applied in code when the environment does not set them

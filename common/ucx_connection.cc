@@ -149,12 +149,14 @@ void UcxConnection::CloseEndpoint() {
 }
 
 bool UcxConnection::Finished() const {
-  return ended_ && !closing_ && incomplete_sends_ == 0 && receiving_.empty();
+  return ended_ && !closing_ && incomplete_sends_ == 0 && receiving_.empty() &&
+         !reads_.any_in_flight();
 }
 
 // Step 2 -> 3. REQUIRES: somebody holds a reference, and no UCX frame is on the stack.
 void UcxConnection::Remove() {
   core_->reactor.Detach(this);
+  reads_.DestroyKeys();
   const std::vector<int> were_open = UcxMemoryDescriptors();
   ucp_worker_destroy(std::exchange(worker_, nullptr));
   KeepNumbers(were_open);
@@ -183,6 +185,7 @@ bool UcxConnection::Progress() {
     if (ucp_worker_progress(worker_) == 0) break;
     any = true;
   }
+  wants_attention_ |= reads_.any_finished();
   if (ready_.empty() && !wants_attention_ && released_pins_.empty() && !ended_) return any;
   const auto self = shared_from_this();
   KV_CHECK(!core_->delivering);
@@ -202,13 +205,16 @@ bool UcxConnection::Progress() {
 }
 
 bool UcxConnection::Arm() {
-  if (!ready_.empty() || wants_attention_ || !released_pins_.empty()) return false;
+  if (!ready_.empty() || wants_attention_ || !released_pins_.empty() || reads_.any_finished())
+    return false;
   // Anything but OK and BUSY leaves the reactor's safety timer to pump.
   return ucp_worker_arm(worker_) != UCS_ERR_BUSY;
 }
 
 void UcxConnection::Tend() {
   wants_attention_ = false;
+  if (!ended_ && !failure_.ok()) reads_.FailAll(failure_);
+  FinishReads();
   if (ended_) return;
   if (failure_.ok()) {
     if (established_ && lanes_.empty()) FindLanes();

@@ -28,6 +28,7 @@
 
 #include "common/transport.h"
 #include "common/ucx_message.h"
+#include "common/ucx_read.h"
 
 namespace icecache {
 
@@ -51,7 +52,8 @@ struct UcxCore {
 };
 
 // A worker that serves one thread and wakes it through *event_fd. RESOURCE_EXHAUSTED, with the
-// remedy, when there is no room for it in /dev/shm; UNAVAILABLE with UCX's reason.
+// remedy, when there is no room for it in /dev/shm or too few files may be opened; UNAVAILABLE with
+// UCX's reason.
 Status OpenUcxWorker(const UcxCore& core, ucp_worker_h* worker, int* event_fd);
 
 class UcxConnection final : public Pollable, public std::enable_shared_from_this<UcxConnection> {
@@ -71,6 +73,8 @@ class UcxConnection final : public Pollable, public std::enable_shared_from_this
 
   // The Endpoint's side.
   void Send(OutMessage message);
+  void Read(std::span<const MemoryRead> reads, std::shared_ptr<const void> pin,
+            std::function<void(Status)> done);
   void SetHandlers(std::function<void(const InMessage&)> on_message,
                    std::function<void(Status)> on_closed);
   void Close();
@@ -83,7 +87,9 @@ class UcxConnection final : public Pollable, public std::enable_shared_from_this
   int event_fd() const override { return event_fd_; }
   bool Arm() override;
   // Shared memory does not tell a sender that its peer has made room.
-  bool has_silent_work() const override { return incomplete_sends_ > 0; }
+  bool has_silent_work() const override {
+    return incomplete_sends_ > 0 || reads_.any_in_flight();
+  }
 
   // The transport's side, when it is destroyed: closes, lets UCX finish until then, and removes.
   void Drain(std::chrono::steady_clock::time_point until);
@@ -98,6 +104,7 @@ class UcxConnection final : public Pollable, public std::enable_shared_from_this
 
   void Deliver(const UcxReceived& received);
   void Tend();
+  void FinishReads();
   void Fail(Status status);
   void End();
   void CloseEndpoint();
@@ -147,6 +154,7 @@ class UcxConnection final : public Pollable, public std::enable_shared_from_this
   uint64_t incomplete_sends_ = 0;
   uint32_t send_sequence_ = 0;
   uint64_t bytes_sent_ = 0, bytes_queued_ = 0;
+  UcxReads reads_;
 
   // In.
   uint64_t receive_sequence_ = 0;          // of the next message to deliver

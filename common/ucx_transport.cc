@@ -13,6 +13,7 @@
 #include "common/address.h"
 #include "common/limits.h"
 #include "common/log.h"
+#include "common/size.h"
 #include "common/transport.h"
 #include "common/ucx_connection.h"
 #include "common/ucx_environment.h"
@@ -63,6 +64,10 @@ class UcxEndpoint final : public Endpoint {
                    std::function<void(Status)> on_closed) override {
     connection_->SetHandlers(std::move(on_message), std::move(on_closed));
   }
+  void Read(std::span<const MemoryRead> reads, std::shared_ptr<const void> pin,
+            std::function<void(Status)> done) override {
+    connection_->Read(reads, std::move(pin), std::move(done));
+  }
   void Close() override { connection_->Close(); }
   uint64_t bytes_sent() const override { return connection_->bytes_sent(); }
   uint64_t bytes_queued() const override { return connection_->bytes_queued(); }
@@ -70,6 +75,19 @@ class UcxEndpoint final : public Endpoint {
 
  private:
   const std::shared_ptr<UcxConnection> connection_;
+};
+
+class UcxReadable final : public ReadableMemory {
+ public:
+  UcxReadable(ucp_context_h context, ucp_mem_h handle, std::vector<std::byte> key)
+      : context_(context), handle_(handle), key_(std::move(key)) {}
+  ~UcxReadable() override { ucp_mem_unmap(context_, handle_); }
+  std::span<const std::byte> key() const override { return key_; }
+
+ private:
+  const ucp_context_h context_;
+  const ucp_mem_h handle_;
+  const std::vector<std::byte> key_;
 };
 
 // Pumps the listener's worker; connections are pumped by themselves.
@@ -83,6 +101,7 @@ class UcxTransport final : public Transport, public Pollable {
   Result<std::string> Listen(const std::string& address,
                              std::function<void(std::unique_ptr<Endpoint>)> on_accept) override;
   Result<std::unique_ptr<Endpoint>> Connect(const std::string& address) override;
+  Result<std::unique_ptr<ReadableMemory>> MakeReadable(std::span<std::byte> memory) override;
   std::string Describe() const override { return description_; }
 
   bool Progress() override;
@@ -124,7 +143,7 @@ Status UcxTransport::Start(const UcxOptions& options) {
   }
   ucp_params_t params{};
   params.field_mask = UCP_PARAM_FIELD_FEATURES | UCP_PARAM_FIELD_NAME;
-  params.features = UCP_FEATURE_AM | UCP_FEATURE_WAKEUP;
+  params.features = UCP_FEATURE_AM | UCP_FEATURE_WAKEUP | (options.reads ? UCP_FEATURE_RMA : 0);
   params.name = "icecache";
   if (status == UCS_OK) status = ucp_init(&params, config, &core_.context);
   ucp_config_release(config);
@@ -240,6 +259,34 @@ void UcxTransport::Accept(ucp_conn_request_h request) {
     return LogWarn("connection not accepted", {{"peer", peer}, {"reason", status.ToString()}});
   }
   on_accept_(std::make_unique<UcxEndpoint>(connection));
+}
+
+Result<std::unique_ptr<ReadableMemory>> UcxTransport::MakeReadable(std::span<std::byte> memory) {
+  const auto failed = [&](const char* what, ucs_status_t status) {
+    return ResourceExhausted(std::string(what) + " of " + FormatSize(memory.size()) +
+                             " for peers' reads: " + ucs_status_string(status) +
+                             "; RDMA pins it: ulimit -l unlimited");
+  };
+  ucp_mem_map_params_t params{};
+  params.field_mask = UCP_MEM_MAP_PARAM_FIELD_ADDRESS | UCP_MEM_MAP_PARAM_FIELD_LENGTH |
+                      UCP_MEM_MAP_PARAM_FIELD_PROT;
+  params.address = memory.data();
+  params.length = memory.size();
+  params.prot = UCP_MEM_MAP_PROT_LOCAL_READ | UCP_MEM_MAP_PROT_REMOTE_READ;
+  ucp_mem_h handle = nullptr;
+  ucs_status_t status = ucp_mem_map(core_.context, &params, &handle);
+  if (status != UCS_OK) return failed("registering memory", status);
+  void* rkey = nullptr;
+  size_t rkey_bytes = 0;
+  status = ucp_rkey_pack(core_.context, handle, &rkey, &rkey_bytes);
+  if (status != UCS_OK) {
+    ucp_mem_unmap(core_.context, handle);
+    return failed("making a key", status);
+  }
+  auto readable = std::make_unique<UcxReadable>(core_.context, handle,
+                                                PackUcxKey(memory, rkey, rkey_bytes));
+  ucp_rkey_buffer_release(rkey);
+  return std::unique_ptr<ReadableMemory>(std::move(readable));
 }
 
 bool UcxTransport::Progress() {

@@ -145,7 +145,9 @@ OutMessage CacheClient::SelectMessage(const SelectState& state, ShardId shard,
   if (params.int8) request.flags |= wire::kSelectInt8;
   if (params.check) request.flags |= wire::kSelectCheck;
   const ReplyMode mode = links_[shard.value]->mode();
-  if (mode == ReplyMode::kMapped) request.flags |= wire::kSelectMapped;
+  if (mode == ReplyMode::kMapped || mode == ReplyMode::kRemote) {
+    request.flags |= wire::kSelectMapped;
+  }
   if (mode == ReplyMode::kAttend) request.flags |= wire::kSelectAttend;
   request.append_first = params.append_first.value;
   request.append_count = static_cast<uint32_t>(params.append.size());
@@ -310,31 +312,60 @@ void CacheClient::OnSelectReply(const SelectCall& state, ShardId shard,
   if (state->sink == nullptr || !state->error.ok()) return;
   const TimePoint start = reactor_.clock().Now();
   if (reply.ok()) state->outcome.bytes_moved += reply->meta.size() + reply->body.size();
-  if (!reply.ok()) {
-    if (reply.status().code() == StatusCode::kUnavailable && !state->retried &&
-        links_[shard.value]->reconnects()) {
-      state->lost.emplace_back(shard, heads);
-      return;
-    }
-    state->outcome.complete = state->outcome.confirmed = false;
-    if (reply.status().code() != StatusCode::kDeadlineExceeded) state->error = reply.status();
+  if (!reply.ok()) return OnSelectFailed(*state, shard, heads, reply.status());
+  Result<wire::SelectReply> decoded = wire::DecodeSelectReply(*reply, state->context.shape);
+  if (!decoded.ok()) {
+    state->error = decoded.status().WithContext(links_[shard.value]->Name());
     return;
   }
-  Result<wire::SelectReply> decoded = wire::DecodeSelectReply(*reply, state->context.shape);
+  if (links_[shard.value]->remote()) return FetchRemote(state, shard, heads, std::move(*decoded));
+  ResolveMapped(*state, shard, &*decoded);
+  TakeSelectReply(state, shard, heads, *decoded, start);
+}
+
+void CacheClient::OnSelectFailed(SelectState& state, ShardId shard,
+                                 const std::vector<KvHeadId>& heads, const Status& status) {
+  if (status.code() == StatusCode::kUnavailable && !state.retried &&
+      links_[shard.value]->reconnects()) {
+    state.lost.emplace_back(shard, heads);
+    return;
+  }
+  state.outcome.complete = state.outcome.confirmed = false;
+  if (status.code() != StatusCode::kDeadlineExceeded) state.error = status;
+}
+
+// The reply outlives its message: whatever else it may hold, rows in the body are not used.
+void CacheClient::FetchRemote(const SelectCall& state, ShardId shard,
+                              const std::vector<KvHeadId>& heads, wire::SelectReply decoded) {
+  for (wire::HeadSelection& head : decoded.heads) {
+    for (wire::PagePayload& page : head.pages) {
+      page.k_rows = page.v_rows = page.positions = page.coded = {};
+    }
+  }
+  ++state->open;
+  const auto reply = std::make_shared<wire::SelectReply>(std::move(decoded));
+  links_[shard.value]->FetchRemote(
+      state->context.id, state->context.epoch, state->context.shape, reply,
+      [this, state, shard, heads, reply](const Status& status) {
+        --state->open;
+        if (state->sink == nullptr || !state->error.ok()) return;
+        if (status.code() == StatusCode::kUnavailable) {
+          return OnSelectFailed(*state, shard, heads, status);
+        }
+        // What could not be read is asked for inline, as a page that fails its check.
+        TakeSelectReply(state, shard, heads, *reply, reactor_.clock().Now());
+      });
+}
+
+void CacheClient::TakeSelectReply(const SelectCall& state, ShardId shard,
+                                  const std::vector<KvHeadId>& heads,
+                                  const wire::SelectReply& decoded, TimePoint start) {
+  state->outcome.server_select_ns += decoded.select_ns;
+  state->outcome.slowest_select_ns = std::max(state->outcome.slowest_select_ns, decoded.select_ns);
+  if (decoded.next_position < state->append_end) state->outcome.confirmed = false;
   std::vector<wire::FetchPagesRequest> refetches;
-  Status status = decoded.status();
-  if (decoded.ok()) {
-    state->outcome.server_select_ns += decoded->select_ns;
-    state->outcome.slowest_select_ns =
-        std::max(state->outcome.slowest_select_ns, decoded->select_ns);
-    if (decoded->next_position < state->append_end) state->outcome.confirmed = false;
-    ResolveMapped(*state, shard, &*decoded);
-    status = ApplySelection(*state, heads, *decoded, &refetches);
-  }
-  if (!status.ok()) {
-    state->error = status.WithContext("shard " + std::to_string(shard.value) + " at " +
-                                      links_[shard.value]->address());
-  }
+  const Status status = ApplySelection(*state, heads, decoded, &refetches);
+  if (!status.ok()) state->error = status.WithContext(links_[shard.value]->Name());
   const Duration took = reactor_.clock().Now() - start;
   state->outcome.handling += took;
   handling_ += took;

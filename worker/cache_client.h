@@ -154,6 +154,12 @@ class CacheClient {
                      const std::vector<KvHeadId>& heads, const Result<InMessage>& reply);
   void SendSelect(const SelectCall& state, ShardId shard,
                   const std::vector<KvHeadId>& heads, bool hold);
+  void OnSelectFailed(SelectState& state, ShardId shard, const std::vector<KvHeadId>& heads,
+                      const Status& status);
+  void FetchRemote(const SelectCall& state, ShardId shard, const std::vector<KvHeadId>& heads,
+                   wire::SelectReply decoded);
+  void TakeSelectReply(const SelectCall& state, ShardId shard, const std::vector<KvHeadId>& heads,
+                       const wire::SelectReply& decoded, TimePoint start);
   Status RetryLost(const SelectCall& state);
   void ResolveMapped(const SelectState& state, ShardId shard, wire::SelectReply* reply);
   Status ApplySelection(SelectState& state, const std::vector<KvHeadId>& heads,

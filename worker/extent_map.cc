@@ -10,6 +10,16 @@
 
 namespace icecache {
 
+void PointRowsAtFrame(const ModelShape& shape, std::span<const std::byte> frame,
+                      wire::PagePayload* page) {
+  const size_t row_bytes = shape.row_bytes();
+  const size_t rows = size_t{page->fill} - page->from;
+  page->k_rows = frame.subspan(page->from * row_bytes, rows * row_bytes);
+  page->v_rows = frame.subspan((limits::kPageTokens + page->from) * row_bytes, rows * row_bytes);
+  page->positions = frame.subspan(
+      limits::kPageTokens * 2 * row_bytes + page->from * sizeof(uint32_t), rows * sizeof(uint32_t));
+}
+
 Result<std::unique_ptr<ExtentMap>> ExtentMap::Open(const Clock& clock, const std::string& name,
                                                    std::span<const std::byte> ticket) {
   KV_ASSIGN_OR_RETURN(OwnedFd socket, ConnectExtents(name));

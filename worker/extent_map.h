@@ -17,9 +17,15 @@
 
 #include "common/clock.h"
 #include "common/extent_socket.h"
+#include "common/model_shape.h"
 #include "common/status.h"
+#include "common/wire/data_codec.h"
 
 namespace icecache {
+
+// The rows of a page that are missing, in its frame.
+void PointRowsAtFrame(const ModelShape& shape, std::span<const std::byte> frame,
+                      wire::PagePayload* page);
 
 class ExtentMap {
  public:

@@ -19,7 +19,9 @@ Result<std::unique_ptr<ServerLink>> ServerLink::Connect(const ServerLinkOptions&
   link->reactor_ = std::make_unique<Reactor>(
       *link->clock_, one_core ? Duration(0) : Duration(limits::kSpinBeforeArm));
   KV_ASSIGN_OR_RETURN(link->control_, ControlClient::Connect(*link->reactor_, options.control));
-  KV_ASSIGN_OR_RETURN(link->transport_, MakeUcxTransport(*link->reactor_, options.ucx));
+  UcxOptions ucx = options.ucx;
+  ucx.reads = options.cache.reply_mode == ReplyMode::kRemote;
+  KV_ASSIGN_OR_RETURN(link->transport_, MakeUcxTransport(*link->reactor_, ucx));
   CacheClientOptions cache = options.cache;
   cache.leases_alive = [control = link->control_.get()] { return control->Health(); };
   KV_ASSIGN_OR_RETURN(link->cache_,

@@ -31,7 +31,7 @@ ShardLink::ShardLink(Reactor& reactor, Transport& transport, ShardId shard, uint
 
 ShardLink::~ShardLink() {
   reactor_.Cancel(timer_);
-  channel_.reset();  // ends its calls while the rest still stands
+  Close();
 }
 
 std::string ShardLink::Name() const {
@@ -45,7 +45,11 @@ Status ShardLink::Open() {
 }
 
 void ShardLink::UseEndpoint(std::unique_ptr<Endpoint> endpoint) {
+  remote_.reset();
   channel_ = std::make_unique<Channel>(reactor_, std::move(endpoint), options_.channel);
+  if (options_.mode == ReplyMode::kRemote) {
+    remote_ = std::make_unique<RemoteExtents>(reactor_, *channel_);
+  }
   channel_->SetOnClosed([this](const Status& status) { OnLost(status); });
   connected_ = true;
 }
@@ -152,12 +156,7 @@ void ShardLink::Resolve(ContextId context, const ModelShape& shape, wire::PagePa
     }
     return;
   }
-  const size_t row_bytes = shape.row_bytes();
-  const size_t rows = size_t{page->fill} - page->from;
-  page->k_rows = frame.subspan(page->from * row_bytes, rows * row_bytes);
-  page->v_rows = frame.subspan((limits::kPageTokens + page->from) * row_bytes, rows * row_bytes);
-  page->positions = frame.subspan(
-      limits::kPageTokens * 2 * row_bytes + page->from * sizeof(uint32_t), rows * sizeof(uint32_t));
+  PointRowsAtFrame(shape, frame, page);
   // The first lines of keys and values: whoever copies them next does not wait for memory at the
   // start of each page, where no hardware prefetcher is ahead yet.
   for (const std::span<const std::byte> part : {page->k_rows, page->v_rows}) {
@@ -165,7 +164,23 @@ void ShardLink::Resolve(ContextId context, const ModelShape& shape, wire::PagePa
       __builtin_prefetch(part.data() + line);
     }
   }
-  bytes_mapped_ += rows * (2 * row_bytes + sizeof(uint32_t));
+  bytes_mapped_ += page->k_rows.size() + page->v_rows.size() + page->positions.size();
+}
+
+void ShardLink::FetchRemote(ContextId context, Epoch epoch, const ModelShape& shape,
+                            RemoteExtents::Reply reply, std::function<void(Status)> done) {
+  const uint64_t before = remote_->bytes_read();
+  remote_->Fetch(context, epoch, shape, std::move(reply),
+                 [this, before, done = std::move(done)](Status status) {
+                   bytes_mapped_ += remote_->bytes_read() - before;
+                   if (!status.ok() && status.code() != StatusCode::kUnavailable && remote()) {
+                     mode_ = ReplyMode::kInline;
+                     LogWarn("reply mode", {{"peer", Name()},
+                                            {"mode", "inline"},
+                                            {"reason", "remote: " + status.ToString()}});
+                   }
+                   done(std::move(status));
+                 });
 }
 
 bool ShardLink::reconnects() const {

@@ -23,6 +23,7 @@
 #include "common/wire/control_codec.h"
 #include "common/wire/data_codec.h"
 #include "worker/extent_map.h"
+#include "worker/remote_extents.h"
 #include "worker/reply_mode.h"
 
 namespace icecache {
@@ -49,7 +50,10 @@ class ShardLink {
   ShardLink& operator=(const ShardLink&) = delete;
 
   Status Open();                      // starts to connect; a failure shows at Attach
-  void Close() { channel_.reset(); }  // ends calls; no more of any kind
+  void Close() {  // ends calls, while the rest still stands; no more of any kind
+    remote_.reset();
+    channel_.reset();
+  }
 
   // Introduces a context; `done` on a later turn.
   void Attach(const wire::Grant& grant, std::function<void(Status)> done);
@@ -70,10 +74,16 @@ class ShardLink {
   // turns. Leaves them empty when that cannot be.
   void Resolve(ContextId context, const ModelShape& shape, wire::PagePayload* page);
 
+  // In mode kRemote: RemoteExtents::Fetch. When the network cannot do it, the mode becomes kInline.
+  bool remote() const { return mode_ == ReplyMode::kRemote; }
+  void FetchRemote(ContextId context, Epoch epoch, const ModelShape& shape,
+                   RemoteExtents::Reply reply, std::function<void(Status)> done);
+
   uint64_t bytes_moved() const { return bytes_moved_; }    // both directions, metas and bodies
-  uint64_t bytes_mapped() const { return bytes_mapped_; }  // named for reading in place
+  uint64_t bytes_mapped() const { return bytes_mapped_; }  // read in the server's memory
   uint32_t reconnects_done() const { return reconnects_done_; }
   const std::string& address() const { return address_; }
+  std::string Name() const;  // "shard 1 at 127.0.0.1:40001"
 
  private:
   struct Attached {
@@ -88,7 +98,6 @@ class ShardLink {
   void TryLater();
   void Reconnect();
   void OnAttachedAgain(ContextId context, const Status& status);
-  std::string Name() const;
 
   Reactor& reactor_;
   Transport& transport_;
@@ -101,6 +110,7 @@ class ShardLink {
   std::vector<Attached> attached_;  // the latest last
   ReplyMode mode_ = ReplyMode::kAuto;
   std::unique_ptr<ExtentMap> extents_;  // in mode kMapped
+  std::unique_ptr<RemoteExtents> remote_;  // in mode kRemote; of channel_
   uint64_t bytes_moved_ = 0;
   uint64_t bytes_mapped_ = 0;
 

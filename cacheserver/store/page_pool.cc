@@ -176,6 +176,7 @@ void PagePool::DropExtent(Account& account, uint32_t slot) {
   --frames.empty_extents;
   --account.usage.extents;
   --total_.extents;
+  if (extent_dropped_) extent_dropped_(extent.serial);
   munmap(extent.base, limits::kExtentBytes);
   close(extent.fd);
   extent = Extent{};
@@ -352,7 +353,7 @@ std::vector<PagePool::ExtentInfo> PagePool::ExtentsOf(TenantId tenant) const {
   for (uint32_t slot = 0; slot < extents_.size(); ++slot) {
     const Extent& extent = extents_[slot];
     if (extent.base != nullptr && extent.tenant == tenant)
-      result.push_back({slot, extent.serial, extent.fd});
+      result.push_back({slot, extent.serial, extent.fd, {extent.base, limits::kExtentBytes}});
   }
   return result;
 }

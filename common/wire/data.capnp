@@ -132,3 +132,15 @@ struct FetchPagesRequest {
   pages @4 :List(ResidentPage);
   flags @5 :UInt8;            # as SelectRequest, bit 1 only
 }
+
+# What a worker needs to read extents of its tenant by itself: reply mode remote. Extents that are gone, or another
+# tenant's, are left out of the reply.
+struct ExtentKeysRequest {
+  context @0 :UInt64;
+  epoch @1 :UInt64;
+  serials @2 :List(UInt64);
+}
+struct ExtentKeysReply {
+  serials @0 :List(UInt64);
+  keys @1 :List(Data);        # ReadableMemory::key of each (common/transport.h)
+}

@@ -222,9 +222,11 @@ Result<ContextId> PeekContext(const InMessage& message) {
       return peek(std::type_identity<schema::FetchRowsRequest>());
     case kFetchPages:
       return peek(std::type_identity<schema::FetchPagesRequest>());
+    case kExtentKeys:
+      return peek(std::type_identity<schema::ExtentKeysRequest>());
     default:
       return Unimplemented("request kind " + std::to_string(message.kind) +
-                           " names no context; expected 2..6: does the peer speak protocol " +
+                           " names no context; expected 2..6 or 8: does the peer speak protocol " +
                            std::to_string(kProtocolVersion) + "?");
   }
 }

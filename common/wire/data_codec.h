@@ -28,6 +28,7 @@ enum DataKind : uint16_t {
   kFetchRows = 5,
   kFetchPages = 6,
   kSelectBatch = 7,  // select_batch_codec.h
+  kExtentKeys = 8,  // extent_codec.h
 };
 
 struct AttachRequest {

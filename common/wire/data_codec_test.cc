@@ -9,6 +9,7 @@
 
 #include "common/limits.h"
 #include "common/wire/data_samples.h"
+#include "common/wire/extent_codec.h"
 
 namespace icecache::wire {
 namespace {
@@ -226,6 +227,24 @@ TEST_F(DataCodec, FetchesComeBackAsSent) {
   EXPECT_EQ(asked->layer, pages.layer);
   EXPECT_EQ(asked->head, pages.head);
   ExpectEqual(asked->pages, pages.pages);
+}
+
+TEST_F(DataCodec, ExtentKeysComeBackAsSent) {
+  const ExtentKeysRequest request{ContextId(random.U64()), Epoch(3), {9, 1, ~uint64_t{0}}};
+  OutMessage ask, tell;
+  Encode(request, &ask);
+  EXPECT_EQ(PeekContext(Received(ask)).value(), request.context);
+  const auto asked = DecodeExtentKeysRequest(Received(ask));
+  ASSERT_TRUE(asked.ok()) << asked.status().ToString();
+  EXPECT_EQ(asked->context, request.context);
+  EXPECT_EQ(asked->epoch, request.epoch);
+  EXPECT_EQ(asked->serials, request.serials);
+  const ExtentKeysReply reply{{9, 1}, {random.Bytes(33), random.Bytes(512)}};
+  Encode(reply, &tell);
+  const auto told = DecodeExtentKeysReply(Received(tell));
+  ASSERT_TRUE(told.ok()) << told.status().ToString();
+  EXPECT_EQ(told->serials, reply.serials);
+  EXPECT_EQ(told->keys, reply.keys);
 }
 
 TEST_F(DataCodec, StatusComesBackAsSentAndLongOnesAreCut) {

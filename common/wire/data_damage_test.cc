@@ -10,6 +10,7 @@
 
 #include "common/limits.h"
 #include "common/wire/data_samples.h"
+#include "common/wire/extent_codec.h"
 #include "common/wire/select_batch_codec.h"
 
 namespace icecache::wire {
@@ -102,6 +103,11 @@ std::vector<Case> Cases(Random& random) {
   Encode(FetchPagesRequest{ContextId(1), Epoch(1), LayerId(1), KvHeadId(2), random.Resident(5)},
          &pages.out);
   add("FetchPages", pages, [](const InMessage& in) { return DecodeFetchPagesRequest(in, kShape); });
+  Sample keys, key_list;
+  Encode(ExtentKeysRequest{ContextId(1), Epoch(1), {3, 1, 4}}, &keys.out);
+  add("ExtentKeys", keys, [](const InMessage& in) { return DecodeExtentKeysRequest(in); });
+  Encode(ExtentKeysReply{{3, 4}, {random.Bytes(40), random.Bytes(512)}}, &key_list.out);
+  add("ExtentKeysReply", key_list, [](const InMessage& in) { return DecodeExtentKeysReply(in); });
   Encode(AttachRequest{.ticket = random.Bytes(16)}, &attach.out);
   add("Attach", attach, [](const InMessage& in) { return DecodeAttachRequest(in); });
   std::vector<OutMessage> selects = {select.out, select.out};

@@ -133,4 +133,29 @@ class TransportSuite : public testing::TestWithParam<TransportKind> {
   std::unique_ptr<Peer> here_;
 };
 
+// The kinds that there are.
+inline TransportKind Loopback() {
+  return {"Loopback", [] {
+            return [network = MakeLoopbackNetwork({})](Reactor& reactor) {
+              return Result<std::unique_ptr<Transport>>(MakeLoopbackTransport(reactor, network));
+            };
+          }};
+}
+
+inline TransportKind DelayedLoopback() {
+  return {"LoopbackWithDelays", [] {
+            LoopbackFaults faults;
+            faults.delay_max = std::chrono::microseconds(200);
+            return [network = MakeLoopbackNetwork(faults)](Reactor& reactor) {
+              return Result<std::unique_ptr<Transport>>(MakeLoopbackTransport(reactor, network));
+            };
+          }};
+}
+
+inline TransportKind Ucx(std::string name, std::string transports, bool reads = false) {
+  return {std::move(name), [options = UcxOptions{std::move(transports), reads}] {
+            return [options](Reactor& reactor) { return MakeUcxTransport(reactor, options); };
+          }};
+}
+
 }  // namespace icecache

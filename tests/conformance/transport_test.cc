@@ -364,31 +364,6 @@ TEST_P(TransportSuite, ServerMayRunInItsOwnThread) {
   endpoints.clear();
 }
 
-TransportKind Loopback() {
-  return {"Loopback", [] {
-            return [network = MakeLoopbackNetwork({})](Reactor& reactor) {
-              return Result<std::unique_ptr<Transport>>(MakeLoopbackTransport(reactor, network));
-            };
-          }};
-}
-
-TransportKind DelayedLoopback() {
-  return {"LoopbackWithDelays", [] {
-            LoopbackFaults faults;
-            faults.delay_max = std::chrono::microseconds(200);
-            return [network = MakeLoopbackNetwork(faults)](Reactor& reactor) {
-              return Result<std::unique_ptr<Transport>>(MakeLoopbackTransport(reactor, network));
-            };
-          }};
-}
-
-TransportKind Ucx(std::string name, std::string transports) {
-  return {std::move(name), [transports = std::move(transports)] {
-            return
-                [transports](Reactor& reactor) { return MakeUcxTransport(reactor, {transports}); };
-          }};
-}
-
 INSTANTIATE_TEST_SUITE_P(All, TransportSuite,
                          testing::Values(Loopback(), DelayedLoopback(),
                                          Ucx("UcxShm", "posix,tcp,self"),

@@ -4,6 +4,7 @@
 
 #include "common/limits.h"
 #include "common/wire/data_codec.h"
+#include "common/wire/extent_codec.h"
 #include "common/wire/select_batch_codec.h"
 #include "kernels/int8_rows.h"
 #include "tests/fuzz/fuzz_target.h"
@@ -180,6 +181,11 @@ std::vector<Target> Targets() {
                                      {{SegmentId(3), PageId(4), 1, 16}}},
              0)},
        Delivered(wire::kFetchPages, [](const InMessage& m) { (void)wire::DecodeFetchPagesRequest(m, kShape); })},
+      {"extent_keys", {Seed(wire::ExtentKeysRequest{ContextId(1), Epoch(2), {7, 8}}, 0)},
+       Delivered(wire::kExtentKeys, [](const InMessage& m) { (void)wire::DecodeExtentKeysRequest(m); })},
+      {"extent_keys_reply",
+       {Seed(wire::ExtentKeysReply{{7}, {std::vector<std::byte>(60)}}, 0)},
+       Delivered(wire::kExtentKeys, [](const InMessage& m) { (void)wire::DecodeExtentKeysReply(m); })},
       {"status", {Input(refusal, "")}, Delivered(0, [](const InMessage& m) {
          if (wire::DecodeStatus(m).ok()) Broken("an error status is never OK");
        })},

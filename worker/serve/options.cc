@@ -62,7 +62,8 @@ void AddWorkerOptions(ConfigParser& parser, WorkerOptions* o) {
   parser.Add(
       "reply_mode", &o->reply_mode,
       "How pages come: inline (sent), mapped (read in the server's memory, same host), attend "
-      "(not at all: the server attends to them), auto (mapped, else inline)");
+      "(not at all: the server attends to them), remote (read from the server's memory over RDMA), "
+      "auto (mapped, else inline)");
   parser.AddCheck("reply_mode", [o] { return ParseReplyMode(o->reply_mode).status(); });
 
   parser.Section("Attention");
