@@ -12,22 +12,11 @@ using std::chrono_literals::operator""s;
 using ::testing::HasSubstr;
 using ::testing::Not;
 
-// About `words` words of real English, the same on every machine.
-std::string Text(size_t words) {
-  const std::string source = ReadFile(SourcePath("LICENSE"));
-  std::string out;
-  for (size_t i = 0, n = 0; n < words; i = (i + 1) % source.size()) {
-    out += source[i];
-    if (source[i] == ' ') ++n;
-  }
-  return out;
-}
-
 class ReplyModes : public ::testing::TestWithParam<const char*> {
  protected:
   void SetUp() override {
     WriteFile(dir_.path("prompt"),
-              "<bos> " + Text(500) + " <fact> amberfalcon oslo tokyo <end> " + Text(500));
+              "<bos> " + EnglishText(500) + " <fact> amberfalcon oslo tokyo <end> " + EnglishText(500));
     WriteFile(dir_.path("question"), "<ask> amberfalcon");
   }
   // stdout; stderr goes to *err.

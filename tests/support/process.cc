@@ -101,6 +101,16 @@ void Process::Signal(int signal) {
   if (Running()) kill(pid_, signal);
 }
 
+void Process::Freeze() {
+  Signal(SIGSTOP);
+  const auto stopped = [this] {
+    const std::string stat = ReadFile("/proc/" + std::to_string(pid_) + "/stat");
+    const size_t name_end = stat.rfind(')');
+    return name_end == std::string::npos || stat.compare(name_end, 3, ") T") == 0;
+  };
+  while (Running() && !stopped()) Pause();
+}
+
 bool Process::Running() {
   Reap(WNOHANG);
   return !result_.has_value();
@@ -239,6 +249,17 @@ std::string SourcePath(const std::string& relative) {
   const char* root = std::getenv("ICECACHE_SOURCE_DIR");
   KV_CHECK(root != nullptr);
   return std::string(root) + "/" + relative;
+}
+
+std::string EnglishText(size_t words) {
+  const std::string source = ReadFile(SourcePath("LICENSE"));
+  KV_CHECK(!source.empty());
+  std::string out;
+  for (size_t i = 0, n = 0; n < words; i = (i + 1) % source.size()) {
+    out += source[i];
+    if (source[i] == ' ') ++n;
+  }
+  return out;
 }
 
 }  // namespace icecache::test

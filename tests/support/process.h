@@ -49,6 +49,7 @@ class Process {
 
   pid_t pid() const { return pid_; }
   void Signal(int signal);
+  void Freeze();  // SIGSTOP, and waits until it has taken effect
   bool Running();
   ProcessResult Wait(Seconds limit);
   std::string Out() const;
@@ -101,5 +102,7 @@ uint16_t FreePort();
 std::string ReadFile(const std::string& path);
 void WriteFile(const std::string& path, const std::string& content);
 std::string SourcePath(const std::string& relative);  // in the repository
+// So many words of real English, the same on every machine.
+std::string EnglishText(size_t words);
 
 }  // namespace icecache::test
