@@ -271,47 +271,5 @@ TEST(RecoveryOf, WorkingSetOfFourTimesTheMemoryIsAnsweredInFull) {
   EXPECT_GT(server.StatusNumber("/tier/pages_cold"), 0);
 }
 
-// A worker whose server is killed goes on by itself on a new fork of the durable document, and says what
-// it would have said.
-TEST(RecoveryOf, WorkerResumesWhenTheServerIsBack) {
-  TempDir dir;
-  TestServer server({"--memory-size", "256MiB", "--threads", "2", "--data-dir", dir.path("data")});
-  WriteFile(dir.path("prompt"), "<bos> the king of the north went to the sea and the sea was cold " +
-                                    ReadFile(SourcePath("LICENSE")).substr(0, 6000));
-  const auto generate = [&](std::vector<std::string> more) {
-    std::vector<std::string> args = {"generate", "--model", SourcePath("tests/models/recall"),
-                                     "--server", server.address(),
-                                     "--device", "cpu"};
-    args.insert(args.end(), more.begin(), more.end());
-    return args;
-  };
-  {
-    Process writer("icecache-worker",
-                   generate({"--prompt-file", dir.path("prompt"), "--context", "doc", "--publish",
-                             "--durable", "--max-new-tokens", "0"}));
-    const ProcessResult r = writer.Wait(std::chrono::seconds(100));
-    ASSERT_TRUE(r.exited && r.exit_code == 0) << writer.Err();
-  }
-  const std::vector<std::string> ask =
-      generate({"--fork-of", "doc", "--question", "the north", "--max-new-tokens", "600",
-                "--ignore-eos", "--budget", "1000000"});
-  Process undisturbed("icecache-worker", ask);
-  ASSERT_TRUE(undisturbed.Wait(std::chrono::seconds(100)).exited);
-  Process worker("icecache-worker", ask);
-  ASSERT_TRUE(worker.WaitForOutput(undisturbed.Out().substr(0, 200), std::chrono::seconds(60)));
-  server.process().Signal(SIGKILL);
-  server.process().Wait(std::chrono::seconds(10));
-  server.Restart();
-  const auto back = std::chrono::steady_clock::now();
-  EXPECT_TRUE(worker.WaitForOutput("resumed on a new fork", std::chrono::seconds(30)))
-      << worker.Err();
-  const auto took = std::chrono::steady_clock::now() - back;
-  std::printf("resumed %.2f s after the server was ready\n",
-              std::chrono::duration<double>(took).count());
-  const ProcessResult r = worker.Wait(std::chrono::seconds(100));
-  EXPECT_TRUE(r.exited && r.exit_code == 0) << worker.Err();
-  EXPECT_EQ(worker.Out(), undisturbed.Out());
-}
-
 }  // namespace
 }  // namespace icecache::test

@@ -1,8 +1,7 @@
-// Workers and a server as real processes: one answer whatever serves the attention, sharing, and
-// failure of either side.
+// Workers and a server as real processes: one answer whatever serves the attention, and sharing. What
+// happens when one of them dies: failure_test.cc.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <signal.h>
 
 #include "tests/support/process.h"
 
@@ -12,23 +11,12 @@ namespace {
 using std::chrono_literals::operator""s;
 using ::testing::HasSubstr;
 
-// About `words` words of real English, the same on every machine.
-std::string Text(size_t words) {
-  const std::string source = ReadFile(SourcePath("LICENSE"));
-  std::string out;
-  for (size_t i = 0, n = 0; n < words; i = (i + 1) % source.size()) {
-    out += source[i];
-    if (source[i] == ' ') ++n;
-  }
-  return out;
-}
-
 class Workers : public ::testing::TestWithParam<const char*> {
  protected:
   // A prompt with one fact in its middle, and the question for it.
   void SetUp() override {
     WriteFile(dir_.path("prompt"),
-              "<bos> " + Text(700) + " <fact> amberfalcon oslo tokyo <end> " + Text(700));
+              "<bos> " + EnglishText(700) + " <fact> amberfalcon oslo tokyo <end> " + EnglishText(700));
     WriteFile(dir_.path("question"), "<ask> amberfalcon");
   }
   std::vector<std::string> ServerArgs() const {
@@ -87,57 +75,6 @@ TEST_P(Workers, SecondWorkerForksWithoutPrefillAndTheDocumentIsHeldOnce) {
   EXPECT_THAT(b.Out(), HasSubstr("oslo")) << b.Err();
   EXPECT_EQ(server.StatusNumber("/memory/used_bytes"),
             held);  // B's private tail is gone, the document stays
-}
-
-TEST_P(Workers, KilledServerEndsTheWorkerWithAClearError) {
-  TestServer server(ServerArgs());
-  Process worker("icecache-worker",
-                 Generate(server, {"--prompt-file", dir_.path("prompt"), "--max-new-tokens",
-                                   "1000000", "--budget", "64"}));
-  ASSERT_TRUE(worker.WaitForOutput(" the ", 60s)) << worker.Err();
-  server.process().Signal(SIGKILL);
-  const ProcessResult r = worker.Wait(5s);
-  ASSERT_TRUE(r.exited) << "still running 5 s after the server was killed";
-  EXPECT_NE(r.exit_code, 0);
-  EXPECT_THAT(worker.Err(), HasSubstr("UNAVAILABLE"));
-}
-
-TEST_P(Workers, StoppedServerEndsTheWorkerWithAClearError) {
-  TestServer server(ServerArgs());
-  Process worker("icecache-worker",
-                 Generate(server, {"--prompt-file", dir_.path("prompt"), "--max-new-tokens",
-                                   "1000000", "--budget", "64"}));
-  ASSERT_TRUE(worker.WaitForOutput(" the ", 60s)) << worker.Err();
-  server.process().Signal(SIGSTOP);
-  const ProcessResult r = worker.Wait(12s);
-  ASSERT_TRUE(r.exited) << "still running 12 s after the server was stopped";
-  EXPECT_NE(r.exit_code, 0);
-  EXPECT_THAT(worker.Err(),
-              ::testing::AnyOf(HasSubstr("UNAVAILABLE"), HasSubstr("DEADLINE_EXCEEDED")));
-  server.process().Signal(SIGCONT);
-}
-
-TEST_P(Workers, KilledWorkerGivesBackItsMemoryAndTheOtherGoesOn) {
-  TestServer server(ServerArgs());
-  const double before = server.StatusNumber("/memory/used_bytes");
-  Process a("icecache-worker", Generate(server, {"--prompt-file", dir_.path("prompt"),
-                                                 "--max-new-tokens", "1000000"}));
-  ASSERT_TRUE(a.WaitForOutput(" the ", 60s)) << a.Err();
-  const double with_a = server.StatusNumber("/memory/used_bytes");
-  EXPECT_GT(with_a, before);
-  Process b("icecache-worker",
-            Generate(server, {"--prompt-file", dir_.path("prompt"), "--question-file",
-                              dir_.path("question"), "--max-new-tokens", "400"}));
-  a.Signal(SIGKILL);
-  const ProcessResult r = b.Wait(100s);
-  EXPECT_TRUE(r.exited && r.exit_code == 0) << b.Err();
-  EXPECT_THAT(b.Out(), HasSubstr("oslo"));
-  double after = -1;  // within the lease time, to the byte
-  for (int i = 0; i < 300 && after != before; ++i) {
-    after = server.StatusNumber("/memory/used_bytes");
-    std::this_thread::sleep_for(std::chrono::milliseconds(10));
-  }
-  EXPECT_EQ(after, before);
 }
 
 TEST(WorkerProcess, MistakesAreNamed) {
