@@ -147,6 +147,8 @@ class CacheClient {
   const CacheClientOptions& options() const { return options_; }
 
  private:
+  // How long a wait may outlast the deadlines of the calls that it waits for.
+  static constexpr Duration kGrace = std::chrono::milliseconds(500);
   struct FetchState;
   CacheClient(Reactor& reactor, const CacheClientOptions& options)
       : reactor_(reactor), options_(options) {}

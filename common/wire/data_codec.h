@@ -27,8 +27,7 @@ enum DataKind : uint16_t {
   kSelect = 4,
   kFetchRows = 5,
   kFetchPages = 6,
-  kSelectBatch = 7,  // select_batch_codec.h
-  kExtentKeys = 8,  // extent_codec.h
+  kSelectBatch = 7, kExtentKeys = 8,  // select_batch_codec.h, extent_codec.h
 };
 
 struct AttachRequest {
