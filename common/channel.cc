@@ -72,6 +72,7 @@ struct Channel::Impl : std::enable_shared_from_this<Channel::Impl> {
   TimePoint timer_at, last_heard, last_sent;
   Duration announced{0};  // silence the peer has asked for, until its next message
   bool closed = false;
+  Status lost = Unavailable("the connection is closed");  // what calls are told once it is
 };
 
 void Channel::Impl::Start() {
@@ -166,7 +167,7 @@ void Channel::Impl::Send(OutMessage message) {
 
 bool Channel::Impl::Register(uint64_t id, Duration deadline, Done done) {
   if (closed || calls.size() >= options.in_flight_max) {
-    Status status = closed ? Unavailable("the connection is closed")
+    Status status = closed ? lost
                            : ResourceExhausted(std::to_string(calls.size()) +
                                                " calls are in flight on this connection, the "
                                                "maximum: wait for replies");
@@ -267,6 +268,7 @@ void Channel::Impl::Lose(Status status) {
   if (closed) return;
   const auto self = shared_from_this();
   closed = true;
+  if (status.code() == StatusCode::kUnavailable) lost = status;
   reactor.Cancel(timer);
   timer = 0;
   while (!calls.empty()) EndCall(calls.begin()->first, status);
