@@ -18,6 +18,7 @@
 #include <thread>
 
 #include "common/checksum.h"
+#include "common/log.h"
 #include "tests/bench/command.h"
 #include "tests/bench/measure.h"
 #include "tests/support/process.h"
@@ -397,6 +398,7 @@ class FetchCommand final : public BenchCommand {
 };
 
 Status FetchCommand::Run() {
+  InitLogging(LogLevel::kWarn, LogFormat::kText, "icecache-bench");  // stdout is for figures
   // The server that was built beside this program.
   const std::filesystem::path self = std::filesystem::read_symlink("/proc/self/exe");
   ::setenv("ICECACHE_BIN_DIR", self.parent_path().c_str(), 0);
