@@ -35,10 +35,12 @@ ContextManifest ContextService::ManifestOf(const ContextRecord& record) const {
     manifest.segments.push_back({id, tenants_.Get(segment.tenant).name, segment.first,
                                  segment.tail_first, segment.end});
   }
+  manifest.shared = record.shared;
+  if (record.prefix) manifest.prefix_keys = record.prefix->keys;
   return manifest;
 }
 
-void ContextService::PublishDurable(const ContextRecord& record, Done done) {
+void ContextService::PublishDurable(const ContextRecord& record, bool shared, Done done) {
   if (store_ == nullptr) {
     return done(
         FailedPrecondition("publish: the server keeps nothing on disk; start it with --data-dir, or "
@@ -63,33 +65,39 @@ void ContextService::PublishDurable(const ContextRecord& record, Done done) {
           });
         }
       },
-      [this, id = record.id, done = std::move(done)](const std::vector<Status>& stored) {
+      [this, id = record.id, shared, done = std::move(done)](const std::vector<Status>& stored) {
         for (const Status& status : stored) {
           if (!status.ok()) return done(status.WithContext("publish"));
         }
-        Commit(id, done);
+        Commit(id, shared, done);
       });
 }
 
-void ContextService::Commit(ContextId id, const Done& done) {
+void ContextService::Commit(ContextId id, bool shared, const Done& done) {
   const ContextRecord* record = table_.Find(id);
   if (record == nullptr) return done(Cancelled("publish: the context was dropped"));
+  const bool was_durable = record->durable;
   // From here on a drop deletes the record, also one that is still on its way to the disk.
   table_.SetDurable(id, true);
-  store_->Commit(ManifestOf(*record), [this, id, done](const Status& status) {
+  ContextManifest manifest = ManifestOf(*record);
+  manifest.shared |= shared;
+  store_->Commit(manifest, [this, id, shared, was_durable, done](const Status& status) {
     const ContextRecord* committed = table_.Find(id);
     if (committed == nullptr) return done(Cancelled("publish: the context was dropped"));
     if (!status.ok()) {
+      // An earlier publication was acknowledged: its record stays.
+      if (was_durable) return done(status.WithContext("publish"));
       table_.SetDurable(id, false);
       // It may have reached the disk all the same.
       store_->Forget(ManifestOf(*committed), {}, {});
       return done(status.WithContext("publish"));
     }
-    (void)table_.Publish(id);
+    (void)table_.Publish(id, shared);
     LogInfo("context published", {{"tenant", tenants_.Get(committed->tenant).name},
                                   {"context", committed->name},
                                   {"tokens", std::to_string(committed->tokens)},
-                                  {"durable", "yes"}});
+                                  {"durable", "yes"},
+                                  {"shared", committed->shared ? "yes" : "no"}});
     done(wire::Done{});
   });
 }
@@ -110,6 +118,11 @@ Status ContextService::Recover(const ContextManifest& manifest) {
                    .window_tokens = manifest.window_tokens,
                    .policy = manifest.policy,
                    .seed = manifest.seed};
+  record.shared = manifest.shared;
+  if (!manifest.prefix_keys.empty()) {
+    record.prefix = std::make_shared<const PrefixKeyList>(
+        PrefixKeyList{manifest.prefix_keys, manifest.segments.back().end});
+  }
   std::vector<SegmentRecord> segments;
   for (const SegmentManifest& s : manifest.segments) {
     SegmentRecord& segment = segments.emplace_back();

@@ -8,10 +8,20 @@
 
 namespace icecache {
 
+namespace {
+
+Counter& PrefixCounter(MetricsRegistry& metrics, const char* result) {
+  return metrics.GetCounter("icecache_prefix_matches_total",
+                            "Questions for a context that begins with a prompt, by result.",
+                            {{"result", result}});
+}
+
+}  // namespace
+
 const char* ControlRequestName(const ControlRequestBody& request) {
   constexpr const char* kNames[] = {"hello",   "create",  "open", "fork", "seal",
                                     "publish", "release", "drop", "list", "describe",
-                                    "renew",   "inspect", "drain"};
+                                    "renew",   "inspect", "drain", "match_prefix"};
   static_assert(std::size(kNames) == std::variant_size_v<ControlRequestBody>);
   return kNames[request.index()];
 }
@@ -26,6 +36,11 @@ ContextService::ContextService(ShardGroup& shards, TenantTable& tenants, LeaseTa
       lease_gauge_(metrics.GetGauge("icecache_leases", "Leases that are alive.")),
       context_gauge_(metrics.GetGauge("icecache_contexts", "Contexts that the server holds.")),
       segment_gauge_(metrics.GetGauge("icecache_segments", "Segments that the contexts share.")),
+      prefix_hits_(PrefixCounter(metrics, "hit")),
+      prefix_misses_(PrefixCounter(metrics, "miss")),
+      prefix_tokens_(metrics.GetCounter(
+          "icecache_prefix_tokens_reused_total",
+          "Tokens of forks that began with a match: what workers did not prefill.")),
       store_(store),
       table_(first_segment) {}
 
@@ -66,8 +81,8 @@ Status ContextService::CheckAdmit(const Caller& caller, bool write) const {
                           "; add it to rights in the token file and send the server SIGHUP");
 }
 
-void ContextService::Admit(const Caller& caller, const ContextRecord& record,
-                           std::function<Status(Shard&)> make, Done done) {
+void ContextService::Admit(const Caller& caller, const ContextRecord& record, Make make,
+                           Done done) {
   Result<Lease> lease = leases_.Grant(record.id, caller.tenant, caller.connection, true);
   if (!lease.ok()) {
     (void)table_.Remove(record.id);
@@ -77,14 +92,13 @@ void ContextService::Admit(const Caller& caller, const ContextRecord& record,
     Status status;
     Holdings holdings;
   };
-  shards_.Gather<Made>(
-      [make = std::move(make), lease = *lease](Shard& shard) {
-        Made made;
-        made.status = make(shard);
-        if (!made.status.ok()) return made;
+  shards_.GatherLater<Made>(
+      [make = std::move(make), lease = *lease](Shard& shard, std::function<void(Made)> answer) {
+        // First the lease: what ends it while the context is made comes behind it.
         shard.AddLease(lease);
-        made.holdings = shard.HoldingsOf(std::span(&lease.context, 1));
-        return made;
+        make(shard, [&shard, id = lease.context, answer = std::move(answer)](const Status& status) {
+          answer({status, shard.HoldingsOf(std::span(&id, 1))});
+        });
       },
       [this, lease = *lease, done = std::move(done)](std::vector<Made> all) {
         std::vector<Holdings> holdings;
@@ -128,32 +142,9 @@ void ContextService::Do(const Caller& caller, const wire::Create& request, Done 
                                                 .seed = request.seed});
   if (!record.ok()) return done(record.status());
   Admit(
-      caller, *record, [spec = SpecOf(*record)](Shard& shard) { return shard.CreateContext(spec); }, std::move(done));
-}
-
-void ContextService::Do(const Caller& caller, const wire::Fork& request, Done done) {
-  if (Status status = CheckAdmit(caller, true); !status.ok()) return done(status);
-  const ContextRecord* parent = table_.FindByName(caller.tenant, request.parent);
-  // A context that is not published is its creator's alone, and as unknown to others as if it were
-  // not there.
-  if (parent == nullptr || (!parent->published && !leases_.Find(caller.connection, parent->id))) {
-    return done(NotFound("fork: no published context '" + request.parent + "'"));
-  }
-  WithLoaded(parent->id, [this, caller, id = parent->id, name = request.name,
-                          done = std::move(done)](const Status& loaded) {
-    if (!loaded.ok()) return done(loaded.WithContext("fork"));
-    GrantFork(caller, id, name, done);
-  });
-}
-
-void ContextService::GrantFork(const Caller& caller, ContextId parent_id, const std::string& name,
-                               Done done) {
-  Result<ContextRecord> child = table_.Fork(parent_id, name);
-  if (!child.ok()) return done(child.status());
-  Admit(
-      caller, *child,
-      [parent_id, id = child->id, segment = child->chain.back()](Shard& shard) {
-        return shard.ForkContext(parent_id, id, segment);
+      caller, *record,
+      [spec = SpecOf(*record)](Shard& shard, const std::function<void(Status)>& made) {
+        made(shard.CreateContext(spec));
       },
       std::move(done));
 }
@@ -206,11 +197,13 @@ void ContextService::Do(const Caller& caller, const wire::Seal& request, Done do
   const Lease lease = *leases_.Find(caller.connection, record->id);
   using Ends = Result<std::optional<uint32_t>>;
   shards_.Gather<Ends>([id = record->id](Shard& shard) { return shard.CheckSealable(id); },
-                       [this, id = record->id, lease, done = std::move(done)](
-                           const std::vector<Ends>& ends) { SealChecked(id, lease, ends, done); });
+                       [this, id = record->id, lease, keys = request.keys,
+                        done = std::move(done)](const std::vector<Ends>& ends) {
+                         SealChecked(id, lease, keys, ends, done);
+                       });
 }
 
-void ContextService::SealChecked(ContextId id, const Lease& lease,
+void ContextService::SealChecked(ContextId id, const Lease& lease, std::vector<PrefixKey> keys,
                                  const std::vector<Result<std::optional<uint32_t>>>& ends,
                                  Done done) {
   std::optional<uint32_t> end;
@@ -232,13 +225,15 @@ void ContextService::SealChecked(ContextId id, const Lease& lease,
       record != nullptr && record->chain.size() > 1 && end == record->tokens - record->tail_tokens;
   using Sealed = Result<std::optional<SegmentEnds>>;
   shards_.Gather<Sealed>(
-      [id](Shard& shard) { return shard.SealContext(id); },
-      [this, id, added_nothing, done = std::move(done)](const std::vector<Sealed>& sealed) {
-        FinishSeal(id, added_nothing, sealed, done);
+      [id, end](Shard& shard) { return shard.SealContext(id, end); },
+      [this, id, added_nothing, keys = std::move(keys),
+       done = std::move(done)](const std::vector<Sealed>& sealed) {
+        FinishSeal(id, added_nothing, keys, sealed, done);
       });
 }
 
 void ContextService::FinishSeal(ContextId id, bool added_nothing,
+                                const std::vector<PrefixKey>& keys,
                                 const std::vector<Result<std::optional<SegmentEnds>>>& ends,
                                 const Done& done) {
   std::optional<SegmentEnds> all;
@@ -259,6 +254,7 @@ void ContextService::FinishSeal(ContextId id, bool added_nothing,
     const uint32_t end = all ? all->end : 0;
     table_.MarkSealed(id, end, end - (all ? all->tail_first : 0));
   }
+  if (Status status = table_.SetPrefix(id, keys); !status.ok()) return done(status);
   done(wire::Done{});
 }
 
@@ -276,8 +272,15 @@ void ContextService::Do(const Caller& caller, const wire::Publish& request, Done
   if (!tenant.rights.share) {
     return done(PermissionDenied("tenant '" + tenant.name + "' has no right to share"));
   }
-  if (request.durable && !record->durable) return PublishDurable(*record, std::move(done));
-  if (Status status = table_.Publish(record->id); !status.ok()) return done(status);
+  // What is on disk says whether it is shared.
+  const bool newly_shared = request.shared && !record->shared;
+  if ((request.durable || (record->durable && newly_shared)) &&
+      (!record->durable || newly_shared)) {
+    return PublishDurable(*record, request.shared, std::move(done));
+  }
+  if (Status status = table_.Publish(record->id, request.shared); !status.ok()) {
+    return done(status);
+  }
   LogInfo("context published", {{"tenant", tenant.name},
                                 {"context", record->name},
                                 {"tokens", std::to_string(record->tokens)}});
@@ -356,6 +359,10 @@ wire::ContextInfo ContextService::Info(const ContextRecord& record,
   info.sealed = record.sealed;
   info.published = record.published;
   info.durable = record.durable && record.published;
+  info.shared = record.shared;
+  info.prefix_keys = record.prefix ? static_cast<uint32_t>(record.prefix->keys.size()) : 0;
+  info.prefix_forks = record.prefix_forks;
+  info.prefix_tokens = record.prefix_tokens;
   info.tenant = tenants_.Get(record.tenant).name;
   for (const Holdings& of_shard : holdings) {
     auto end = of_shard.ends.find(record.id);

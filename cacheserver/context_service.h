@@ -79,7 +79,10 @@ class ContextService {
   };
   void Do(const Caller& caller, const wire::Create& request, Done done);
   void Do(const Caller& caller, const wire::Open& request, Done done);
+  // context_fork.cc
   void Do(const Caller& caller, const wire::Fork& request, Done done);
+  void Do(const Caller& caller, const wire::MatchPrefix& request, const Done& done);
+  Result<ContextRecord> ForkParent(const Caller& caller, const wire::Fork& request) const;
   void Do(const Caller& caller, const wire::Seal& request, Done done);
   void Do(const Caller& caller, const wire::Publish& request, Done done);
   void Do(const Caller& caller, const wire::Release& request, Done done);
@@ -101,23 +104,23 @@ class ContextService {
 
   Status CheckAdmit(const Caller& caller, bool write) const;
   // Leases the new record, makes it on the shards through `make`, grants it.
-  void Admit(const Caller& caller, const ContextRecord& record, std::function<Status(Shard&)> make,
-             Done done);
+  using Make = std::function<void(Shard&, std::function<void(Status)>)>;
+  void Admit(const Caller& caller, const ContextRecord& record, Make make, Done done);
   void FinishGrant(const Lease& lease, std::vector<Holdings> holdings, const Done& done);
-  void SealChecked(ContextId id, const Lease& lease,
+  void SealChecked(ContextId id, const Lease& lease, std::vector<PrefixKey> keys,
                    const std::vector<Result<std::optional<uint32_t>>>& ends, Done done);
-  void FinishSeal(ContextId id, bool added_nothing,
+  void FinishSeal(ContextId id, bool added_nothing, const std::vector<PrefixKey>& keys,
                   const std::vector<Result<std::optional<SegmentEnds>>>& ends, const Done& done);
   // Calls then(OK) when the shards know the context, which may take a read from the cold store.
   void WithLoaded(ContextId id, std::function<void(Status)> then);
   void RestoreOnShards(ContextId id, const std::shared_ptr<const ContextStore::Rows>& rows);
   void FinishLoading(ContextId id, const Status& status);
-  void PublishDurable(const ContextRecord& record, Done done);
-  void Commit(ContextId id, const Done& done);
+  void PublishDurable(const ContextRecord& record, bool shared, Done done);
+  void Commit(ContextId id, bool shared, const Done& done);
   ContextManifest ManifestOf(const ContextRecord& record) const;
   ContextSpec SpecOf(const ContextRecord& record) const;
   void GrantRead(const Caller& caller, ContextId id, const Done& done);
-  void GrantFork(const Caller& caller, ContextId parent, const std::string& name, Done done);
+  void GrantFork(const Caller& caller, ContextId parent, const wire::Fork& request, Done done);
   // The record of a context that the caller holds a writable lease on.
   Result<ContextRecord> Owned(const Caller& caller, ContextId id) const;
   Result<ContextRecord> OfTenant(const Caller& caller, ContextId id) const;
@@ -137,6 +140,9 @@ class ContextService {
   Gauge& lease_gauge_;
   Gauge& context_gauge_;
   Gauge& segment_gauge_;
+  Counter& prefix_hits_;
+  Counter& prefix_misses_;
+  Counter& prefix_tokens_;
   ContextStore* const store_;
   ContextTable table_;
   ServerHooks hooks_;

@@ -206,7 +206,8 @@ Status DataService::SelectHeads(Context& context, const wire::SelectRequest& req
 // what it has read, and a frame that was reused meanwhile does not pass.
 void DataService::NameByExtent(wire::HeadSelection* selection) {
   for (wire::PagePayload& page : selection->pages) {
-    if (page.from == page.fill) continue;
+    // Extent 0: a page of a shared context of another tenant, which comes in the body.
+    if (page.from == page.fill || page.extent == 0) continue;
     bytes_mapped_.Add(page.k_rows.size() + page.v_rows.size() + page.positions.size());
     page.place = wire::PagePlace::kMapped;
     page.k_rows = page.v_rows = page.positions = {};
@@ -340,36 +341,60 @@ Status DataService::FetchRows(Connection& connection, const InMessage& message) 
   KV_ASSIGN_OR_RETURN(const wire::FetchRowsRequest request,
                       wire::DecodeFetchRowsRequest(message, shape));
   KV_RETURN_IF_ERROR(CheckEpoch(fenced, request.slices.epoch));
-  // Copied into one block: rare (once per context and layer), small, and the checksum is over the
-  // whole body.
+  // Copied into one block: rare (once per context and layer), and the checksum is over the whole
+  // body.
   auto body = std::make_shared<std::vector<std::byte>>();
   wire::FetchRowsReply header;
+  Misses misses;
   for (size_t i = 0; i < request.slices.heads.size(); ++i) {
-    KV_ASSIGN_OR_RETURN(
-        const RowsView rows,
-        fenced.context->FetchRows(request.slices.layer, request.slices.heads[i], request.part));
-    if (i == 0) {
-      header.first_position = rows.first_position;
-      header.count = rows.rows.count;
-    } else if (rows.first_position != header.first_position || rows.rows.count != header.count) {
-      return FailedPrecondition("fetch rows: heads of layer " +
-                                std::to_string(request.slices.layer.value) +
-                                " hold different rows; the context is still being written");
-    }
-    const size_t bytes = size_t{rows.rows.count} * shape.row_bytes();
-    if (body->size() + 2 * bytes > limits::kDataBodyBytesMax) {
-      return ResourceExhausted(
-          "fetch rows: more than one reply can hold; ask for fewer heads at a time");
-    }
-    body->insert(body->end(), rows.rows.k, rows.rows.k + bytes);
-    body->insert(body->end(), rows.rows.v, rows.rows.v + bytes);
+    KV_RETURN_IF_ERROR(CopyRows(*fenced.context, request, i, &header, body.get(), &misses));
   }
+  if (!misses.empty()) return WaitForPages(connection, message, misses);
   header.checksum = Checksum64(*body);
   OutMessage reply;
   wire::Encode(header, &reply);
   if (!body->empty()) reply.body.push_back(*body);
   reply.pin = std::move(body);
   Reply(connection, message, std::move(reply));
+  return OkStatus();
+}
+
+// The i-th head's K rows, then V rows, at the end of *body.
+Status DataService::CopyRows(const Context& context, const wire::FetchRowsRequest& request,
+                             size_t i, wire::FetchRowsReply* header, std::vector<std::byte>* body,
+                             Misses* misses) {
+  const LayerId layer = request.slices.layer;
+  const KvHeadId head = request.slices.heads[i];
+  const bool range = request.part == wire::RowsPart::kRange;
+  RowsView rows;
+  rows.first_position = request.first_position;
+  rows.rows.count = request.token_count;
+  if (!range) {
+    KV_ASSIGN_OR_RETURN(rows, context.FetchRows(layer, head, request.part));
+  }
+  if (i == 0) {
+    header->first_position = rows.first_position;
+    header->count = rows.rows.count;
+  } else if (rows.first_position != header->first_position || rows.rows.count != header->count) {
+    return FailedPrecondition("fetch rows: heads of layer " + std::to_string(layer.value) +
+                              " hold different rows; the context is still being written");
+  }
+  const size_t bytes = size_t{rows.rows.count} * context.spec().shape.row_bytes();
+  const size_t at = body->size();
+  if (at + 2 * bytes > limits::kDataBodyBytesMax) {
+    return ResourceExhausted(
+        "fetch rows: more than one reply can hold; ask for fewer heads at a time");
+  }
+  body->resize(at + 2 * bytes);
+  std::byte* const k = body->data() + at;
+  if (range) {
+    return context.ReadRows(
+        layer, head, {request.first_position, request.token_count, k, k + bytes}, misses);
+  }
+  if (bytes > 0) {
+    std::memcpy(k, rows.rows.k, bytes);
+    std::memcpy(k + bytes, rows.rows.v, bytes);
+  }
   return OkStatus();
 }
 

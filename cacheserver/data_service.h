@@ -94,6 +94,9 @@ class DataService {
 
   Status AppendRows(const Fenced& fenced, const wire::SelectRequest& request);
   Status SelectHeads(Context& context, const wire::SelectRequest& request, Misses* misses);
+  static Status CopyRows(const Context& context, const wire::FetchRowsRequest& request, size_t i,
+                         wire::FetchRowsReply* header, std::vector<std::byte>* body,
+                         Misses* misses);
   void NameByExtent(wire::HeadSelection* selection);
   void CountPages(const wire::HeadSelection& selection);
   Status CheckHead(const Context& context, LayerId layer, const float* queries,

@@ -29,6 +29,12 @@ json ContextJson(const wire::ContextInfo& context) {
           {"tokens", context.tokens},
           {"sealed", context.sealed},
           {"published", context.published},
+          {"durable", context.durable},
+          {"shared", context.shared},
+          {"prefix",
+           {{"keys", context.prefix_keys},
+            {"forks", context.prefix_forks},
+            {"tokens_reused", context.prefix_tokens}}},
           {"segments", std::move(segments)}};
 }
 

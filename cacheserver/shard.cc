@@ -55,6 +55,7 @@ Shard::Shard(const ShardOptions& options, Reactor& reactor, BuildPool& builds,
 Shard::~Shard() {
   // Jobs and contexts hold memory of the pool.
   jobs_.clear();
+  forks_.clear();
   contexts_.clear();
 }
 
@@ -63,18 +64,6 @@ Status Shard::CreateContext(ContextSpec spec) {
   spec.shard_count = options_.count;
   KV_ASSIGN_OR_RETURN(std::unique_ptr<Context> context, Context::Create(spec, pool_, *attention_));
   const bool inserted = contexts_.emplace(spec.id, std::move(context)).second;
-  KV_CHECK(inserted);
-  return OkStatus();
-}
-
-Status Shard::ForkContext(ContextId parent_id, ContextId child, SegmentId segment) {
-  const Context* parent = FindContext(parent_id);
-  if (parent == nullptr) return Gone(parent_id);
-  ContextSpec spec = parent->spec();
-  spec.id = child;
-  spec.segment = segment;
-  KV_ASSIGN_OR_RETURN(std::unique_ptr<Context> context, Context::Fork(*parent, spec));
-  const bool inserted = contexts_.emplace(child, std::move(context)).second;
   KV_CHECK(inserted);
   return OkStatus();
 }
@@ -125,15 +114,21 @@ Result<std::optional<uint32_t>> Shard::CheckSealable(ContextId id) const {
   return end;
 }
 
-Result<std::optional<SegmentEnds>> Shard::SealContext(ContextId id) {
+Result<std::optional<SegmentEnds>> Shard::SealContext(ContextId id, std::optional<uint32_t> end) {
   Context* context = FindContext(id);
   if (context == nullptr) return Gone(id);
+  KV_ASSIGN_OR_RETURN(const std::optional<uint32_t> now, CheckSealable(id));
+  if (now && now != end) {
+    return FailedPrecondition("seal: rows have come while the context was being sealed; seal it "
+                              "when all requests that append are answered");
+  }
   KV_RETURN_IF_ERROR(context->Seal());
   tier_.Add(context->chain().back(), false);
   return context->sealed_ends();
 }
 
 void Shard::DropContext(ContextId id) {
+  FinishFork(id, Cancelled("the context was dropped while it was being forked"));
   contexts_.erase(id);
   selections_.erase(id);
 }

@@ -52,6 +52,16 @@ struct Holdings {
   std::map<ContextId, uint32_t> ends;  // of contexts that grow: after the last position held
 };
 
+// A child of a sealed context (ForkPlan): its first `keep` segments are the parent's; then comes a
+// cut of the parent's next one, if any; then the child's own.
+struct ForkSpec {
+  ContextId parent, child;
+  TenantId tenant;
+  SegmentId segment;  // the child's own
+  uint32_t keep = 0;
+  std::optional<std::pair<SegmentId, SegmentEnds>> cut;
+};
+
 struct ShardStatus {
   ShardId id;
   PoolUsage pool;
@@ -77,8 +87,9 @@ class Shard {
   // For the control plane. Ids are unique on the server and never used again.
   // spec.shard and spec.shard_count are filled in here. RESOURCE_EXHAUSTED, INVALID_ARGUMENT.
   Status CreateContext(ContextSpec spec);
-  // The child takes shape, policy and sizes from its parent.
-  Status ForkContext(ContextId parent, ContextId child, SegmentId segment);
+  // The child takes shape, policy and sizes from its parent. Answers at once, or, when something is
+  // cut, on a later turn (shard_fork.cc). CANCELLED: the child was dropped meanwhile.
+  void ForkContext(const ForkSpec& fork, std::function<void(Status)> done);
   // A sealed context from the cold store: spec and chain describe it, rows are those of the chain's
   // segments. Segments that this shard holds already are shared. Harmless when repeated.
   Status RestoreContext(ContextSpec spec, std::span<const SegmentSpec> chain,
@@ -88,7 +99,8 @@ class Shard {
   // nothing.
   Result<std::optional<uint32_t>> CheckSealable(ContextId context) const;
   // Harmless when repeated.
-  Result<std::optional<SegmentEnds>> SealContext(ContextId context);
+  // end: what all shards have answered. FAILED_PRECONDITION when more has come since.
+  Result<std::optional<SegmentEnds>> SealContext(ContextId context, std::optional<uint32_t> end);
   void DropContext(ContextId context);  // absent: nothing
   void AddLease(const Lease& lease);
   void EndLease(Epoch epoch);
@@ -141,6 +153,9 @@ class Shard {
   void Submit(SliceName slice, std::unique_ptr<SliceJob> work, BuildDone done);
   void Finish(uint64_t job);
   void IndexSome();
+  struct ForkJob;
+  void CutSome(ContextId child);
+  void FinishFork(ContextId child, Status status);
   struct VerifyJob;
   void VerifySome(const std::shared_ptr<VerifyJob>& job);
   void MaybeRecluster(Context& context, const SliceName& slice);
@@ -160,6 +175,7 @@ class Shard {
   std::unordered_map<Epoch, Lease> leases_;
   std::unordered_map<std::string, Epoch> tickets_;
   std::unordered_map<uint64_t, std::unique_ptr<Job>> jobs_;
+  std::unordered_map<ContextId, std::shared_ptr<ForkJob>> forks_;  // being cut, by child
   std::unordered_map<ContextId, std::deque<SelectionRecord>> selections_;
   std::unordered_map<TenantId, uint32_t> weights_;
   Counter& checksum_failures_;

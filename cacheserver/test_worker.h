@@ -57,8 +57,10 @@ class Worker {
     return Attach(grant);
   }
   Status Fork(const std::string& parent, const std::string& name) {
-    KV_ASSIGN_OR_RETURN(const wire::Grant grant,
-                        control_.Call<wire::Grant>(wire::Fork{parent, name}));
+    return Fork(wire::Fork{.parent = parent, .name = name});
+  }
+  Status Fork(const wire::Fork& fork) {
+    KV_ASSIGN_OR_RETURN(const wire::Grant grant, control_.Call<wire::Grant>(fork));
     return Attach(grant);
   }
   wire::SliceSet Slices(uint16_t layer, uint16_t head) const {

@@ -82,8 +82,28 @@ class TierTest : public ::testing::Test {
     const ContextId id = Create(0, policy);
     EXPECT_TRUE(Put(id, 0, tokens).ok());
     EXPECT_TRUE(Build(id, tokens).ok());
-    EXPECT_TRUE(shard_->SealContext(id).ok());
+    EXPECT_TRUE(Seal(id).ok());
     return id;
+  }
+  Status Seal(ContextId id) {
+    KV_ASSIGN_OR_RETURN(const std::optional<uint32_t> end, shard_->CheckSealable(id));
+    return shard_->SealContext(id, end).status();
+  }
+  // tokens: of a context of one segment; 0: all.
+  Status Fork(ContextId parent, ContextId child, uint32_t tokens = 0, uint32_t tenant = 0) {
+    ForkSpec fork{.parent = parent, .child = child, .tenant = TenantId(tenant),
+                  .segment = SegmentId(next_++), .keep = 0, .cut = {}};
+    fork.keep = static_cast<uint32_t>(shard_->FindContext(parent)->chain().size());
+    if (tokens > 0) {
+      fork.keep = 0;
+      const uint32_t tail_first =
+          std::max(std::min(kSinks, tokens), tokens - std::min(kWindow, tokens));
+      fork.cut = {SegmentId(next_++), {tail_first, tokens}};
+    }
+    std::optional<Status> done;
+    shard_->ForkContext(fork, [&](const Status& status) { done = status; });
+    EXPECT_TRUE(Until([&] { return done.has_value(); }));
+    return done.value_or(Internal("no answer"));
   }
   Status Store(ContextId id) {
     std::optional<Status> stored;
@@ -184,7 +204,7 @@ TEST_F(TierTest, MemoryForAQuarterOfTheContextsHoldsThemAll) {
     }
     ASSERT_TRUE(status.ok()) << status.ToString();
     ASSERT_TRUE(Build(id, 8000).ok());
-    ASSERT_TRUE(shard_->SealContext(id).ok());
+    ASSERT_TRUE(Seal(id).ok());
   }
   std::mt19937_64 random(3);
   std::map<std::pair<uint64_t, uint64_t>, std::string> known;
@@ -268,14 +288,17 @@ class Ledger : public TierTest {
         return;
       case 2:
         if (living_[at].tokens == 0 || living_[at].sealed) return;
-        living_[at].sealed = shard_->SealContext(living_[at].id).ok();
+        living_[at].sealed = Seal(living_[at].id).ok();
         return;
       case 3: {
         if (!living_[at].sealed) return;
-        const Living child{ContextId(next_++), living_[at].tokens, false};
-        if (shard_->ForkContext(living_[at].id, child.id, SegmentId(next_++)).ok()) {
-          living_.push_back(child);
+        Living child{ContextId(next_++), living_[at].tokens, false};
+        const Context& parent = *shard_->FindContext(living_[at].id);
+        uint32_t tokens = 0;
+        if (random_() % 2 == 0 && parent.chain().size() == 1) {
+          tokens = child.tokens = 1 + random_() % parent.sealed_ends()->end;
         }
+        if (Fork(living_[at].id, child.id, tokens, random_() % 3).ok()) living_.push_back(child);
         return;
       }
       case 4:

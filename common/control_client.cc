@@ -264,18 +264,25 @@ Result<wire::Grant> ControlClient::Open(const std::string& name) {
   return impl_->Ask<wire::Grant>(wire::Open{name}, "open context '" + name + "'");
 }
 
-Result<wire::Grant> ControlClient::Fork(const std::string& parent, const std::string& name) {
-  return impl_->Ask<wire::Grant>(wire::Fork{parent, name}, "fork context '" + parent + "'");
+Result<wire::Grant> ControlClient::Fork(const wire::Fork& request) {
+  return impl_->Ask<wire::Grant>(request, "fork context '" + request.parent + "'");
 }
 
-Status ControlClient::Seal(ContextId context) {
-  return impl_->Ask<wire::Done>(wire::Seal{context}, "seal context").status();
+Status ControlClient::Seal(ContextId context, std::vector<PrefixKey> keys) {
+  return impl_->Ask<wire::Done>(wire::Seal{context, std::move(keys)}, "seal context").status();
 }
 
-Status ControlClient::Publish(ContextId context, bool durable) {
+Result<std::vector<wire::PrefixCandidate>> ControlClient::MatchPrefix(
+    const wire::MatchPrefix& request) {
+  KV_ASSIGN_OR_RETURN(wire::Prefixes found,
+                      impl_->Ask<wire::Prefixes>(request, "match a prefix"));
+  return std::move(found.candidates);
+}
+
+Status ControlClient::Publish(ContextId context, bool durable, bool shared) {
   // Gigabytes may have to reach the disk.
   const Duration deadline = durable ? Duration(limits::kPublishDeadline) : impl_->options.deadline;
-  return impl_->Ask<wire::Done>(wire::Publish{context, durable}, "publish context", deadline)
+  return impl_->Ask<wire::Done>(wire::Publish{context, durable, shared}, "publish context", deadline)
       .status();
 }
 

@@ -45,10 +45,18 @@ class ControlClient {
 
   Result<wire::Grant> Create(const wire::Create& request);
   Result<wire::Grant> Open(const std::string& name);
-  Result<wire::Grant> Fork(const std::string& parent, const std::string& name);
-  Status Seal(ContextId context);
+  Result<wire::Grant> Fork(const std::string& parent, const std::string& name) {
+    return Fork(wire::Fork{.parent = parent, .name = name});
+  }
+  Result<wire::Grant> Fork(const wire::Fork& request);
+  // keys: PrefixKeys of all its tokens, for others to find it by.
+  Status Seal(ContextId context, std::vector<PrefixKey> keys = {});
   // durable: answered when the context is on disk; a large one takes as long as the disk needs.
-  Status Publish(ContextId context, bool durable = false);
+  // shared: to all tenants.
+  Status Publish(ContextId context, bool durable = false, bool shared = false);
+  // Published contexts that begin as asked, longest first; each holds if its key is that of the
+  // caller's first `tokens` tokens.
+  Result<std::vector<wire::PrefixCandidate>> MatchPrefix(const wire::MatchPrefix& request);
   Status Release(ContextId context);
   Status Drop(const std::string& name);
   Result<std::vector<wire::ContextInfo>> List();

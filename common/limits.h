@@ -31,6 +31,9 @@ inline constexpr uint32_t kContextTokensMax = 4u << 20;
 inline constexpr uint32_t kSegmentsPerContextMax = 64;
 inline constexpr uint32_t kContextsMax = 1u << 16;
 inline constexpr uint32_t kContextNameBytesMax = 200;
+inline constexpr uint32_t kPrefixBlockTokens = 256;        // tokens between two keys of a prefix
+inline constexpr uint32_t kPrefixKeysMax = 1u << 20;       // that the server remembers; 100 MB
+inline constexpr uint32_t kPrefixCandidatesMax = 16;       // answers to one question for a prefix
 inline constexpr uint32_t kSinkTokensMax = 256;
 inline constexpr uint32_t kWindowTokensMax = 4096;
 inline constexpr uint32_t kPendingTokensMax =
@@ -119,6 +122,7 @@ inline constexpr uint32_t kLoadBatchPages = 16;              // pages that one t
 inline constexpr milliseconds kPromotionTime{2000};          // a request's wait for pages or room
 inline constexpr milliseconds kTierInterval{50};             // how often a shard looks at its watermarks
 inline constexpr milliseconds kStoreRetryTime{5000};         // after a failed write, until the next
+inline constexpr milliseconds kForkTime{8000};               // of a fork at an earlier token that waits for room
 inline constexpr uint32_t kPromotionsMax = 4096;             // requests of a shard that wait for pages
 inline constexpr milliseconds kPublishDeadline{600000};      // of a durable publication
 

@@ -45,7 +45,7 @@ BORDERS = [
     (r'(cblas|openblas)', [r'worker/model/gemm\.cc']),
     (r'pcre2', [r'worker/model/pretokenizer\.cc']),
     (r'xxhash', [r'common/checksum\.cc']),
-    (r'openssl/', [r'cacheserver/(\w+/)*\w+\.cc', r'tests/support/\w+\.cc']),
+    (r'openssl/', [r'common/prefix_key\.cc', r'cacheserver/(\w+/)*\w+\.cc', r'tests/support/\w+\.cc']),
     (r'nlohmann/', [r'.*\.cc']),
     (r'(cuda|cub/|cooperative_groups)', [r'.*\.cuh?', r'\w+(/\w+)*cuda\w*\.(cc|h)']),
     (r'(gtest|gmock)/', [r'.*_test\.(cc|cu)', r'.*_(suite|samples|slice)\.h', r'(.*/)?test_\w+\.h', r'tests/.*']),

@@ -82,17 +82,24 @@ Result<std::unique_ptr<Context>> Context::Fork(const Context& parent, const Cont
     return FailedPrecondition("fork: context " + std::to_string(from.id.value) +
                               " is not sealed; seal it first");
   }
-  if (parent.chain_.size() >= limits::kSegmentsPerContextMax) {
-    return ResourceExhausted("fork: context " + std::to_string(from.id.value) + " is a chain of " +
-                             std::to_string(parent.chain_.size()) +
-                             " segments, the most there may be; fork an earlier one");
+  return Grow(spec, parent.chain_, parent.pool_, parent.attention_);
+}
+
+Result<std::unique_ptr<Context>> Context::Grow(const ContextSpec& spec,
+                                               std::vector<std::shared_ptr<const Segment>> chain,
+                                               PagePool& pool, AttentionBackend& attention) {
+  KV_RETURN_IF_ERROR(CheckSpec(spec));
+  if (chain.size() >= limits::kSegmentsPerContextMax) {
+    return ResourceExhausted("fork: a chain of " + std::to_string(chain.size()) +
+                             " segments, the most there may be; fork an earlier context");
   }
-  std::unique_ptr<Context> context(new Context(spec, parent.pool_, parent.attention_));
-  context->chain_ = parent.chain_;
-  const std::optional<SegmentEnds> ends = parent.sealed_ends();
+  std::unique_ptr<Context> context(new Context(spec, pool, attention));
+  context->chain_ = std::move(chain);
+  const std::optional<SegmentEnds> ends = context->sealed_ends();
   context->tail_ =
-      std::make_shared<Segment>(parent.pool_, PrivateSegment(spec, ends ? ends->tail_first : 0));
-  parent.chain_.back()->VisitSlices([&](LayerId layer, KvHeadId head, const HeadSlice& slice) {
+      std::make_shared<Segment>(pool, PrivateSegment(spec, ends ? ends->tail_first : 0));
+  if (context->chain_.empty()) return context;
+  context->chain_.back()->VisitSlices([&](LayerId layer, KvHeadId head, const HeadSlice& slice) {
     context->tail_->slice(layer, head)->AdoptEnergy(slice);
   });
   return context;
@@ -192,6 +199,13 @@ Result<RowsView> Context::FetchRows(LayerId layer, KvHeadId head, wire::RowsPart
   }
   const Segment& last = chain_.empty() ? *tail_ : *chain_.back();
   return last.slice(layer, head)->tail();
+}
+
+Status Context::ReadRows(LayerId layer, KvHeadId head, const RowRange& range,
+                         Misses* misses) const {
+  KV_RETURN_IF_ERROR(CheckSlice(layer, head));
+  return ReadChainRows(chain_, tail_.get(), layer, head, range, misses)
+      .WithContext(SliceName(layer, head));
 }
 
 Status Context::Seal() {

@@ -15,6 +15,7 @@
 #include <utility>
 #include <vector>
 
+#include "cacheserver/context/chain_rows.h"
 #include "cacheserver/context/misses.h"
 #include "cacheserver/context/segment.h"
 #include "common/wire/data_codec.h"
@@ -77,6 +78,10 @@ class Context {
   // O(slices), nothing is copied. FAILED_PRECONDITION when the parent is not sealed;
   // RESOURCE_EXHAUSTED: chain too long.
   static Result<std::unique_ptr<Context>> Fork(const Context& parent, const ContextSpec& spec);
+  // The same behind any sealed segments that join, oldest first, of spec's shape and shard.
+  static Result<std::unique_ptr<Context>> Grow(const ContextSpec& spec,
+                                               std::vector<std::shared_ptr<const Segment>> chain,
+                                               PagePool& pool, AttentionBackend& attention);
   // A sealed context of these segments, all sealed, oldest first, not empty.
   static std::unique_ptr<Context> Restore(const ContextSpec& spec,
                                           std::vector<std::shared_ptr<const Segment>> chain,
@@ -126,6 +131,9 @@ class Context {
   // Sinks of the chain's first segment; live tail of its last sealed segment (the window a fork
   // starts with), or when nothing is sealed yet the tail of the private one.
   Result<RowsView> FetchRows(LayerId layer, KvHeadId head, wire::RowsPart part) const;
+
+  // Rows [range.first, + range.count) wherever they are (chain_rows.h).
+  Status ReadRows(LayerId layer, KvHeadId head, const RowRange& range, Misses* misses) const;
 
   // Seals the private segment; that of a fork to which nothing was added goes, and the context is
   // its parent's chain under another name. Harmless when sealed.

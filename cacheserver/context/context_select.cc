@@ -129,8 +129,9 @@ uint8_t HeldRows(const Scratch& scratch, SegmentId segment, PageId page,
   return held;
 }
 
+// lent: extents of the page's tenant are handed to this worker; else it cannot map them.
 void FillPayload(SegmentId segment, PageId page, const PageContent& content, uint8_t from,
-                 float log_mass, const PagePool& pool, wire::PagePayload* out) {
+                 float log_mass, const PagePool& pool, bool lent, wire::PagePayload* out) {
   out->segment = segment;
   out->page = page;
   out->version = content.version;
@@ -140,7 +141,7 @@ void FillPayload(SegmentId segment, PageId page, const PageContent& content, uin
   out->checksum = content.checksum;
   out->place = wire::PagePlace::kBody;
   out->offset = content.frame.offset;
-  out->extent = pool.ExtentSerial(content.frame.extent);
+  out->extent = lent ? pool.ExtentSerial(content.frame.extent) : 0;
   out->coded_bytes = 0;
   out->coded_checksum = 0;
   out->coded = {};
@@ -165,16 +166,6 @@ uint32_t ReadShare(const SelectRequest& request, size_t links, uint64_t indexed,
 bool ReadsWhatItSays(PolicyKind kind) {
   return kind == PolicyKind::kClusterTree || kind == PolicyKind::kDciTree ||
          kind == PolicyKind::kExact || kind == PolicyKind::kSequential;
-}
-
-// All pages of the slice that are not in memory.
-std::vector<PageId> ColdPages(const PageTable& table) {
-  std::vector<PageId> pages;
-  if (table.cold_count() == 0 && table.loading_count() == 0) return pages;
-  for (uint32_t p = 0; p < table.page_count(); ++p) {
-    if (table.residency(PageId(p)) != Residency::kWarm) pages.emplace_back(p);
-  }
-  return pages;
 }
 
 // Every link selects as if it were alone; its pages are candidates.
@@ -275,7 +266,7 @@ void Context::ListLinks(LayerId layer, KvHeadId head, Misses* misses) const {
     } else if (slice->page_count() > 0) {
       scratch.links.push_back({segment.get(), slice, &segment});
       if (ReadsWhatItSays(segment->spec().policy)) continue;
-      std::vector<PageId> cold = ColdPages(slice->table());
+      std::vector<PageId> cold = slice->table().ColdPages();
       if (!cold.empty()) misses->slices.push_back({segment, layer, head, false, std::move(cold)});
     }
   }
@@ -324,7 +315,8 @@ Status Context::Select(LayerId layer, KvHeadId head, const SelectRequest& reques
     const PageContent content = link.slice->page(c.page);
     uint8_t held = HeldRows(scratch, link.segment->id(), c.page, content);
     if (options.whole_pages && held < content.fill) held = 0;
-    FillPayload(link.segment->id(), c.page, content, held, c.log_mass, pool_, &out->pages[i]);
+    FillPayload(link.segment->id(), c.page, content, held, c.log_mass, pool_,
+                link.segment->spec().tenant == spec_.tenant, &out->pages[i]);
   }
 
   out->residual.clear();
@@ -363,7 +355,7 @@ Status Context::FetchPages(LayerId layer, KvHeadId head, std::span<const wire::R
       misses->slices.push_back({*shared, layer, head, false, {name.page}});
     } else if (misses->empty()) {
       FillPayload(name.segment, name.page, slice->page(name.page), 0, 0, pool_,
-                  &out->pages.emplace_back());
+                  slice->options().tenant == spec_.tenant, &out->pages.emplace_back());
     }
   }
   return OkStatus();

@@ -40,7 +40,8 @@ Status CheckTraits(const ContextTraits& traits) {
 
 }  // namespace
 
-Result<ContextRecord> ContextTable::Insert(ContextRecord record) {
+Result<ContextRecord> ContextTable::Insert(ContextRecord record,
+                                           const std::optional<SegmentRecord>& cut) {
   KV_RETURN_IF_ERROR(CheckName(record.name));
   if (contexts_.size() >= limits::kContextsMax) {
     return ResourceExhausted("the server holds " + std::to_string(contexts_.size()) +
@@ -54,6 +55,10 @@ Result<ContextRecord> ContextTable::Insert(ContextRecord record) {
         "' exists; drop it first, choose another name, or open it if it is published");
   }
   ++next_context_;
+  if (cut) {
+    record.chain.emplace_back(next_segment_++);
+    segments_.emplace(record.chain.back(), *cut);
+  }
   const SegmentId tail(next_segment_++);
   record.chain.push_back(tail);
   SegmentRecord grows;
@@ -76,26 +81,64 @@ Result<ContextRecord> ContextTable::Create(TenantId tenant, std::string name,
   return Insert(std::move(record));
 }
 
-Result<ContextRecord> ContextTable::Fork(ContextId parent_id, std::string name) {
+// A segment that ends at the token ends the shared part, tail and all. Else the segment that holds
+// the first token of the child's window is cut there.
+void ContextTable::PlanFork(const ContextRecord& parent, uint32_t tokens, ForkPlan* plan) const {
+  const uint32_t sinks = std::min(parent.traits.sink_tokens, tokens);
+  const uint32_t tail_first = std::max(sinks, tokens - std::min(tokens, parent.traits.window_tokens));
+  SegmentRecord cut;
+  for (size_t i = 0; i < parent.chain.size(); ++i) {
+    const SegmentRecord& segment = segments_.at(parent.chain[i]);
+    if (segment.end == tokens) {
+      plan->keep = static_cast<uint32_t>(i) + 1;
+      plan->cut.reset();
+      plan->child.tail_tokens = tokens - segment.tail_first;
+      return;
+    }
+    if (segment.first > tail_first) continue;
+    plan->keep = static_cast<uint32_t>(i);
+    cut.first = segment.first;
+  }
+  cut.tenant = plan->child.tenant;
+  cut.sealed = true;
+  cut.tail_first = tail_first;
+  cut.end = tokens;
+  plan->cut = cut;
+  plan->child.tail_tokens = tokens - tail_first;
+}
+
+Result<ForkPlan> ContextTable::Fork(ContextId parent_id, std::string name, TenantId tenant,
+                                    std::optional<uint32_t> tokens) {
   const ContextRecord* parent = Find(parent_id);
   if (parent == nullptr) return NotFound("context " + std::to_string(parent_id.value) + " is gone");
   if (!parent->sealed) {
     return FailedPrecondition("context '" + parent->name +
                               "' is not sealed; seal it before it is forked");
   }
-  if (parent->chain.size() >= limits::kSegmentsPerContextMax) {
+  // Sinks are the chain's for good: a child keeps them all.
+  const uint32_t least = std::max(1u, std::min(parent->traits.sink_tokens, parent->tokens));
+  if (tokens && (*tokens < least || *tokens > parent->tokens)) {
+    return OutOfRange("fork at token " + std::to_string(*tokens) + ": context '" + parent->name +
+                      "' can be forked at " + std::to_string(least) + " to " +
+                      std::to_string(parent->tokens));
+  }
+  ForkPlan plan;
+  ContextRecord& record = plan.child;
+  record.tenant = tenant;
+  record.name = std::move(name);
+  record.traits = parent->traits;
+  record.tokens = tokens.value_or(parent->tokens);
+  plan.keep = static_cast<uint32_t>(parent->chain.size());
+  record.tail_tokens = parent->tail_tokens;
+  if (record.tokens < parent->tokens) PlanFork(*parent, record.tokens, &plan);
+  if (plan.keep + (plan.cut ? 1 : 0) >= limits::kSegmentsPerContextMax) {
     return ResourceExhausted("context '" + parent->name + "' has " +
                              std::to_string(parent->chain.size()) +
                              " segments, the maximum of a chain; fork an earlier one");
   }
-  ContextRecord record;
-  record.tenant = parent->tenant;
-  record.name = std::move(name);
-  record.traits = parent->traits;
-  record.chain = parent->chain;
-  record.tokens = parent->tokens;
-  record.tail_tokens = parent->tail_tokens;
-  return Insert(std::move(record));
+  record.chain.assign(parent->chain.begin(), parent->chain.begin() + plan.keep);
+  KV_ASSIGN_OR_RETURN(record, Insert(std::move(record), plan.cut));
+  return plan;
 }
 
 void ContextTable::MarkSealed(ContextId id, uint32_t tokens, uint32_t tail_tokens) {
@@ -124,14 +167,39 @@ void ContextTable::MarkSealedEmpty(ContextId id) {
   record.sealed = true;
 }
 
-Status ContextTable::Publish(ContextId id) {
+Status ContextTable::SetPrefix(ContextId id, std::vector<PrefixKey> keys) {
+  ContextRecord& record = contexts_.at(id);
+  KV_CHECK(record.sealed);
+  if (keys.empty() || record.published) return OkStatus();
+  if (keys.size() != PrefixKeyCount(record.tokens)) {
+    return InvalidArgument("seal: " + std::to_string(keys.size()) + " keys for " +
+                           std::to_string(record.tokens) + " tokens, expected " +
+                           std::to_string(PrefixKeyCount(record.tokens)));
+  }
+  record.prefix =
+      std::make_shared<const PrefixKeyList>(PrefixKeyList{std::move(keys), record.tokens});
+  return OkStatus();
+}
+
+void ContextTable::CountPrefixFork(ContextId parent, uint32_t tokens) {
+  ContextRecord& record = contexts_.at(parent);
+  ++record.prefix_forks;
+  record.prefix_tokens += tokens;
+}
+
+Status ContextTable::Publish(ContextId id, bool shared) {
   auto it = contexts_.find(id);
   if (it == contexts_.end()) return NotFound("context " + std::to_string(id.value) + " is gone");
-  if (!it->second.sealed) {
-    return FailedPrecondition("context '" + it->second.name +
+  ContextRecord& record = it->second;
+  if (!record.sealed) {
+    return FailedPrecondition("context '" + record.name +
                               "' is not sealed; seal it before it is published");
   }
-  it->second.published = true;
+  record.published = true;
+  record.shared |= shared;
+  if (record.prefix == nullptr) return OkStatus();
+  prefixes_.Remove(id);
+  (void)prefixes_.Add(id, record.tenant, record.shared, record.prefix);
   return OkStatus();
 }
 
@@ -159,6 +227,7 @@ Result<ContextRecord> ContextTable::Recover(ContextRecord record,
   }
   names_.emplace(std::pair(record.tenant, record.name), record.id);
   contexts_.emplace(record.id, record);
+  if (record.prefix) (void)prefixes_.Add(record.id, record.tenant, record.shared, record.prefix);
   return record;
 }
 
@@ -174,6 +243,7 @@ std::optional<std::vector<SegmentId>> ContextTable::Remove(ContextId id) {
     segments_.erase(held);
   }
   names_.erase({it->second.tenant, it->second.name});
+  prefixes_.Remove(id);
   contexts_.erase(it);
   return freed;
 }

@@ -19,6 +19,7 @@
 #include <utility>
 #include <vector>
 
+#include "cacheserver/context/prefix_index.h"
 #include "cacheserver/select/selection_policy.h"
 #include "common/ids.h"
 #include "common/model_shape.h"
@@ -48,6 +49,9 @@ struct ContextRecord {
   uint32_t tail_tokens = 0;  // unindexed rows at the end of the last sealed segment
   bool durable = false;      // a record of it is on disk, or on its way there
   bool loaded = true;        // false: the shards do not know it yet; it is in the cold store
+  bool shared = false;       // published to all tenants
+  std::shared_ptr<const PrefixKeyList> prefix;  // keys of its tokens; nullptr: unknown
+  uint64_t prefix_forks = 0, prefix_tokens = 0;  // begun with a match here, and what they saved
 };
 
 // Where its tokens are is known once it is sealed.
@@ -61,6 +65,14 @@ struct SegmentRecord {
   uint32_t tokens() const { return end - first; }  // sinks, indexed, tail
 };
 
+// A child and what of its parent's chain it shares: the first `keep` segments, and then, in a fork
+// at an earlier token, a cut of the next one: a new sealed segment, record.chain[keep].
+struct ForkPlan {
+  ContextRecord child;
+  uint32_t keep = 0;
+  std::optional<SegmentRecord> cut;
+};
+
 class ContextTable {
  public:
   // first_segment: larger than any id that was ever used in the cold store.
@@ -70,17 +82,30 @@ class ContextTable {
   // ALREADY_EXISTS, RESOURCE_EXHAUSTED above kContextsMax.
   Result<ContextRecord> Create(TenantId tenant, std::string name, ContextTraits traits);
 
-  // A child of the same tenant with the parent's chain and a new segment. FAILED_PRECONDITION when
-  // the parent is not sealed, RESOURCE_EXHAUSTED when the chain is at its maximum; the rest as
-  // Create.
-  Result<ContextRecord> Fork(ContextId parent, std::string name);
+  // A child that begins with the parent's first `tokens` tokens (nullopt: all) and grows in a new
+  // segment, both on the account of `tenant`. Segments that end by then are shared. OUT_OF_RANGE;
+  // FAILED_PRECONDITION when the parent is not sealed; RESOURCE_EXHAUSTED when the chain is at its
+  // maximum; the rest as Create.
+  Result<ForkPlan> Fork(ContextId parent, std::string name, TenantId tenant,
+                        std::optional<uint32_t> tokens = std::nullopt);
 
   // The last segment is sealed: the chain now holds `tokens`. REQUIRES: present and not sealed.
   void MarkSealed(ContextId id, uint32_t tokens, uint32_t tail_tokens);
   // The same for a fork to which nothing was added: its segment goes, its chain is the parent's.
   void MarkSealedEmpty(ContextId id);
-  // FAILED_PRECONDITION when it is not sealed. Publishing twice is harmless.
-  Status Publish(ContextId id);
+  // What MatchPrefix finds it by once it is published. INVALID_ARGUMENT unless they are as many as
+  // its tokens need. REQUIRES: sealed.
+  Status SetPrefix(ContextId id, std::vector<PrefixKey> keys);
+  // FAILED_PRECONDITION when it is not sealed. Publishing twice is harmless. shared: to all tenants;
+  // that is not taken back by a later one.
+  Status Publish(ContextId id, bool shared = false);
+  // Published contexts that begin with these tokens (PrefixIndex::Find).
+  std::vector<PrefixIndex::Match> MatchPrefix(TenantId tenant, bool shared,
+                                              std::span<const PrefixKey> keys,
+                                              uint32_t tokens_max) const {
+    return prefixes_.Find(tenant, shared, keys, tokens_max);
+  }
+  void CountPrefixFork(ContextId parent, uint32_t tokens);
   // A sealed, published context from the cold store, not loaded. segments[i] describes chain[i].
   // ALREADY_EXISTS, RESOURCE_EXHAUSTED.
   Result<ContextRecord> Recover(ContextRecord record, std::span<const SegmentRecord> segments);
@@ -106,13 +131,15 @@ class ContextTable {
   Status Validate() const;
 
  private:
-  Result<ContextRecord> Insert(ContextRecord record);
+  Result<ContextRecord> Insert(ContextRecord record, const std::optional<SegmentRecord>& cut = {});
+  void PlanFork(const ContextRecord& parent, uint32_t tokens, ForkPlan* plan) const;
 
   uint64_t next_context_ = 1;
   uint64_t next_segment_;
   std::unordered_map<ContextId, ContextRecord> contexts_;
   std::map<std::pair<TenantId, std::string>, ContextId> names_;
   std::unordered_map<SegmentId, SegmentRecord> segments_;
+  PrefixIndex prefixes_;  // of published contexts
 };
 
 }  // namespace icecache

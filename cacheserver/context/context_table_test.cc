@@ -70,9 +70,9 @@ TEST(ContextTable, RefusesHeadsTooSmallForTheIndex) {
 TEST(ContextTable, ForkSharesSealedSegmentsAndAddsOne) {
   ContextTable table;
   ContextRecord parent = *table.Create(kAlice, "doc", Traits());
-  EXPECT_EQ(table.Fork(parent.id, "child").status().code(), StatusCode::kFailedPrecondition);
+  EXPECT_EQ(table.Fork(parent.id, "child", kAlice).status().code(), StatusCode::kFailedPrecondition);
   table.MarkSealed(parent.id, 100, 16);
-  ContextRecord child = *table.Fork(parent.id, "child");
+  ContextRecord child = table.Fork(parent.id, "child", kAlice)->child;
   ASSERT_EQ(child.chain.size(), 2u);
   EXPECT_EQ(child.chain[0], parent.chain[0]);
   EXPECT_EQ(child.tokens, 100u);
@@ -107,10 +107,59 @@ TEST(ContextTable, ChainsHaveAMaximum) {
   ContextRecord last = *table.Create(kAlice, "", Traits());
   for (uint32_t i = 1; i < limits::kSegmentsPerContextMax; ++i) {
     table.MarkSealed(last.id, i, 0);
-    last = *table.Fork(last.id, "");
+    last = table.Fork(last.id, "", kAlice)->child;
   }
   table.MarkSealed(last.id, limits::kSegmentsPerContextMax, 0);
-  EXPECT_EQ(table.Fork(last.id, "").status().code(), StatusCode::kResourceExhausted);
+  EXPECT_EQ(table.Fork(last.id, "", kAlice).status().code(), StatusCode::kResourceExhausted);
+}
+
+// A chain of segments that end at 100, 160 and 400, of sinks and window as Traits says.
+ContextRecord ThreeSegments(ContextTable& table) {
+  ContextRecord last = *table.Create(kAlice, "doc", Traits());
+  for (const uint32_t end : {100u, 160u, 400u}) {
+    if (end > 100) last = table.Fork(last.id, "to" + std::to_string(end), kAlice)->child;
+    table.MarkSealed(last.id, end, Traits().window_tokens);
+  }
+  return *table.Find(last.id);
+}
+
+TEST(ContextTable, ForkAtTheEndOfASegmentSharesAllBeforeAndCutsNothing) {
+  ContextTable table;
+  const ContextRecord doc = ThreeSegments(table);
+  const ForkPlan plan = *table.Fork(doc.id, "early", kBob, 160);
+  EXPECT_EQ(plan.keep, 2u);
+  EXPECT_FALSE(plan.cut);
+  EXPECT_EQ(plan.child.tokens, 160u);
+  EXPECT_EQ(plan.child.tail_tokens, Traits().window_tokens);
+  EXPECT_EQ(plan.child.tenant, kBob);
+  EXPECT_EQ(table.FindSegment(doc.chain[1])->references, 3u);
+  EXPECT_EQ(table.FindSegment(plan.child.chain.back())->tenant, kBob);
+  EXPECT_TRUE(table.Validate().ok());
+}
+
+TEST(ContextTable, ForkAtATokenCutsTheSegmentThatHoldsItsWindow) {
+  ContextTable table;
+  const ContextRecord doc = ThreeSegments(table);
+  const uint32_t window = Traits().window_tokens, sinks = Traits().sink_tokens;
+  for (const uint32_t tokens : {sinks, 50u, 99u, 101u, 159u, 161u, 399u}) {
+    SCOPED_TRACE(tokens);
+    const ForkPlan plan = *table.Fork(doc.id, "early", kAlice, tokens);
+    ASSERT_TRUE(plan.cut);
+    const uint32_t tail_first = std::max(std::min(sinks, tokens), tokens - std::min(window, tokens));
+    EXPECT_EQ(plan.cut->tail_first, tail_first);
+    EXPECT_EQ(plan.cut->end, tokens);
+    // It begins where the segment that it is a part of begins, and its parent's next begins later.
+    EXPECT_EQ(plan.cut->first, table.FindSegment(doc.chain[plan.keep])->first);
+    EXPECT_LE(plan.cut->first, tail_first);
+    if (plan.keep + 1 < doc.chain.size()) {
+      EXPECT_GT(table.FindSegment(doc.chain[plan.keep + 1])->first, tail_first);
+    }
+    EXPECT_EQ(plan.child.chain.size(), plan.keep + 2);
+    EXPECT_TRUE(table.Validate().ok());
+    EXPECT_EQ(table.Remove(plan.child.id)->size(), 2u);
+  }
+  EXPECT_EQ(table.Fork(doc.id, "", kAlice, 0).status().code(), StatusCode::kOutOfRange);
+  EXPECT_EQ(table.Fork(doc.id, "", kAlice, 401).status().code(), StatusCode::kOutOfRange);
 }
 
 TEST(ContextTable, StaysValidUnderRandomOperations) {
@@ -128,7 +177,9 @@ TEST(ContextTable, StaysValidUnderRandomOperations) {
         if (auto made = table.Create(tenant, name, Traits()); made.ok()) living.push_back(made->id);
         break;
       case 1:
-        if (auto made = table.Fork(some, name); made.ok()) living.push_back(made->id);
+        if (auto made = table.Fork(some, name, tenant, random() % 120); made.ok()) {
+          living.push_back(made->child.id);
+        }
         break;
       case 2:
         if (const ContextRecord* c = table.Find(some); c != nullptr && !c->sealed) {

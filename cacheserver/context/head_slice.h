@@ -107,6 +107,12 @@ class HeadSlice {
   // kWindowTokensMax rows (FAILED_PRECONDITION: Build is missing). Harmless when sealed.
   Status Seal();
 
+  // A sealed slice of options.segment that holds the tokens of `from` before `tail_first`, indexed as
+  // they are there, and `tail` behind them. Rows are copied, nothing is clustered. `from` is sealed,
+  // all in memory, and stays what it is. RESOURCE_EXHAUSTED.
+  static Result<std::unique_ptr<HeadSlice>> Cut(const HeadSlice& from, const SliceOptions& options,
+                                                uint32_t tail_first, const TokenRows& tail);
+
   // The stored form. REQUIRES: sealed (and index_loaded() for the index).
   std::string SaveRows() const;
   std::string SaveIndex() const;
@@ -130,6 +136,11 @@ class HeadSlice {
   PagedKv pages() const { return table_->view(); }
   // Pages of the index that hold any of these positions, each once, ascending.
   void PagesAt(std::span<const uint32_t> positions, std::vector<PageId>* pages) const;
+
+  // Copies what the slice holds of positions [first, first + count) into k and v, rows of the whole
+  // range. REQUIRES: where IndexOverlaps, all pages in memory.
+  void CopyRows(uint32_t first, uint32_t count, std::byte* k, std::byte* v) const;
+  bool IndexOverlaps(uint32_t first, uint32_t count) const;
 
   RowsView sinks() const;
   RowsView tail() const;
@@ -155,8 +166,7 @@ class HeadSlice {
   Status VerifyPages() const { return table_->Validate(); }
   Residency residency(PageId page) const { return table_->residency(page); }
 
-  // Slow. INTERNAL naming the first broken invariant: a token in two places or none, a policy or
-  // page at odds.
+  // Slow. INTERNAL naming the first broken invariant: a token in two places or none, a page at odds.
   Status Validate() const;
 
  private:
@@ -174,6 +184,7 @@ class HeadSlice {
   Status InstallBuild(SliceJob& job);
   Status CatchUp(SliceJob& job);
   Status EnsurePolicy();
+  Status TakeIndexBefore(const HeadSlice& from, uint32_t end);
   Status InsertRow(SelectionPolicy& policy, PageTable& table, const TokenRows& row,
                    uint32_t position);
 

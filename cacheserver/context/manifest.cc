@@ -1,12 +1,14 @@
 #include "cacheserver/context/manifest.h"
 
+#include <cstring>
+
 #include "cacheserver/store/blob.h"
 #include "common/limits.h"
 
 namespace icecache {
 namespace {
 
-constexpr BlobFormat kContextFormat{0x4e4d4349, 1, "record of a durable context"};  // "ICMN"
+constexpr BlobFormat kContextFormat{0x4e4d4349, 2, "record of a durable context"};  // "ICMN"
 constexpr BlobFormat kSegmentFormat{0x47534349, 1, "record of a segment"};          // "ICSG"
 constexpr BlobFormat kStartFormat{0x54534349, 1, "record of the last start"};       // "ICST"
 
@@ -68,6 +70,8 @@ std::string EncodeManifest(const ContextManifest& m) {
     out.Put(s.tail_first);
     out.Put(s.end);
   }
+  out.Put(static_cast<uint8_t>(m.shared));
+  out.PutBytes(std::as_bytes(std::span(m.prefix_keys)));
   return out.Finish();
 }
 
@@ -94,6 +98,17 @@ Result<ContextManifest> DecodeManifest(std::string_view blob) {
     s.first_position = in.Get<uint32_t>();
     s.tail_first = in.Get<uint32_t>();
     s.end = in.Get<uint32_t>();
+  }
+  if (in.version() >= 2) {
+    m.shared = in.Get<uint8_t>() != 0;
+    const std::span<const std::byte> keys = in.GetBytes();
+    const uint32_t tokens = m.segments.empty() ? 0 : m.segments.back().end;
+    if (!keys.empty() && keys.size() != PrefixKeyCount(tokens) * sizeof(PrefixKey)) {
+      in.Fail("its prefix keys are not those of its tokens");
+    } else {
+      m.prefix_keys.resize(keys.size() / sizeof(PrefixKey));
+      if (!keys.empty()) std::memcpy(m.prefix_keys.data(), keys.data(), keys.size());
+    }
   }
   KV_RETURN_IF_ERROR(in.Finish());
   const Result<PolicyKind> kind = ParsePolicyKind(policy);

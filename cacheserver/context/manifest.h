@@ -12,6 +12,7 @@
 #include "cacheserver/select/selection_policy.h"
 #include "common/ids.h"
 #include "common/model_shape.h"
+#include "common/prefix_key.h"
 #include "common/status.h"
 
 namespace icecache {
@@ -34,6 +35,8 @@ struct ContextManifest {
   PolicyKind policy = PolicyKind::kClusterTree;
   uint64_t seed = 1;
   std::vector<SegmentManifest> segments;  // the chain, oldest first
+  bool shared = false;                    // from here on: since format 2
+  std::vector<PrefixKey> prefix_keys;     // of its tokens, or none
 };
 
 std::string EncodeManifest(const ContextManifest& manifest);

@@ -120,8 +120,10 @@ Status Segment::Seal() {
   KV_RETURN_IF_ERROR(CheckSealable());
   // Indexing what is pending may run out of memory and changes nothing that a query sees; the rest
   // cannot fail half-way for want of frames.
-  for (const auto& slice : slices_)
+  for (const auto& slice : slices_) {
+    if (slice->sealed()) continue;
     KV_RETURN_IF_ERROR(slice->IndexPending(slice->pending_count()).status());
+  }
   for (const auto& slice : slices_) {
     const Status status = slice->Seal();
     KV_CHECK(status.ok());

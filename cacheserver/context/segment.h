@@ -66,6 +66,8 @@ class Segment {
     return static_cast<uint32_t>(index) * spec_.shard_count + spec_.shard.value;
   }
   static SliceOptions OptionsOf(const SegmentSpec& spec, uint32_t flat_index);
+  // Puts a slice in place of an empty one, before Seal.
+  void Adopt(size_t index, std::unique_ptr<HeadSlice> slice) { slices_[index] = std::move(slice); }
 
   // Seals every slice. FAILED_PRECONDITION when slices end at different positions (names two of
   // them) or a build runs; then nothing is sealed. May be repeated.

@@ -61,6 +61,7 @@ BlobReader::BlobReader(const BlobFormat& format, std::string_view blob) : format
     Fail("its header holds what was never written");
     return;
   }
+  version_ = ValueAt<uint16_t>(blob, 4);
   const uint64_t body_bytes = blob.size() - kHeaderBytes - kSumBytes;
   const size_t sum_at = blob.size() - kSumBytes;
   if (ValueAt<uint64_t>(blob, 8) != body_bytes) {

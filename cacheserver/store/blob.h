@@ -67,11 +67,13 @@ class BlobReader {
   // OK when every read succeeded and nothing is left over.
   Status Finish();
   const Status& status() const { return status_; }
+  uint16_t version() const { return version_; }  // of the blob: at most the format's
 
  private:
   bool Has(size_t bytes);
 
   const BlobFormat format_;
+  uint16_t version_ = 0;
   std::string_view body_;
   Status status_;
 };

@@ -223,6 +223,15 @@ const uint32_t* PageTable::positions(PageId page) const {
   return position_row(entries_[page.value].frame);
 }
 
+std::vector<PageId> PageTable::ColdPages() const {
+  std::vector<PageId> pages;
+  if (cold_count_ == 0 && loading_count_ == 0) return pages;
+  for (uint32_t p = 0; p < page_count(); ++p) {
+    if (residency(PageId(p)) != Residency::kWarm) pages.emplace_back(p);
+  }
+  return pages;
+}
+
 std::optional<PageId> PageTable::FindPosition(uint32_t position) const {
   const uint32_t block = position / kPositionsPerBlock;
   if (block >= page_of_.size() || page_of_[block].empty()) return std::nullopt;

@@ -119,6 +119,7 @@ class PageTable {
     return uint64_t{frame_bytes_} * (entries_.size() - cold_count_ + spares_.size());
   }
   uint32_t cold_count() const { return cold_count_; }  // pages without a frame
+  std::vector<PageId> ColdPages() const;               // all that are not warm, ascending
   uint32_t loading_count() const { return loading_count_; }
   TenantId tenant() const { return options_.tenant; }
 

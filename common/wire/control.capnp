@@ -35,6 +35,16 @@ struct ContextInfo {
   seed @12 :UInt64;
   tailTokens @13 :UInt32;     # rows in the unindexed tail of the last sealed segment
   durable @14 :Bool;          # on disk: survives the server
+  shared @15 :Bool;           # published to all tenants
+  prefixKeys @16 :UInt32;     # keys that its tokens are found by; 0: matchPrefix does not find it
+  prefixForks @17 :UInt64;    # forks that began with a match, and what they did not prefill
+  prefixTokens @18 :UInt64;
+}
+struct PrefixCandidate {      # a published context that may begin with the tokens asked for
+  owner @0 :Text;             # its tenant
+  name @1 :Text;
+  tokens @2 :UInt32;          # so many of them, if key is theirs (common/prefix_key.h)
+  key @3 :Data;
 }
 struct ShardAddress { address @0 :Text; }
 struct Grant {                # the right to use a context over the data plane
@@ -51,7 +61,10 @@ struct Request {
     create :group { name @5 :Text; shape @6 :Shape; model @7 :Text; sinkTokens @8 :UInt32;
                     windowTokens @9 :UInt32; policy @10 :Text; seed @11 :UInt64; }
     open @12 :Text;           # read only, by name: must be published
-    fork :group { parent @13 :Text; name @14 :Text; }   # parent: a sealed context's name
+    fork :group { parent @13 :Text; name @14 :Text;     # parent: a sealed context's name
+                  tokens @26 :UInt32;                   # fork behind so many tokens; 0: all
+                  owner @27 :Text;                      # of a shared parent: its tenant; empty: the caller
+                  key @28 :Data; }                      # refuse unless this is the key of these tokens; may be empty
     seal @15 :UInt64;         # context id; all rows of all layers must have arrived
     publish @16 :UInt64;
     release @17 :UInt64;      # give the lease back; an unpublished context is dropped
@@ -61,8 +74,13 @@ struct Request {
     renew @21 :Void;          # all leases of this connection
     inspect :group { topic @22 :UInt8; name @23 :Text; }  # a report in JSON; name: of a context, or empty
     drain @24 :Void;          # as SIGTERM; for admins
+    matchPrefix :group { keys @29 :Data;                # 32 bytes for each whole block of 256 tokens, in order
+                         tokens @30 :UInt32;            # longest prefix that is of use
+                         shared @31 :Bool; }            # also contexts that other tenants have shared
   }
   publishDurable @25 :Bool;   # with publish: answered when the context is on disk
+  publishShared @32 :Bool;    # with publish: other tenants may fork it
+  sealKeys @33 :Data;         # with seal: keys of all blocks of its tokens and of all tokens; may be empty
 }
 struct Reply {
   id @0 :UInt64;
@@ -74,5 +92,6 @@ struct Reply {
     done @8 :Void;
     contexts @9 :List(ContextInfo);
     report @10 :Text;         # JSON
+    prefixes @11 :List(PrefixCandidate);  # longest first
   }
 }

@@ -47,6 +47,10 @@ void Write(const ContextInfo& in, schema::ContextInfo::Builder out) {
   out.setSealed(in.sealed);
   out.setPublished(in.published);
   out.setDurable(in.durable);
+  out.setShared(in.shared);
+  out.setPrefixKeys(in.prefix_keys);
+  out.setPrefixForks(in.prefix_forks);
+  out.setPrefixTokens(in.prefix_tokens);
   out.setTenant(Chars(in.tenant));
   auto segments = out.initSegments(static_cast<unsigned>(in.segments.size()));
   for (unsigned i = 0; i < segments.size(); ++i) {
@@ -82,14 +86,27 @@ void Write(const Fork& in, schema::Request::Builder root) {
   auto out = root.initFork();
   out.setParent(Chars(in.parent));
   out.setName(Chars(in.name));
+  out.setTokens(in.tokens);
+  out.setOwner(Chars(in.owner));
+  if (in.key) out.setKey(Bytes(*in.key));
+}
+void Write(const MatchPrefix& in, schema::Request::Builder root) {
+  auto out = root.initMatchPrefix();
+  out.setKeys(Bytes(std::as_bytes(std::span(in.keys))));
+  out.setTokens(in.tokens);
+  out.setShared(in.shared);
 }
 void Write(const Open& in, schema::Request::Builder root) { root.setOpen(Chars(in.name)); }
 void Write(const Drop& in, schema::Request::Builder root) { root.setDrop(Chars(in.name)); }
 void Write(const Describe& in, schema::Request::Builder root) { root.setDescribe(Chars(in.name)); }
-void Write(const Seal& in, schema::Request::Builder root) { root.setSeal(in.context.value); }
+void Write(const Seal& in, schema::Request::Builder root) {
+  root.setSeal(in.context.value);
+  root.setSealKeys(Bytes(std::as_bytes(std::span(in.keys))));
+}
 void Write(const Publish& in, schema::Request::Builder root) {
   root.setPublish(in.context.value);
   root.setPublishDurable(in.durable);
+  root.setPublishShared(in.shared);
 }
 void Write(const Release& in, schema::Request::Builder root) { root.setRelease(in.context.value); }
 void Write(const List&, schema::Request::Builder root) { root.setList(); }
@@ -126,6 +143,17 @@ void Write(const Done&, schema::Reply::Builder root) { root.setDone(); }
 void Write(const ContextList& in, schema::Reply::Builder root) {
   auto out = root.initContexts(static_cast<unsigned>(in.contexts.size()));
   for (unsigned i = 0; i < out.size(); ++i) Write(in.contexts[i], out[i]);
+}
+
+void Write(const Prefixes& in, schema::Reply::Builder root) {
+  auto out = root.initPrefixes(static_cast<unsigned>(in.candidates.size()));
+  for (unsigned i = 0; i < out.size(); ++i) {
+    const PrefixCandidate& from = in.candidates[i];
+    out[i].setOwner(Chars(from.owner));
+    out[i].setName(Chars(from.name));
+    out[i].setTokens(from.tokens);
+    out[i].setKey(Bytes(from.key));
+  }
 }
 
 void Write(const Report& in, schema::Reply::Builder root) { root.setReport(Chars(in.json)); }
@@ -172,6 +200,10 @@ Status ReadContext(const MessageChecks& check, schema::ContextInfo::Reader in, C
   out->sealed = in.getSealed();
   out->published = in.getPublished();
   out->durable = in.getDurable();
+  out->shared = in.getShared();
+  out->prefix_keys = in.getPrefixKeys();
+  out->prefix_forks = in.getPrefixForks();
+  out->prefix_tokens = in.getPrefixTokens();
   KV_RETURN_IF_ERROR(check.AtMost("tokens", out->tokens, limits::kContextTokensMax));
   KV_RETURN_IF_ERROR(check.AtMost("sinkTokens", out->sink_tokens, limits::kSinkTokensMax));
   KV_RETURN_IF_ERROR(check.AtMost("windowTokens", out->window_tokens, limits::kWindowTokensMax));
@@ -209,9 +241,53 @@ Status ReadCreate(const MessageChecks& check, schema::Request::Create::Reader in
   return check.AtMost("create.windowTokens", out->window_tokens, limits::kWindowTokensMax);
 }
 
+// Keys, one behind the other; at most those of the longest context.
+Status ReadKeys(const MessageChecks& check, std::string_view field,
+                std::span<const std::byte> bytes, std::vector<PrefixKey>* out) {
+  constexpr size_t kMax = limits::kContextTokensMax / limits::kPrefixBlockTokens + 1;
+  if (bytes.size() % sizeof(PrefixKey) != 0) {
+    return InvalidArgument(std::string(check.message()) + ": " + std::string(field) + " has " +
+                           std::to_string(bytes.size()) + " bytes, expected a multiple of " +
+                           std::to_string(sizeof(PrefixKey)));
+  }
+  KV_RETURN_IF_ERROR(check.AtMost(field, bytes.size() / sizeof(PrefixKey), kMax));
+  out->resize(bytes.size() / sizeof(PrefixKey));
+  if (!bytes.empty()) std::memcpy(out->data(), bytes.data(), bytes.size());
+  return OkStatus();
+}
+
+Status ReadKey(const MessageChecks& check, std::string_view field,
+               std::span<const std::byte> bytes, PrefixKey* out) {
+  KV_RETURN_IF_ERROR(check.Between(field, bytes.size(), out->size(), out->size()));
+  std::copy(bytes.begin(), bytes.end(), out->begin());
+  return OkStatus();
+}
+
 Status ReadFork(const MessageChecks& check, schema::Request::Fork::Reader in, Fork* out) {
   KV_RETURN_IF_ERROR(ReadName(check, "fork.parent", View(in.getParent()), &out->parent));
-  return ReadName(check, "fork.name", View(in.getName()), &out->name);
+  KV_RETURN_IF_ERROR(ReadName(check, "fork.name", View(in.getName()), &out->name));
+  KV_RETURN_IF_ERROR(ReadLabel(check, "fork.owner", View(in.getOwner()), &out->owner));
+  out->tokens = in.getTokens();
+  KV_RETURN_IF_ERROR(check.AtMost("fork.tokens", out->tokens, limits::kContextTokensMax));
+  const std::span<const std::byte> key = View(in.getKey());
+  return key.empty() ? OkStatus() : ReadKey(check, "fork.key", key, &out->key.emplace());
+}
+
+Status ReadMatch(const MessageChecks& check, schema::Request::MatchPrefix::Reader in,
+                 MatchPrefix* out) {
+  KV_RETURN_IF_ERROR(ReadKeys(check, "matchPrefix.keys", View(in.getKeys()), &out->keys));
+  out->tokens = in.getTokens();
+  out->shared = in.getShared();
+  return check.AtMost("matchPrefix.tokens", out->tokens, limits::kContextTokensMax);
+}
+
+Status ReadPrefix(const MessageChecks& check, schema::PrefixCandidate::Reader in,
+                  PrefixCandidate* out) {
+  KV_RETURN_IF_ERROR(ReadLabel(check, "prefix.owner", View(in.getOwner()), &out->owner));
+  KV_RETURN_IF_ERROR(ReadName(check, "prefix.name", View(in.getName()), &out->name));
+  out->tokens = in.getTokens();
+  KV_RETURN_IF_ERROR(check.Between("prefix.tokens", out->tokens, 1, limits::kContextTokensMax));
+  return ReadKey(check, "prefix.key", View(in.getKey()), &out->key);
 }
 
 Status ReadInspect(const MessageChecks& check, schema::Request::Inspect::Reader in, Inspect* out) {
@@ -234,10 +310,11 @@ Status ReadRequest(const MessageChecks& check, schema::Request::Reader root, Con
     case schema::Request::FORK:
       return ReadFork(check, root.getFork(), &body.emplace<Fork>());
     case schema::Request::SEAL:
-      body = Seal{ContextId(root.getSeal())};
-      return OkStatus();
+      body.emplace<Seal>().context = ContextId(root.getSeal());
+      return ReadKeys(check, "sealKeys", View(root.getSealKeys()), &std::get<Seal>(body).keys);
     case schema::Request::PUBLISH:
-      body = Publish{ContextId(root.getPublish()), root.getPublishDurable()};
+      body = Publish{ContextId(root.getPublish()), root.getPublishDurable(),
+                     root.getPublishShared()};
       return OkStatus();
     case schema::Request::RELEASE:
       body = Release{ContextId(root.getRelease())};
@@ -257,6 +334,8 @@ Status ReadRequest(const MessageChecks& check, schema::Request::Reader root, Con
     case schema::Request::DRAIN:
       body = Drain{};
       return OkStatus();
+    case schema::Request::MATCH_PREFIX:
+      return ReadMatch(check, root.getMatchPrefix(), &body.emplace<MatchPrefix>());
   }
   return Unimplemented("request " + std::to_string(static_cast<int>(root.which())) +
                        " is unknown here: the peer speaks a newer protocol");
@@ -315,6 +394,16 @@ Status ReadReply(const MessageChecks& check, schema::Reply::Reader root, Control
       KV_RETURN_IF_ERROR(check.AtMost("contexts.size", contexts.size(), limits::kContextsMax));
       for (const auto& context : contexts) {
         KV_RETURN_IF_ERROR(ReadContext(check, context, &list.emplace_back()));
+      }
+      return OkStatus();
+    }
+    case schema::Reply::PREFIXES: {
+      auto& list = body.emplace<Prefixes>().candidates;
+      const auto prefixes = root.getPrefixes();
+      KV_RETURN_IF_ERROR(
+          check.AtMost("prefixes.size", prefixes.size(), limits::kPrefixCandidatesMax));
+      for (const auto& prefix : prefixes) {
+        KV_RETURN_IF_ERROR(ReadPrefix(check, prefix, &list.emplace_back()));
       }
       return OkStatus();
     }

@@ -13,6 +13,7 @@
 
 #include "common/ids.h"
 #include "common/model_shape.h"
+#include "common/prefix_key.h"
 #include "common/status.h"
 
 namespace icecache::wire {
@@ -39,6 +40,10 @@ struct ContextInfo {
   bool sealed = false;
   bool published = false;
   bool durable = false;
+  bool shared = false;
+  uint32_t prefix_keys = 0;
+  uint64_t prefix_forks = 0;
+  uint64_t prefix_tokens = 0;
   std::vector<SegmentInfo> segments;
   std::string tenant;
 };
@@ -61,9 +66,20 @@ struct Create {
   uint64_t seed = 1;
 };
 struct Open { std::string name; };
-struct Fork { std::string parent, name; };
-struct Seal { ContextId context; };
-struct Publish { ContextId context; bool durable = false; };
+struct Fork {
+  std::string parent, name;
+  uint32_t tokens = 0;             // 0: all
+  std::string owner;               // tenant of a shared parent; empty: the caller's own
+  std::optional<PrefixKey> key{};  // that these tokens must have
+};
+// keys: as PrefixKeys() of all its tokens, or empty.
+struct Seal { ContextId context; std::vector<PrefixKey> keys{}; };
+struct Publish { ContextId context; bool durable = false; bool shared = false; };
+struct MatchPrefix {
+  std::vector<PrefixKey> keys;  // of whole blocks, in order
+  uint32_t tokens = 0;          // longest prefix that is of use
+  bool shared = false;          // also what other tenants have shared
+};
 struct Release { ContextId context; };
 struct Drop { std::string name; };
 struct List {};
@@ -83,7 +99,8 @@ struct Inspect { InspectTopic topic = InspectTopic::kContexts; std::string name;
 struct Drain {};
 struct ControlRequest {
   uint64_t id = 0;
-  std::variant<Hello, Create, Open, Fork, Seal, Publish, Release, Drop, List, Describe, Renew, Inspect, Drain> body;
+  std::variant<Hello, Create, Open, Fork, Seal, Publish, Release, Drop, List, Describe, Renew, Inspect, Drain,
+               MatchPrefix> body;
 };
 
 // Replies.
@@ -96,9 +113,15 @@ struct HelloReply {
 struct Done {};
 struct ContextList { std::vector<ContextInfo> contexts; };
 struct Report { std::string json; };
+struct PrefixCandidate {
+  std::string owner, name;
+  uint32_t tokens = 0;
+  PrefixKey key{};
+};
+struct Prefixes { std::vector<PrefixCandidate> candidates; };  // longest first
 struct ControlReply {
   uint64_t id = 0;
-  std::variant<Status, HelloReply, Grant, Done, ContextList, Report> body;  // Status: an error
+  std::variant<Status, HelloReply, Grant, Done, ContextList, Report, Prefixes> body;  // Status: an error
 };
 
 // A whole frame, ready to write. A reply that would exceed kControlMessageBytesMax (a list of very many contexts)

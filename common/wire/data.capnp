@@ -107,7 +107,7 @@ struct SelectReply {
   nextPosition @3 :UInt32;    # after the append
 }
 
-# Rows that are not in the index: sinks of the chain's first segment, unindexed tail of its last.
+# Rows in the order of their positions: sinks of the chain's first segment, unindexed tail of its last, or any range.
 # Reply body: for each head K rows [count, headDim], then V rows.
 struct FetchRowsRequest {
   context @0 :UInt64;
@@ -115,7 +115,9 @@ struct FetchRowsRequest {
   layer @2 :UInt16;
   kvHeads @3 :List(UInt16);
   part @4 :Part;
-  enum Part { sinks @0; tail @1; }
+  enum Part { sinks @0; tail @1; range @2; }
+  firstPosition @5 :UInt32;   # part range only: these positions, wherever their rows are
+  tokenCount @6 :UInt32;
 }
 struct FetchRowsReply {
   firstPosition @0 :UInt32;

@@ -188,6 +188,8 @@ void Encode(const FetchRowsRequest& in, OutMessage* out) {
   auto root = message.initRoot<schema::FetchRowsRequest>();
   WriteSlices(in.slices, root);
   root.setPart(static_cast<schema::FetchRowsRequest::Part>(in.part));
+  root.setFirstPosition(in.first_position);
+  root.setTokenCount(in.token_count);
   out->kind = kFetchRows;
   out->meta = FlatBytes(message);
 }
@@ -378,8 +380,15 @@ Result<FetchRowsRequest> DecodeFetchRowsRequest(const InMessage& message, const 
         FetchRowsRequest out;
         KV_ASSIGN_OR_RETURN(out.slices, ReadSlices(check, root, shape));
         const auto part = static_cast<uint16_t>(root.getPart());
-        KV_RETURN_IF_ERROR(check.AtMost("part", part, static_cast<uint16_t>(RowsPart::kTail)));
+        KV_RETURN_IF_ERROR(check.AtMost("part", part, static_cast<uint16_t>(RowsPart::kRange)));
         out.part = static_cast<RowsPart>(part);
+        out.first_position = root.getFirstPosition();
+        out.token_count = root.getTokenCount();
+        const uint32_t least = out.part == RowsPart::kRange ? 1 : 0;
+        const uint32_t most = least * limits::kPutRowsTokensMax;
+        KV_RETURN_IF_ERROR(check.Between("tokenCount", out.token_count, least, most));
+        KV_RETURN_IF_ERROR(check.AtMost("firstPosition", out.first_position,
+                                        least * limits::kContextTokensMax));
         return out;
       });
 }

@@ -152,6 +152,82 @@ TEST(RecoveryOf, WhatWasNotDurableIsAbsent) {
   MakeContext(reader, "dropped", 300, true);
 }
 
+std::set<std::string> Names(Worker& worker) {
+  std::set<std::string> names;
+  const wire::ContextList list = *worker.control().Call<wire::ContextList>(wire::List{});
+  for (const wire::ContextInfo& context : list.contexts) names.insert(context.name);
+  return names;
+}
+
+// Both chains end in the same segment; their records must not be one.
+TEST(RecoveryOf, AForkThatAddedNothingIsADurableContextOfItsOwn) {
+  TempDir dir;
+  TestServer server(Args(dir));
+  const auto restart = [&] {
+    server.process().Signal(SIGKILL);
+    server.process().Wait(std::chrono::seconds(10));
+    server.Restart();
+  };
+  std::vector<std::string> before;
+  {
+    Worker writer(server.address(), 4);
+    MakeContext(writer, "doc", 400, true);
+    for (const char* name : {"twin", "third"}) {
+      ASSERT_TRUE(writer.Fork("doc", name).ok());
+      const ContextId id = writer.grant().context.id;
+      ASSERT_TRUE(writer.control().Do(wire::Seal{id}).ok());
+      ASSERT_TRUE(writer.control().Do(wire::Publish{id, true}).ok());
+    }
+    ASSERT_TRUE(OpenContext(writer, "doc").ok());
+    before = Answers(writer, 400, 400 - kWindow);
+  }
+  restart();
+  {
+    Worker reader(server.address(), 4);
+    EXPECT_THAT(Names(reader), ::testing::ElementsAre("doc", "third", "twin"));
+    ASSERT_TRUE(reader.control().Do(wire::Drop{"third"}).ok());
+    ASSERT_TRUE(OpenContext(reader, "doc").ok());
+    EXPECT_TRUE(Answers(reader, 400, 400 - kWindow) == before);
+    ASSERT_TRUE(reader.control().Do(wire::Drop{"doc"}).ok());
+  }
+  restart();
+  Worker reader(server.address(), 4);
+  EXPECT_THAT(Names(reader), ::testing::ElementsAre("twin"));
+  ASSERT_TRUE(OpenContext(reader, "twin").ok());
+  EXPECT_TRUE(Answers(reader, 400, 400 - kWindow) == before);
+}
+
+// The cut is a segment like any other: on disk, back after kill -9, and its parent is what it was.
+TEST(RecoveryOf, AForkAtATokenOfADurableContextIsDurable) {
+  TempDir dir;
+  TestServer server(Args(dir));
+  {
+    Worker writer(server.address(), 6);
+    MakeContext(writer, "doc", 700, true);
+  }
+  const auto restart = [&] {
+    server.process().Signal(SIGKILL);
+    server.process().Wait(std::chrono::seconds(10));
+    server.Restart();
+  };
+  restart();  // the parent's pages and index are on disk only
+  {
+    Worker worker(server.address(), 6);
+    ASSERT_TRUE(worker.Fork({.parent = "doc", .name = "early", .tokens = 333}).ok());
+    const ContextId id = worker.grant().context.id;
+    ASSERT_TRUE(worker.control().Do(wire::Seal{id}).ok());
+    ASSERT_TRUE(worker.control().Do(wire::Publish{id, true}).ok());
+    ASSERT_TRUE(worker.control().Do(wire::Drop{"doc"}).ok());
+  }
+  restart();
+  Worker reader(server.address(), 6);
+  ASSERT_TRUE(OpenContext(reader, "early").ok());
+  ForEachSlice([&](uint16_t layer, uint16_t head) {
+    reader.CheckStep(layer, head, 333, 333 - kWindow, 0, 1u << 10, 5);
+    reader.CheckStep(layer, head, 333, 333 - kWindow, 0, 3, 6);
+  });
+}
+
 // Publishes contexts until the server is killed under it at a random moment.
 std::set<std::string> PublishUntilKilled(TestServer& server, uint64_t seed, int round) {
   std::set<std::string> acknowledged;
