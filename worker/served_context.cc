@@ -2,13 +2,19 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <utility>
 
+#include "common/limits.h"
 #include "worker/layer_upload.h"
 
 namespace icecache {
 namespace {
+
+// The rest of a prompt goes token by token through sparse attention. Of more than a block it may be
+// this part of what was found.
+constexpr uint32_t kRestShare = 8;
 
 Status CheckSameModel(const std::string& parent, const wire::ContextInfo& info,
                       const Model& model) {
@@ -54,13 +60,12 @@ Result<ServedContext> PrefillToServer(ServerLink& link, Model& model,
   return context;
 }
 
-Result<ServedContext> ForkFromServer(ServerLink& link, const Model& model,
-                                     const std::string& parent, const std::string& name,
+Result<ServedContext> ForkFromServer(ServerLink& link, const Model& model, const wire::Fork& fork,
                                      const std::optional<SinkWindow>& known) {
   ServedContext context;
-  KV_ASSIGN_OR_RETURN(context.grant, link.control().Fork(parent, name));
+  KV_ASSIGN_OR_RETURN(context.grant, link.control().Fork(fork));
   const wire::ContextInfo& info = context.grant.context;
-  KV_RETURN_IF_ERROR(CheckSameModel(parent, info, model));
+  KV_RETURN_IF_ERROR(CheckSameModel(fork.parent, info, model));
   context.handle = {info.id, context.grant.epoch, info.shape};
   context.tokens = info.tokens;
   KV_RETURN_IF_ERROR(link.cache().Attach(context.grant));
@@ -71,6 +76,45 @@ Result<ServedContext> ForkFromServer(ServerLink& link, const Model& model,
   context.window = SinkWindow(info.shape, info.sink_tokens, info.window_tokens);
   KV_RETURN_IF_ERROR(link.cache().FetchWindow(context.handle, info, &context.window));
   return context;
+}
+
+PrefixIdentity PrefixIdentityOf(const Model& model, const PrefillRequest& request) {
+  return {.model = model.identity(),
+          .shape = model.shape(),
+          .sink_tokens = request.sink_tokens,
+          .window_tokens = request.window_tokens,
+          .policy = request.policy,
+          .seed = request.seed};
+}
+
+Result<std::optional<ServedContext>> ForkMatch(ServerLink& link, const Model& model,
+                                               const PrefillRequest& request, uint32_t tokens_max,
+                                               bool shared) {
+  const PrefixIdentity identity = PrefixIdentityOf(model, request);
+  KV_ASSIGN_OR_RETURN(
+      const std::vector<wire::PrefixCandidate> found,
+      link.control().MatchPrefix({PrefixKeys(identity, request.tokens, false), tokens_max, shared}));
+  for (const wire::PrefixCandidate& candidate : found) {
+    const uint32_t tokens = candidate.tokens;
+    if (tokens > tokens_max || tokens < request.sink_tokens) continue;
+    const auto rest = static_cast<uint32_t>(request.tokens.size()) - tokens;
+    if (rest > std::max(limits::kPrefixBlockTokens, tokens / kRestShare)) break;
+    if (PrefixKeyOf(identity, request.tokens.first(tokens)) != candidate.key) continue;
+    Result<ServedContext> forked =
+        ForkFromServer(link, model,
+                       {.parent = candidate.name,
+                        .name = request.name,
+                        .tokens = tokens,
+                        .owner = candidate.owner,
+                        .key = candidate.key},
+                       std::nullopt);
+    // Dropped since, or no longer what it was: the next one, or a prefill.
+    const StatusCode code = forked.status().code();
+    if (code == StatusCode::kNotFound || code == StatusCode::kFailedPrecondition) continue;
+    KV_RETURN_IF_ERROR(forked.status());
+    return std::optional(std::move(forked).value());
+  }
+  return std::optional<ServedContext>();
 }
 
 std::string FreshContextName(const std::string& prefix) {

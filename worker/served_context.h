@@ -41,12 +41,21 @@ struct PrefillRequest {
 Result<ServedContext> PrefillToServer(ServerLink& link, Model& model,
                                       const PrefillRequest& request);
 
-// Forks `parent` as `name` and attaches to it. `known`: the parent's sinks and tail, when this
+// Forks and attaches. `known`: the parent's sinks and tail, when this
 // worker has them already; else they are fetched. INVALID_ARGUMENT when the context was made by
 // another model.
-Result<ServedContext> ForkFromServer(ServerLink& link, const Model& model,
-                                     const std::string& parent, const std::string& name,
+Result<ServedContext> ForkFromServer(ServerLink& link, const Model& model, const wire::Fork& fork,
                                      const std::optional<SinkWindow>& known);
+
+// What decides K, V and their layout, for the keys of a prompt (common/prefix_key.h).
+PrefixIdentity PrefixIdentityOf(const Model& model, const PrefillRequest& request);
+
+// Forks a published context that begins with the request's tokens, as far as that goes; the caller
+// runs the rest. nullopt: none, or one that leaves so much to run that a prefill is quicker.
+// tokens_max: how many it may hold. shared: of other tenants, too.
+Result<std::optional<ServedContext>> ForkMatch(ServerLink& link, const Model& model,
+                                               const PrefillRequest& request, uint32_t tokens_max,
+                                               bool shared);
 
 // "prefix-<pid>-<n>": a name that no other worker on this machine takes.
 std::string FreshContextName(const std::string& prefix);

@@ -10,6 +10,7 @@
 #include "cacheserver/ctl/render.h"
 #include "cacheserver/ctl/smoke.h"
 #include "common/config.h"
+#include "common/limits.h"
 #include "common/log.h"
 #include "common/ucx_environment.h"
 
@@ -25,6 +26,9 @@ struct Options {
   bool json = false;
   std::string name;   // of a context
   std::string child;  // fork
+  std::string owner;
+  uint32_t at = 0;
+  bool shared = false;
   std::string bench = "smoke";
   uint32_t tokens = 2048;
   uint32_t selections = 200;
@@ -50,8 +54,6 @@ constexpr Command kCommands[] = {
      "Read all pages of a context, or of all, against their checksums; exit code 11: damage",
      "icecachectl verify\nicecachectl verify report-2025 --json", true, false},
     {"drop", "Drop a context and end its leases", "icecachectl drop report-2025", true, true},
-    {"publish", "Make a sealed context outlive its creator", "icecachectl publish report-2025",
-     true, true},
 };
 
 void AddCommands(ConfigParser& parser, Options* o) {
@@ -62,9 +64,18 @@ void AddCommands(ConfigParser& parser, Options* o) {
   }
   ConfigParser& fork = parser.AddCommand(
       "fork", "A second name for the content of a published context; nothing is copied",
-      "icecachectl fork report-2025 report-2025-q1");
+      "icecachectl fork report-2025 report-2025-q1\n"
+      "icecachectl fork report-2025 introduction --at 2048");
   fork.AddPositional("parent", &o->name, "name of the context to fork", true);
   fork.AddPositional("child", &o->child, "name of the new context", true);
+  fork.Add("at", &o->at, "only so many of its first tokens, whose last segment is copied; 0: all",
+           0, limits::kContextTokensMax);
+  fork.Add("owner", &o->owner, "tenant that has shared the parent; empty: one's own");
+  ConfigParser& publish =
+      parser.AddCommand("publish", "Make a sealed context outlive its creator",
+                        "icecachectl publish report-2025\nicecachectl publish manual --shared");
+  publish.AddPositional("context", &o->name, "name of the context", true);
+  publish.Add("shared", &o->shared, "also to other tenants");
   parser.AddCommand("drain", "End the server when its work is done, as SIGTERM does; for admins",
                     "icecachectl drain");
   ConfigParser& bench = parser.AddCommand(
@@ -107,7 +118,10 @@ Status Report(ControlClient& control, const Options& o, wire::InspectTopic topic
 }
 
 Status Fork(ControlClient& control, const Options& o) {
-  KV_ASSIGN_OR_RETURN(const wire::Grant grant, control.Fork(o.name, o.child));
+  KV_ASSIGN_OR_RETURN(const wire::Grant grant, control.Fork({.parent = o.name,
+                                                               .name = o.child,
+                                                               .tokens = o.at,
+                                                               .owner = o.owner}));
   Status status = control.Seal(grant.context.id);
   if (status.ok()) status = control.Publish(grant.context.id);
   return status;
@@ -115,7 +129,7 @@ Status Fork(ControlClient& control, const Options& o) {
 
 Status Publish(ControlClient& control, const Options& o) {
   KV_ASSIGN_OR_RETURN(const wire::ContextInfo info, control.Describe(o.name));
-  return control.Publish(info.id);
+  return control.Publish(info.id, false, o.shared);
 }
 
 Status Bench(Reactor& reactor, ControlClient& control, const Options& o) {

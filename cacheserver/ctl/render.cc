@@ -32,8 +32,8 @@ std::string State(const json& context) {
 }
 
 std::string Contexts(const json& document) {
-  Table table(
-      {"NAME", "TENANT", "TOKENS", "STATE", "SEGMENTS", "BYTES", "INDEX", "MODEL", "POLICY"});
+  Table table({"NAME", "TENANT", "TOKENS", "STATE", "SEGMENTS", "BYTES", "INDEX", "MATCHED", "REUSED",
+               "MODEL", "POLICY"});
   for (const json& context : document.at("contexts")) {
     uint64_t bytes = 0, index = 0;
     for (const json& segment : context.at("segments")) {
@@ -41,8 +41,11 @@ std::string Contexts(const json& document) {
       index += segment.at("index_bytes").get<uint64_t>();
     }
     table.Add({context.at("name"), context.at("tenant"), Number(context.at("tokens")),
-               State(context), std::to_string(context.at("segments").size()), FormatSize(bytes),
-               FormatSize(index), context.at("model"), context.at("policy")});
+               State(context) + (context.at("shared").get<bool>() ? ",shared" : ""),
+               std::to_string(context.at("segments").size()), FormatSize(bytes),
+               FormatSize(index), Number(context.at("prefix").at("forks")),
+               Number(context.at("prefix").at("tokens_reused")), context.at("model"),
+               context.at("policy")});
   }
   return table.Render();
 }

@@ -45,6 +45,7 @@ class Generation {
  private:
   Status ReadInputs();
   Status PrepareServed();
+  Status PrefillOrFork(PrefillRequest* request);
   Status PrepareLocal();
   void BeginServed();
   Status Decode();
@@ -87,6 +88,12 @@ Status Generation::ReadInputs() {
   if (options_.durable && !options_.publish) {
     return InvalidArgument("--durable says how to publish; add --publish");
   }
+  if (options_.match != "off" && options_.match != "own" && options_.match != "shared") {
+    return InvalidArgument("--match " + options_.match + ": expected off, own or shared");
+  }
+  if ((options_.shared && !options_.publish) || (options_.fork_at > 0 && !fork)) {
+    return InvalidArgument("--shared needs --publish, and --fork-at needs --fork-of");
+  }
   if ((fork || options_.publish) && method_ != Method::kIceCache) {
     return InvalidArgument("--fork-of and --publish need --method icecache, not " +
                            options_.method);
@@ -128,34 +135,55 @@ Status Generation::PrepareServed() {
   const Model& model = *loaded_.model;
   const std::string name =
       options_.context.empty() ? FreshContextName("generate") : options_.context;
+  PrefillRequest request;
+  request.name = name;
+  request.tokens = prompt_;
+  request.sink_tokens = options_.worker.sink_tokens;
+  request.window_tokens = options_.worker.window_tokens;
+  request.policy = options_.worker.policy;
+  request.seed = options_.worker.index_seed;
   if (!options_.fork_of.empty()) {
     parent_ = options_.fork_of;
-    KV_ASSIGN_OR_RETURN(served_, ForkFromServer(*link_, model, parent_, name, std::nullopt));
+    const wire::Fork fork{.parent = parent_, .name = name, .tokens = options_.fork_at};
+    KV_ASSIGN_OR_RETURN(served_, ForkFromServer(*link_, model, fork, std::nullopt));
   } else {
-    ProgressBar bar("prefill", progress_);
-    PrefillRequest request;
-    request.name = name;
-    request.tokens = prompt_;
-    request.sink_tokens = options_.worker.sink_tokens;
-    request.window_tokens = options_.worker.window_tokens;
-    request.policy = options_.worker.policy;
-    request.seed = options_.worker.index_seed;
-    request.prefill = PrefillSettings(&bar);
-    KV_ASSIGN_OR_RETURN(served_, PrefillToServer(*link_, *loaded_.model, request));
-    last_hidden_ = served_->last_hidden;
-    summary_.prefill_tokens = prompt_.size();
+    KV_RETURN_IF_ERROR(PrefillOrFork(&request));
   }
   if (options_.publish) {
     // What is published is the document; this worker goes on in a fork of its own.
-    KV_RETURN_IF_ERROR(link_->control().Seal(served_->handle.id));
-    KV_RETURN_IF_ERROR(link_->control().Publish(served_->handle.id, options_.durable));
+    KV_RETURN_IF_ERROR(link_->control().Seal(
+        served_->handle.id, PrefixKeys(PrefixIdentityOf(model, request), prompt_, true)));
+    KV_RETURN_IF_ERROR(
+        link_->control().Publish(served_->handle.id, options_.durable, options_.shared));
     parent_ = name;
     if (options_.max_new_tokens > 0 || !question_.empty()) {
-      KV_ASSIGN_OR_RETURN(
-          served_, ForkFromServer(*link_, model, name, FreshContextName(name), served_->window));
+      const wire::Fork fork{.parent = name, .name = FreshContextName(name)};
+      KV_ASSIGN_OR_RETURN(served_, ForkFromServer(*link_, model, fork, served_->window));
     }
   }
   BeginServed();
+  return OkStatus();
+}
+
+// A context that another worker has prefilled serves as far as the prompt is the same; the rest goes
+// before the question.
+Status Generation::PrefillOrFork(PrefillRequest* request) {
+  if (options_.match != "off" && !options_.publish) {
+    // Logits come from running a token: one is left if no question follows.
+    const auto tokens_max = static_cast<uint32_t>(prompt_.size() - (question_.empty() ? 1 : 0));
+    KV_ASSIGN_OR_RETURN(served_, ForkMatch(*link_, *loaded_.model, *request, tokens_max,
+                                           options_.match == "shared"));
+  }
+  if (served_) {
+    summary_.matched_tokens = served_->tokens;
+    question_.insert(question_.begin(), prompt_.begin() + served_->tokens, prompt_.end());
+    return OkStatus();
+  }
+  ProgressBar bar("prefill", progress_);
+  request->prefill = PrefillSettings(&bar);
+  KV_ASSIGN_OR_RETURN(served_, PrefillToServer(*link_, *loaded_.model, *request));
+  last_hidden_ = served_->last_hidden;
+  summary_.prefill_tokens = prompt_.size();
   return OkStatus();
 }
 
@@ -217,8 +245,10 @@ Status Generation::DecodeOn(const std::function<bool(int32_t)>& on_token) {
 
 Status Generation::ForkAgain() {
   KV_ASSIGN_OR_RETURN(link_, ConnectToServer(options_.worker));
-  KV_ASSIGN_OR_RETURN(served_, ForkFromServer(*link_, *loaded_.model, parent_,
-                                              FreshContextName(parent_), std::nullopt));
+  const wire::Fork fork{.parent = parent_,
+                        .name = FreshContextName(parent_),
+                        .tokens = options_.fork_of.empty() ? 0 : options_.fork_at};
+  KV_ASSIGN_OR_RETURN(served_, ForkFromServer(*link_, *loaded_.model, fork, std::nullopt));
   BeginServed();
   return OkStatus();
 }
@@ -320,7 +350,13 @@ void AddGenerateCommand(ConfigParser& parser, GenerateOptions* o) {
   command.Add("publish", &o->publish, "Seal the prompt and let other workers fork it by name");
   command.Add("durable", &o->durable,
               "Publish on the server's disk, too: the context outlives the server");
+  command.Add("shared", &o->shared, "Publish to other tenants, too");
   command.Add("fork_of", &o->fork_of, "Continue a published context instead of a prompt");
+  command.Add("fork_at", &o->fork_at, "Continue it behind so many tokens; 0: all",
+              0, limits::kContextTokensMax);
+  command.Add("match", &o->match,
+              "Look for a published context that begins with the prompt, and run only the rest: "
+              "off, own (the tenant's) or shared (other tenants', too: trust those who share)");
   command.Section("Generation");
   command.Add("method", &o->method,
               "icecache, full_kv, exact or sink_window; all but the first need no server");

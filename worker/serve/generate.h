@@ -20,8 +20,11 @@ struct GenerateOptions {
   uint32_t batch = 8;
   std::string context;  // name to give; empty: a fresh one
   std::string fork_of;
+  uint32_t fork_at = 0;       // tokens of it; 0: all
+  std::string match = "off";  // off, own or shared
   bool publish = false;
   bool durable = false;
+  bool shared = false;
   std::string method = "icecache";
   uint32_t max_new_tokens = 64;
   bool ignore_eos = false;

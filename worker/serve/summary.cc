@@ -26,6 +26,9 @@ std::string FormatSummary(const GenerateSummary& s) {
     Add(&text, "prefill    %llu tokens in %.1f s (%.0f tokens/s)\n",
         static_cast<unsigned long long>(s.prefill_tokens), seconds,
         static_cast<double>(s.prefill_tokens) / seconds);
+  } else if (s.matched_tokens > 0) {
+    Add(&text, "match      %llu tokens of the prompt were there, after %.1f ms\n",
+        static_cast<unsigned long long>(s.matched_tokens), 1000 * seconds);
   } else {
     Add(&text, "fork       ready after %.1f ms, nothing prefilled\n", 1000 * seconds);
   }

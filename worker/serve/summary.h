@@ -12,6 +12,7 @@ struct GenerateSummary {
   std::string method;
   uint32_t budget = 0;
   uint64_t prefill_tokens = 0;
+  uint64_t matched_tokens = 0;  // of the prompt, prefilled by another worker
   uint64_t generated_tokens = 0;
   Duration prepare{0};  // prefill and index, or fork
   DecodeStats decode;
