@@ -28,6 +28,7 @@
 #include <vector>
 
 #include "cacheserver/context/slice_job.h"
+#include "cacheserver/context/slice_parts.h"
 #include "cacheserver/select/query_energy.h"
 #include "cacheserver/select/selection_policy.h"
 #include "cacheserver/store/page_table.h"
@@ -37,29 +38,6 @@
 #include "kernels/attention.h"
 
 namespace icecache {
-
-struct SliceOptions {
-  SegmentId segment;
-  uint32_t first_position = 0;
-  TenantId tenant;
-  DType dtype = DType::kF16;
-  uint32_t head_dim = 0;
-  PolicyKind policy = PolicyKind::kClusterTree;
-  uint64_t seed = 1;
-};
-
-// Unindexed rows that a reply may send; `pin` keeps them.
-struct RowsView {
-  uint32_t first_position = 0;
-  TokenRows rows;
-  std::shared_ptr<const void> pin;
-};
-
-// A stored index, read back.
-struct SliceIndex {
-  std::vector<PageTable::PageName> pages;
-  std::unique_ptr<SelectionPolicy> policy;
-};
 
 class HeadSlice {
  public:
@@ -107,9 +85,8 @@ class HeadSlice {
   // kWindowTokensMax rows (FAILED_PRECONDITION: Build is missing). Harmless when sealed.
   Status Seal();
 
-  // A sealed slice of options.segment that holds the tokens of `from` before `tail_first`, indexed as
-  // they are there, and `tail` behind them. Rows are copied, nothing is clustered. `from` is sealed,
-  // all in memory, and stays what it is. RESOURCE_EXHAUSTED.
+  // A sealed slice with the tokens of `from` (sealed, all in memory) before `tail_first`, indexed as
+  // they are there, and `tail` behind them: a copy. RESOURCE_EXHAUSTED.
   static Result<std::unique_ptr<HeadSlice>> Cut(const HeadSlice& from, const SliceOptions& options,
                                                 uint32_t tail_first, const TokenRows& tail);
 
@@ -137,8 +114,8 @@ class HeadSlice {
   // Pages of the index that hold any of these positions, each once, ascending.
   void PagesAt(std::span<const uint32_t> positions, std::vector<PageId>* pages) const;
 
-  // Copies what the slice holds of positions [first, first + count) into k and v, rows of the whole
-  // range. REQUIRES: where IndexOverlaps, all pages in memory.
+  // Copies what it holds of positions [first, first + count) into rows of the whole range.
+  // REQUIRES: where IndexOverlaps, all pages in memory.
   void CopyRows(uint32_t first, uint32_t count, std::byte* k, std::byte* v) const;
   bool IndexOverlaps(uint32_t first, uint32_t count) const;
 
@@ -166,8 +143,7 @@ class HeadSlice {
   Status VerifyPages() const { return table_->Validate(); }
   Residency residency(PageId page) const { return table_->residency(page); }
 
-  // Slow. INTERNAL naming the first broken invariant: a token in two places or none, a page at odds.
-  Status Validate() const;
+  Status Validate() const;  // slow; INTERNAL naming the first broken invariant
 
  private:
   enum class Job : uint8_t { kNone, kBuild, kRecluster };

@@ -100,6 +100,7 @@ Result<std::unique_ptr<HeadSlice>> HeadSlice::Cut(const HeadSlice& from,
     KV_RETURN_IF_ERROR(slice->tail_->Reserve(tail.count, true));
     KV_RETURN_IF_ERROR(slice->tail_->Write(0, tail));
   }
+  slice->AdoptEnergy(from);
   slice->tail_first_ = slice->next_append_ = tail_first;
   slice->sealed_ = true;
   return slice;

@@ -152,8 +152,7 @@ enum class RowsPart : uint16_t { kSinks = 0, kTail = 1, kRange = 2 };
 struct FetchRowsRequest {
   SliceSet slices;
   RowsPart part = RowsPart::kSinks;
-  uint32_t first_position = 0;  // kRange only
-  uint32_t token_count = 0;     // kRange only: 1..kPutRowsTokensMax
+  uint32_t first_position = 0, token_count = 0;  // kRange only; 1..kPutRowsTokensMax tokens
 };
 struct FetchRowsReply {
   uint32_t first_position = 0;
