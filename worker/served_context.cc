@@ -65,7 +65,10 @@ Result<ServedContext> ForkFromServer(ServerLink& link, const Model& model, const
   ServedContext context;
   KV_ASSIGN_OR_RETURN(context.grant, link.control().Fork(fork));
   const wire::ContextInfo& info = context.grant.context;
-  KV_RETURN_IF_ERROR(CheckSameModel(fork.parent, info, model));
+  if (Status same = CheckSameModel(fork.parent, info, model); !same.ok()) {
+    (void)link.control().Release(info.id);
+    return same;
+  }
   context.handle = {info.id, context.grant.epoch, info.shape};
   context.tokens = info.tokens;
   KV_RETURN_IF_ERROR(link.cache().Attach(context.grant));
@@ -108,9 +111,13 @@ Result<std::optional<ServedContext>> ForkMatch(ServerLink& link, const Model& mo
                         .owner = candidate.owner,
                         .key = candidate.key},
                        std::nullopt);
-    // Dropped since, or no longer what it was: the next one, or a prefill.
+    // Dropped since, no longer what it was, or not what its publisher said: the next one, or a
+    // prefill.
     const StatusCode code = forked.status().code();
-    if (code == StatusCode::kNotFound || code == StatusCode::kFailedPrecondition) continue;
+    if (code == StatusCode::kNotFound || code == StatusCode::kFailedPrecondition ||
+        code == StatusCode::kInvalidArgument) {
+      continue;
+    }
     KV_RETURN_IF_ERROR(forked.status());
     return std::optional(std::move(forked).value());
   }

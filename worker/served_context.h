@@ -46,6 +46,11 @@ Result<ServedContext> PrefillToServer(ServerLink& link, Model& model,
 // another model.
 Result<ServedContext> ForkFromServer(ServerLink& link, const Model& model, const wire::Fork& fork,
                                      const std::optional<SinkWindow>& known);
+inline Result<ServedContext> ForkFromServer(ServerLink& link, const Model& model,
+                                            const std::string& parent, const std::string& name,
+                                            const std::optional<SinkWindow>& known) {
+  return ForkFromServer(link, model, {.parent = parent, .name = name}, known);
+}
 
 // What decides K, V and their layout, for the keys of a prompt (common/prefix_key.h).
 PrefixIdentity PrefixIdentityOf(const Model& model, const PrefillRequest& request);

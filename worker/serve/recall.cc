@@ -147,8 +147,8 @@ Status RecallRun::Share() {
 
 Status RecallRun::JoinFork() {
   parent_ = options_.fork_of;
-  const wire::Fork asked{.parent = parent_, .name = FreshContextName(parent_)};
-  KV_ASSIGN_OR_RETURN(served_, ForkFromServer(*link_, *loaded_.model, asked, std::nullopt));
+  KV_ASSIGN_OR_RETURN(served_, ForkFromServer(*link_, *loaded_.model, parent_,
+                                              FreshContextName(parent_), std::nullopt));
   if (served_->tokens != report_.document_tokens) {
     return InvalidArgument("context '" + parent_ + "' has " + std::to_string(served_->tokens) +
                            " tokens, this document " + std::to_string(report_.document_tokens) +
@@ -216,8 +216,8 @@ Status RecallRun::AskIceCache(RecallMethodReport* report) {
       attention,
       [&]() -> Status {
         const AttentionTimer timer(&report->between);
-        const wire::Fork asked{.parent = parent_, .name = FreshContextName(parent_)};
-        KV_ASSIGN_OR_RETURN(fork, ForkFromServer(*link_, *loaded_.model, asked, window_));
+        KV_ASSIGN_OR_RETURN(fork, ForkFromServer(*link_, *loaded_.model, parent_,
+                                                 FreshContextName(parent_), window_));
         attention.Begin(fork->handle, fork->window, fork->grant.context.segments);
         return OkStatus();
       },
