@@ -155,8 +155,7 @@ struct FetchRowsRequest {
   uint32_t first_position = 0, token_count = 0;  // kRange only; 1..kPutRowsTokensMax tokens
 };
 struct FetchRowsReply {
-  uint32_t first_position = 0;
-  uint32_t count = 0;
+  uint32_t first_position = 0, count = 0;
   uint64_t checksum = 0;
   std::span<const std::byte> body;  // decoded only: for each head K rows [count], then V rows
 };
