@@ -1,5 +1,5 @@
 // SegmentCut: a new sealed segment that holds the first tokens of a segment of a chain, for a fork at
-// an earlier token (docs/adr/0011-fork-at-a-token.md). One slice a step, so that a shard serves others between.
+// an earlier token (docs/adr/0013-fork-at-a-token.md). One slice a step, so that a shard serves others between.
 //
 //   Step* until done() -> Take
 // Holds the chain: its contexts may be dropped meanwhile. Memory: a copy of the tokens kept, on the
