@@ -76,30 +76,43 @@ void ContextService::PublishDurable(const ContextRecord& record, bool shared, Do
 void ContextService::Commit(ContextId id, bool shared, const Done& done) {
   const ContextRecord* record = table_.Find(id);
   if (record == nullptr) return done(Cancelled("publish: the context was dropped"));
+  // One at a time: a failure takes its record back, which must not be one that came between.
+  if (const auto it = committing_.find(id); it != committing_.end()) {
+    it->second.push_back([this, id, shared, done] { Commit(id, shared, done); });
+    return;
+  }
+  committing_[id];
   const bool was_durable = record->durable;
   // From here on a drop deletes the record, also one that is still on its way to the disk.
   table_.SetDurable(id, true);
   ContextManifest manifest = ManifestOf(*record);
   manifest.shared |= shared;
   store_->Commit(manifest, [this, id, shared, was_durable, done](const Status& status) {
-    const ContextRecord* committed = table_.Find(id);
-    if (committed == nullptr) return done(Cancelled("publish: the context was dropped"));
-    if (!status.ok()) {
-      // An earlier publication was acknowledged: its record stays.
-      if (was_durable) return done(status.WithContext("publish"));
-      table_.SetDurable(id, false);
-      // It may have reached the disk all the same.
-      store_->Forget(ManifestOf(*committed), {}, {});
-      return done(status.WithContext("publish"));
-    }
-    (void)table_.Publish(id, shared);
-    LogInfo("context published", {{"tenant", tenants_.Get(committed->tenant).name},
-                                  {"context", committed->name},
-                                  {"tokens", std::to_string(committed->tokens)},
-                                  {"durable", "yes"},
-                                  {"shared", committed->shared ? "yes" : "no"}});
-    done(wire::Done{});
+    const auto waiting = std::move(committing_.extract(id).mapped());
+    FinishCommit(id, shared, was_durable, status, done);
+    for (const auto& next : waiting) next();
   });
+}
+
+void ContextService::FinishCommit(ContextId id, bool shared, bool was_durable,
+                                  const Status& status, const Done& done) {
+  const ContextRecord* committed = table_.Find(id);
+  if (committed == nullptr) return done(Cancelled("publish: the context was dropped"));
+  if (!status.ok()) {
+    // An earlier publication was acknowledged: its record stays.
+    if (was_durable) return done(status.WithContext("publish"));
+    table_.SetDurable(id, false);
+    // It may have reached the disk all the same.
+    store_->Forget(ManifestOf(*committed), {}, {});
+    return done(status.WithContext("publish"));
+  }
+  (void)table_.Publish(id, shared);
+  LogInfo("context published", {{"tenant", tenants_.Get(committed->tenant).name},
+                                {"context", committed->name},
+                                {"tokens", std::to_string(committed->tokens)},
+                                {"durable", "yes"},
+                                {"shared", committed->shared ? "yes" : "no"}});
+  done(wire::Done{});
 }
 
 Status ContextService::Recover(const ContextManifest& manifest) {

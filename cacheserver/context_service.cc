@@ -272,10 +272,10 @@ void ContextService::Do(const Caller& caller, const wire::Publish& request, Done
   if (!tenant.rights.share) {
     return done(PermissionDenied("tenant '" + tenant.name + "' has no right to share"));
   }
-  // What is on disk says whether it is shared.
+  // What is on disk says whether it is shared; what is on its way there has not been acknowledged.
   const bool newly_shared = request.shared && !record->shared;
-  if ((request.durable || (record->durable && newly_shared)) &&
-      (!record->durable || newly_shared)) {
+  const bool on_disk = record->durable && !newly_shared && !committing_.contains(record->id);
+  if ((request.durable || record->durable) && !on_disk) {
     return PublishDurable(*record, request.shared, std::move(done));
   }
   if (Status status = table_.Publish(record->id, request.shared); !status.ok()) {

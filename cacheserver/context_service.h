@@ -117,6 +117,8 @@ class ContextService {
   void FinishLoading(ContextId id, const Status& status);
   void PublishDurable(const ContextRecord& record, bool shared, Done done);
   void Commit(ContextId id, bool shared, const Done& done);
+  void FinishCommit(ContextId id, bool shared, bool was_durable, const Status& status,
+                    const Done& done);
   ContextManifest ManifestOf(const ContextRecord& record) const;
   ContextSpec SpecOf(const ContextRecord& record) const;
   void GrantRead(const Caller& caller, ContextId id, const Done& done);
@@ -154,6 +156,8 @@ class ContextService {
   const TimePoint started_ = leases_.clock().Now();
   std::deque<Ended> ended_;  // contexts that are gone, the last at the end
   std::map<ContextId, std::vector<std::function<void(Status)>>> loading_;
+  // Contexts whose record is on its way to the disk, and publications that wait for the outcome.
+  std::map<ContextId, std::vector<std::function<void()>>> committing_;
   bool admitting_ = true;
 };
 

@@ -96,6 +96,8 @@ void ContextStore::Answer(std::function<void(T)> done, T value) {
 }
 
 void ContextStore::Commit(const ContextManifest& manifest, std::function<void(Status)> done) {
+  // One that is on its way runs before this, in the pool's order of records, and is not repeated.
+  for (const auto& record : forgetting_) record->again |= record->key == KeyOf(manifest);
   pool_.SubmitRecord([this, record = EncodeManifest(manifest),
                       key = KeyOf(manifest), done = std::move(done)]() mutable {
     const ColdWrite write{ColdColumn::kRecords, std::move(key), std::move(record)};
@@ -106,25 +108,27 @@ void ContextStore::Commit(const ContextManifest& manifest, std::function<void(St
 
 void ContextStore::Forget(const ContextManifest& manifest, std::vector<SegmentId> segments,
                           std::function<void(Status)> done) {
-  ++forgetting_;
-  ForgetOnce(manifest, std::move(segments), std::move(done));
+  forgetting_.push_back(
+      std::make_shared<Forgetting>(Forgetting{KeyOf(manifest), std::move(segments)}));
+  ForgetOnce(forgetting_.back(), std::move(done));
 }
 
-void ContextStore::ForgetOnce(const ContextManifest& manifest, std::vector<SegmentId> segments,
+void ContextStore::ForgetOnce(const std::shared_ptr<Forgetting>& record,
                               std::function<void(Status)> done) {
-  auto finish = [this, manifest, segments = std::move(segments),
-                 done = std::move(done)](const Status& status) {
+  auto finish = [this, record, done = std::move(done)](const Status& status) {
     if (done) done(status);
-    if (status.ok()) {
-      --forgetting_;
-      return DeleteSegments(segments);
+    if (status.ok() || record->again) {
+      std::erase(forgetting_, record);
+      return DeleteSegments(record->segments);
     }
-    control_.After(limits::kStoreRetryTime,
-                   [this, manifest, segments, alive = std::weak_ptr<int>(alive_)] {
-                     if (!alive.expired()) ForgetOnce(manifest, segments, {});
-                   });
+    control_.After(limits::kStoreRetryTime, [this, record, alive = std::weak_ptr<int>(alive_)] {
+      if (alive.expired()) return;
+      if (!record->again) return ForgetOnce(record, {});
+      std::erase(forgetting_, record);
+      DeleteSegments(record->segments);
+    });
   };
-  pool_.SubmitRecord([this, key = KeyOf(manifest), finish = std::move(finish)]() mutable {
+  pool_.SubmitRecord([this, key = record->key, finish = std::move(finish)]() mutable {
     ColdStore& store = pool_.store();
     const uint64_t losses = store.losses();
     Status status = store.DeletePrefix(ColdColumn::kRecords, key);
@@ -137,7 +141,7 @@ void ContextStore::ForgetOnce(const ContextManifest& manifest, std::vector<Segme
 
 void ContextStore::DeleteSegments(const std::vector<SegmentId>& segments) {
   unnamed_.insert(unnamed_.end(), segments.begin(), segments.end());
-  if (forgetting_ > 0) return;
+  if (!forgetting_.empty()) return;
   for (const SegmentId segment : std::exchange(unnamed_, {})) pool_.DeleteSegment(segment);
 }
 

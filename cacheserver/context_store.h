@@ -38,7 +38,8 @@ class ContextStore {
   // FAILED_PRECONDITION when a newer server has written here; DATA_LOSS; what the store says.
   Result<Recovered> Recover(uint64_t now_us);
 
-  // OK: the context is on disk and found at the next start.
+  // OK: the context is on disk and found at the next start. A Forget of it that has not succeeded yet
+  // is given up: it would delete this record.
   void Commit(const ContextManifest& manifest, std::function<void(Status)> done);
   // Deletes the record, then these segments, which no other context names. Answers once, when the
   // record is gone or could not be deleted (disk full); then it is tried again every
@@ -55,14 +56,19 @@ class ContextStore {
                 std::function<void(Result<std::shared_ptr<const Rows>>)> done);
 
  private:
-  void ForgetOnce(const ContextManifest& manifest, std::vector<SegmentId> segments,
-                  std::function<void(Status)> done);
+  // A record that is to go. `again` is set when it was committed anew.
+  struct Forgetting {
+    std::string key;
+    std::vector<SegmentId> segments;
+    bool again = false;
+  };
+  void ForgetOnce(const std::shared_ptr<Forgetting>& record, std::function<void(Status)> done);
   template <typename T>
   void Answer(std::function<void(T)> done, T value);
 
   Reactor& control_;
   ColdPool& pool_;
-  uint64_t forgetting_ = 0;         // records that are to go and are still there
+  std::vector<std::shared_ptr<Forgetting>> forgetting_;  // records that are to go and are still there
   std::vector<SegmentId> unnamed_;  // segments that wait for those
   std::shared_ptr<int> alive_ = std::make_shared<int>(0);
 };
