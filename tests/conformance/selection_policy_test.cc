@@ -234,17 +234,13 @@ TEST_P(SelectionPolicySuite, DamagedImagesAreRefused) {
   std::mt19937_64 rng(8);
   for (int trial = 0; trial < 200; ++trial) {
     std::string bad = image;
-    bool version = false;  // bytes 4 and 5: what is not damage may be a newer format
-    if (trial % 2 == 0) {
-      bad.resize(rng() % image.size());
-    } else {
-      const size_t at = rng() % bad.size();
-      version = at == 4 || at == 5;
-      bad[at] ^= static_cast<char>(1 + rng() % 255);
-    }
+    const size_t at = rng() % image.size();
+    if (trial % 2 == 0) bad.resize(at);
+    else bad[at] ^= static_cast<char>(1 + rng() % 255);
     auto policy = MakePolicy(kind(), slice.options());
     const Status status = policy->Restore(bad);
-    if (version && status.code() == StatusCode::kFailedPrecondition) continue;
+    // Bytes 4 and 5 are the version, and it may be a newer one.
+    if ((at & ~1u) == 4 && status.code() == StatusCode::kFailedPrecondition) continue;
     ASSERT_EQ(status.code(), StatusCode::kDataLoss) << status.ToString();
   }
   auto other_shape = MakePolicy(kind(), {DType::kF32, 64, 1});
