@@ -129,6 +129,28 @@ TEST(Icecachectl, ForksOfACopyGoOnFromTheWholeContext) {
   EXPECT_EQ(answer("copy"), answer("doc"));
 }
 
+TEST(Icecachectl, SixteenForksHoldTheDocumentOnce) {
+  TestServer server({"--memory-size", "256MiB", "--threads", "2"});
+  const std::string at = server.address();
+  PublishDocument(server, "doc");
+  const double one = server.StatusNumber("/memory/used_bytes");
+  ASSERT_GT(one, 0);
+  for (int i = 0; i < 16; ++i) {
+    ASSERT_EQ(Ctl(at, {"fork", "doc", "copy-" + std::to_string(i)}).exit_code, 0);
+  }
+  EXPECT_LE(server.StatusNumber("/memory/used_bytes"), 1.02 * one);
+  const json contexts = json::parse(Ctl(at, {"contexts", "--json"}).out)["contexts"];
+  ASSERT_EQ(contexts.size(), 17u);
+  for (const json& context : contexts) EXPECT_EQ(context["tokens"], contexts[0]["tokens"]);
+  // The document stays as long as one of them does.
+  EXPECT_EQ(Ctl(at, {"drop", "doc"}).exit_code, 0);
+  for (int i = 0; i < 15; ++i) EXPECT_EQ(Ctl(at, {"drop", "copy-" + std::to_string(i)}).exit_code, 0);
+  EXPECT_EQ(server.StatusNumber("/memory/used_bytes"), one);
+  EXPECT_EQ(Ctl(at, {"verify", "copy-15"}).exit_code, 0);
+  EXPECT_EQ(Ctl(at, {"drop", "copy-15"}).exit_code, 0);
+  EXPECT_EQ(server.StatusNumber("/memory/used_bytes"), 0);
+}
+
 TEST(Icecachectl, BenchSmokeComparesWhatItGets) {
   TestServer server({"--memory-size", "256MiB", "--threads", "2"});
   const Ran ran = Ctl(server.address(), {"bench", "smoke", "--json", "--tokens", "1024"});
