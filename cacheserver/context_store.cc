@@ -117,15 +117,11 @@ void ContextStore::ForgetOnce(const std::shared_ptr<Forgetting>& record,
                               std::function<void(Status)> done) {
   auto finish = [this, record, done = std::move(done)](const Status& status) {
     if (done) done(status);
-    if (status.ok() || record->again) {
-      std::erase(forgetting_, record);
-      return DeleteSegments(record->segments);
-    }
+    if (status.ok() || record->again) return EndForgetting(record);
     control_.After(limits::kStoreRetryTime, [this, record, alive = std::weak_ptr<int>(alive_)] {
       if (alive.expired()) return;
-      if (!record->again) return ForgetOnce(record, {});
-      std::erase(forgetting_, record);
-      DeleteSegments(record->segments);
+      if (record->again) return EndForgetting(record);
+      ForgetOnce(record, {});
     });
   };
   pool_.SubmitRecord([this, key = record->key, finish = std::move(finish)]() mutable {
@@ -137,6 +133,11 @@ void ContextStore::ForgetOnce(const std::shared_ptr<Forgetting>& record,
       status = Unavailable("cold store: it was opened again meanwhile");
     Answer<Status>(std::move(finish), pool_.NoteWrite(std::move(status)));
   });
+}
+
+void ContextStore::EndForgetting(const std::shared_ptr<Forgetting>& record) {
+  std::erase(forgetting_, record);
+  DeleteSegments(record->segments);
 }
 
 void ContextStore::DeleteSegments(const std::vector<SegmentId>& segments) {

@@ -63,6 +63,7 @@ class ContextStore {
     bool again = false;
   };
   void ForgetOnce(const std::shared_ptr<Forgetting>& record, std::function<void(Status)> done);
+  void EndForgetting(const std::shared_ptr<Forgetting>& record);
   template <typename T>
   void Answer(std::function<void(T)> done, T value);
 

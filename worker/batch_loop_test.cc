@@ -34,23 +34,6 @@ class Batch : public ::testing::Test {
 
   Batch() : document_(RandomTokens(model_.rng(), kDocument)) {}
 
-  // A server with one context, for a sequence alone.
-  struct Served {
-    explicit Served(RandomModel& model, const std::vector<int32_t>& document)
-        : served(model.shape(), kSinks, kWindow, kDocument, 0, 2, 1) {
-      EXPECT_TRUE(served.client->Attach(served.grant).ok());
-      LayerUpload upload(*served.client, served.handle);
-      const auto hidden = Prefill(model, document, {}, [&](FinishedLayer layer) -> Status {
-        served.window_state.LoadDocument(layer.layer, *layer.rows);
-        KV_RETURN_IF_ERROR(upload.WaitRows());
-        upload.Start(layer.layer, std::move(layer.rows), std::move(layer.query_energy));
-        return OkStatus();
-      });
-      EXPECT_TRUE(hidden.ok() && upload.WaitAll().ok());
-    }
-    test::ServedDocument served;
-  };
-
   static IceCacheOptions Options(const Ask& ask) {
     IceCacheOptions options;
     options.budget = {ask.budget, kSinks, kWindow};
@@ -60,10 +43,11 @@ class Batch : public ::testing::Test {
   }
 
   std::vector<int32_t> Alone(const Ask& ask) {
-    Served s(model_, document_);
+    test::ServedDocument served(model_.shape(), kSinks, kWindow, kDocument, 0, 2, 1);
+    EXPECT_TRUE(served.PrefillFrom(model_, document_).ok());
     const auto backend = MakeCpuAttention();
-    AttentionIceCache attention(model_.shape(), *s.served.client, *backend, Options(ask));
-    attention.Begin(s.served.handle, s.served.window_state, s.served.grant.context.segments);
+    AttentionIceCache attention(model_.shape(), *served.client, *backend, Options(ask));
+    attention.Begin(served.handle, served.window_state, served.grant.context.segments);
     DecodeLoop loop(model_, attention, {});
     loop.Begin(kDocument);
     for (const int32_t token : ask.question) EXPECT_TRUE(loop.Feed(token).ok());

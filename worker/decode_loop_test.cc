@@ -126,16 +126,8 @@ std::vector<int32_t> GenerateServed(RandomModel& model, const std::vector<int32_
                                     const std::vector<int32_t>& question, uint32_t budget,
                                     uint32_t count, AttentionStats* stats) {
   test::ServedDocument served(model.shape(), 4, 8, static_cast<uint32_t>(document.size()), 0, 2, 1);
-  EXPECT_TRUE(served.client->Attach(served.grant).ok());
-  LayerUpload upload(*served.client, served.handle);
-  const auto hidden = Prefill(model, document, {}, [&](FinishedLayer layer) -> Status {
-    served.window_state.LoadDocument(layer.layer, *layer.rows);
-    KV_RETURN_IF_ERROR(upload.WaitRows());
-    upload.Start(layer.layer, std::move(layer.rows), std::move(layer.query_energy));
-    return OkStatus();
-  });
+  const auto hidden = served.PrefillFrom(model, document);
   EXPECT_TRUE(hidden.ok());
-  EXPECT_TRUE(upload.WaitAll().ok());
   const auto backend = MakeCpuAttention();
   IceCacheOptions options;
   options.budget = {budget, 4, 8};

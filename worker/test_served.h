@@ -5,11 +5,13 @@
 #include <gtest/gtest.h>
 
 #include <memory>
+#include <span>
 #include <utility>
 #include <vector>
 
 #include "worker/cache_client.h"
 #include "worker/layer_upload.h"
+#include "worker/prefill.h"
 #include "common/test_loop.h"
 #include "worker/test_rows.h"
 #include "worker/test_shard.h"
@@ -62,6 +64,22 @@ class ServedDocument {
       KV_RETURN_IF_ERROR(upload.WaitRows());
     }
     return upload.WaitAll();
+  }
+
+  // As a worker does: the model computes the rows and they go to the server. The last hidden state.
+  Result<std::vector<float>> PrefillFrom(Model& model, std::span<const int32_t> document) {
+    KV_RETURN_IF_ERROR(client->Attach(grant));
+    LayerUpload upload(*client, handle);
+    KV_ASSIGN_OR_RETURN(std::vector<float> hidden,
+                        Prefill(model, document, {}, [&](FinishedLayer layer) -> Status {
+                          window_state.LoadDocument(layer.layer, *layer.rows);
+                          KV_RETURN_IF_ERROR(upload.WaitRows());
+                          upload.Start(layer.layer, std::move(layer.rows),
+                                       std::move(layer.query_energy));
+                          return OkStatus();
+                        }));
+    KV_RETURN_IF_ERROR(upload.WaitAll());
+    return hidden;
   }
 
   // The virtual time that `fn` takes.

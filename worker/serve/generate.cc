@@ -135,13 +135,7 @@ Status Generation::PrepareServed() {
   const Model& model = *loaded_.model;
   const std::string name =
       options_.context.empty() ? FreshContextName("generate") : options_.context;
-  PrefillRequest request;
-  request.name = name;
-  request.tokens = prompt_;
-  request.sink_tokens = options_.worker.sink_tokens;
-  request.window_tokens = options_.worker.window_tokens;
-  request.policy = options_.worker.policy;
-  request.seed = options_.worker.index_seed;
+  PrefillRequest request = PrefillRequestOf(options_.worker, name, prompt_);
   if (!options_.fork_of.empty()) {
     parent_ = options_.fork_of;
     const wire::Fork fork{.parent = parent_, .name = name, .tokens = options_.fork_at};

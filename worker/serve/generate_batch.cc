@@ -104,13 +104,7 @@ Status BatchGeneration::PrepareContext() {
   }
   parent_ = options_.context.empty() ? FreshContextName("generate") : options_.context;
   ProgressBar bar("prefill", progress_);
-  PrefillRequest request;
-  request.name = parent_;
-  request.tokens = prompt_;
-  request.sink_tokens = options_.worker.sink_tokens;
-  request.window_tokens = options_.worker.window_tokens;
-  request.policy = options_.worker.policy;
-  request.seed = options_.worker.index_seed;
+  PrefillRequest request = PrefillRequestOf(options_.worker, parent_, prompt_);
   request.prefill.threads = options_.worker.threads;
   request.prefill.device = loaded_.compute.device.get();
   request.prefill.pump = [this] { return link_->Pump(); };

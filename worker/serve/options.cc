@@ -159,6 +159,18 @@ SparseBudget BudgetOf(const WorkerOptions& options) {
   return {options.budget, options.sink_tokens, options.window_tokens};
 }
 
+PrefillRequest PrefillRequestOf(const WorkerOptions& options, std::string name,
+                                std::span<const int32_t> tokens) {
+  PrefillRequest request;
+  request.name = std::move(name);
+  request.tokens = tokens;
+  request.sink_tokens = options.sink_tokens;
+  request.window_tokens = options.window_tokens;
+  request.policy = options.policy;
+  request.seed = options.index_seed;
+  return request;
+}
+
 IceCacheOptions IceCacheOptionsOf(const WorkerOptions& options, const Compute& compute) {
   IceCacheOptions icecache;
   icecache.budget = BudgetOf(options);

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <string>
 
 #include "common/config.h"
@@ -12,6 +13,7 @@
 #include "worker/model/model_config.h"
 #include "worker/model/tokenizer.h"
 #include "worker/serve/compute.h"
+#include "worker/served_context.h"
 #include "worker/server_link.h"
 
 namespace icecache {
@@ -71,6 +73,9 @@ Result<std::unique_ptr<ServerLink>> ConnectToServer(const WorkerOptions& options
 
 SparseBudget BudgetOf(const WorkerOptions& options);
 IceCacheOptions IceCacheOptionsOf(const WorkerOptions& options, const Compute& compute);
+// How the prefill itself runs (PrefillRequest::prefill) is the caller's.
+PrefillRequest PrefillRequestOf(const WorkerOptions& options, std::string name,
+                                std::span<const int32_t> tokens);
 
 // `text`, or the content of `file`; INVALID_ARGUMENT when both are given. `what`: the flag's name.
 Result<std::string> TextOf(const std::string& text, const std::string& file, const char* what);

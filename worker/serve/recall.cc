@@ -105,13 +105,8 @@ Status RecallRun::Read() {
     if (local_) local_->Append(layer.layer, *layer.rows);
   };
   ProgressBar bar("prefill", progress_);
-  PrefillRequest request;
-  request.name = parent_ = options_.context.empty() ? FreshContextName("recall") : options_.context;
-  request.tokens = document_.tokens;
-  request.sink_tokens = options_.worker.sink_tokens;
-  request.window_tokens = options_.worker.window_tokens;
-  request.policy = options_.worker.policy;
-  request.seed = options_.worker.index_seed;
+  parent_ = options_.context.empty() ? FreshContextName("recall") : options_.context;
+  PrefillRequest request = PrefillRequestOf(options_.worker, parent_, document_.tokens);
   request.on_layer = keep;
   request.prefill.threads = options_.worker.threads;
   request.prefill.device = loaded_.compute.device.get();
