@@ -1,52 +1,16 @@
 // Selections in which the server attends to the pages that the worker lacks (reply mode "attend").
 #include <gtest/gtest.h>
 
-#include <cmath>
-
-#include "cacheserver/context/context.h"
-#include "cacheserver/context/test_rows.h"
+#include "cacheserver/context/test_context.h"
 
 namespace icecache {
 namespace {
 
-constexpr uint32_t kSinks = 4, kWindow = 16, kTokens = 300, kGroup = 2, kDim = 32;
-const LayerId kLayer(0);
-const KvHeadId kHead(0);
-
-class AttendMissing : public testing::Test {
+class AttendMissing : public OneSliceTest {
  protected:
-  AttendMissing() {
-    ContextSpec spec;
-    spec.id = ContextId(1);
-    spec.segment = SegmentId(9);
-    spec.tenant = TenantId(1);
-    spec.shape = {.layers = 1, .kv_heads = 1, .query_heads = kGroup, .head_dim = kDim};
-    spec.sink_tokens = kSinks;
-    spec.window_tokens = kWindow;
-    spec.policy = PolicyKind::kExact;
-    context_ = Context::Create(spec, pool_, *attention_).value();
-    KV_CHECK(context_->PutRows(kLayer, kHead, 0, kTokens, rows_.K(0, kTokens), rows_.V(0, kTokens))
-                 .ok());
-    auto job = context_->PrepareBuild(kLayer, kHead, kTokens, {}).value();
-    job->Run();
-    KV_CHECK(context_->Install(kLayer, kHead, std::move(job)).ok());
-    queries_ = rows_.Queries(3, kGroup, kTokens);
-  }
   wire::HeadSelection Select(std::span<const wire::ResidentPage> resident, bool attend,
                              bool residual = true) {
-    SelectRequest request;
-    request.queries = queries_.data();
-    request.group = kGroup;
-    request.max_pages = 8;
-    request.read_cap = limits::kReadCapMax;
-    request.residual = residual;
-    wire::HeadSelection selection;
-    Misses misses;
-    const Status status = context_->Select(kLayer, kHead, request, resident, &selection, &misses,
-                                           {.attend_missing = attend, .whole_pages = whole_});
-    EXPECT_TRUE(misses.empty());
-    EXPECT_TRUE(status.ok()) << status.ToString();
-    return selection;
+    return Ask(*context_, 8, residual, resident, {.attend_missing = attend, .whole_pages = whole_});
   }
   // Sinks, window, `attended` pages and the residual.
   std::vector<float> Attend(wire::HeadSelection selection,
@@ -70,11 +34,7 @@ class AttendMissing : public testing::Test {
     for (size_t i = 0; i < out.size(); ++i) ASSERT_NEAR(out[i], truth[i], 2e-4) << i;
   }
 
-  PagePool pool_{16 * limits::kExtentBytes};
-  std::unique_ptr<AttentionBackend> attention_ = MakeReferenceAttention();
-  TestRows rows_{17, DType::kF16, kDim};
-  std::unique_ptr<Context> context_;
-  std::vector<float> queries_;
+  std::unique_ptr<Context> context_ = Built(PolicyKind::kExact);
   bool whole_ = false;
 };
 

@@ -87,70 +87,59 @@ INSTANTIATE_TEST_SUITE_P(All, ReadSuite,
                          KindName);
 
 // A server does not let its software be asked for memory: UCX would look at no key.
-class UnreadableServer : public testing::TestWithParam<const char*> {};
+class UnreadableServer : public testing::TestWithParam<const char*> {
+ protected:
+  // The two are connected, and one read of the server's memory is under way.
+  void ConnectAndRead() {
+    const auto address = server_->Listen("127.0.0.1:0", [&](std::unique_ptr<Endpoint> endpoint) {
+      there_ = std::make_unique<Peer>(std::move(endpoint));
+      there_->endpoint->Send({});
+    });
+    here_ = std::make_unique<Peer>(client_->Connect(*address).value());
+    ASSERT_TRUE(Wait([&] { return here_->got.size() == 1; }));
+    readable_ = server_->MakeReadable(memory_).value();
+    const MemoryRead read{readable_->key(), 0, *to_};
+    here_->endpoint->Read({&read, 1}, to_, [&](Status s) { ends_.push_back(std::move(s)); });
+  }
+  bool Wait(const std::function<bool()>& done, Duration at_most = std::chrono::seconds(20)) {
+    return reactor_.RunUntil(done, clock_->Now() + at_most);
+  }
+
+  const std::unique_ptr<icecache::Clock> clock_ = MakeSteadyClock();
+  Reactor reactor_{*clock_, Duration(0)};
+  Bytes memory_ = RandomBytes(8192, 1);
+  std::shared_ptr<Bytes> to_ = std::make_shared<Bytes>(memory_.size());
+  const std::unique_ptr<Transport> server_ =
+      MakeUcxTransport(reactor_, {GetParam(), false}).value();
+  const std::unique_ptr<Transport> client_ = MakeUcxTransport(reactor_, {GetParam(), true}).value();
+  std::unique_ptr<ReadableMemory> readable_;
+  std::unique_ptr<Peer> there_, here_;
+  std::vector<Status> ends_;  // of the read
+};
 INSTANTIATE_TEST_SUITE_P(Ucx, UnreadableServer, testing::Values("posix,tcp,self", "tcp,self"),
                          [](const auto& i) { return i.index == 0 ? "Shm" : "Tcp"; });
 
 TEST_P(UnreadableServer, NeverAnswersAReadThatUcxWouldEmulate) {
-  const auto clock = MakeSteadyClock();
-  Reactor reactor(*clock, Duration(0));
-  const auto server = MakeUcxTransport(reactor, {GetParam(), false}).value();
-  const auto client = MakeUcxTransport(reactor, {GetParam(), true}).value();
-  std::unique_ptr<Peer> there;
-  const auto address = server->Listen("127.0.0.1:0", [&](std::unique_ptr<Endpoint> endpoint) {
-    there = std::make_unique<Peer>(std::move(endpoint));
-    there->endpoint->Send({});
-  });
-  Peer here(client->Connect(*address).value());
-  const auto wait = [&](const std::function<bool()>& done, Duration at_most) {
-    return reactor.RunUntil(done, clock->Now() + at_most);
-  };
-  ASSERT_TRUE(wait([&] { return here.got.size() == 1; }, std::chrono::seconds(20)));
-  Bytes memory = RandomBytes(8192, 1);
-  const auto readable = server->MakeReadable(memory).value();
-  auto to = std::make_shared<Bytes>(8192);
-  const MemoryRead read{readable->key(), 0, *to};
-  bool told = false;
-  here.endpoint->Read({&read, 1}, to, [&](const Status&) { told = true; });
-  const std::weak_ptr<Bytes> watch = to;
-  EXPECT_FALSE(wait([&] { return told; }, std::chrono::milliseconds(200)));
-  EXPECT_TRUE(Same(*to, Bytes(8192)));
-  there->endpoint->Send({});  // the connection is none the worse
-  EXPECT_TRUE(wait([&] { return here.got.size() == 2; }, std::chrono::seconds(20)));
+  ASSERT_NO_FATAL_FAILURE(ConnectAndRead());
+  EXPECT_FALSE(Wait([&] { return !ends_.empty(); }, std::chrono::milliseconds(200)));
+  EXPECT_TRUE(Same(*to_, Bytes(memory_.size())));
+  there_->endpoint->Send({});  // the connection is none the worse
+  EXPECT_TRUE(Wait([&] { return here_->got.size() == 2; }));
   // The memory that it might have been written to is let go with the connection.
-  to.reset();
+  const std::weak_ptr<Bytes> watch = to_;
+  to_.reset();
   EXPECT_FALSE(watch.expired());
-  here.endpoint->Close();
-  EXPECT_TRUE(wait([&] { return watch.expired(); }, std::chrono::seconds(20)));
-  EXPECT_FALSE(told);
+  here_->endpoint->Close();
+  EXPECT_TRUE(Wait([&] { return watch.expired(); }));
+  EXPECT_TRUE(ends_.empty());
 }
 
 TEST_P(UnreadableServer, ReaderIsToldWhenTheConnectionBreaks) {
-  const auto clock = MakeSteadyClock();
-  Reactor reactor(*clock, Duration(0));
-  auto server = MakeUcxTransport(reactor, {GetParam(), false}).value();
-  const auto client = MakeUcxTransport(reactor, {GetParam(), true}).value();
-  std::unique_ptr<Peer> there;
-  const auto address = server->Listen("127.0.0.1:0", [&](std::unique_ptr<Endpoint> endpoint) {
-    there = std::make_unique<Peer>(std::move(endpoint));
-    there->endpoint->Send({});
-  });
-  Peer here(client->Connect(*address).value());
-  const auto wait = [&](const std::function<bool()>& done) {
-    return reactor.RunUntil(done, clock->Now() + std::chrono::seconds(20));
-  };
-  ASSERT_TRUE(wait([&] { return here.got.size() == 1; }));
-  Bytes memory = RandomBytes(8192, 1);
-  auto readable = server->MakeReadable(memory).value();
-  const auto to = std::make_shared<Bytes>(8192);
-  const MemoryRead read{readable->key(), 0, *to};
-  std::vector<Status> ends;
-  here.endpoint->Read({&read, 1}, to, [&](Status s) { ends.push_back(std::move(s)); });
-  there->endpoint->Close();
-  ASSERT_TRUE(wait([&] { return !here.closed.empty(); }));
-  ASSERT_EQ(ends.size(), 1u) << "before on_closed";
-  EXPECT_EQ(ends[0].code(), StatusCode::kUnavailable);
-  readable.reset();
+  ASSERT_NO_FATAL_FAILURE(ConnectAndRead());
+  there_->endpoint->Close();
+  ASSERT_TRUE(Wait([&] { return !here_->closed.empty(); }));
+  ASSERT_EQ(ends_.size(), 1u) << "before on_closed";
+  EXPECT_EQ(ends_[0].code(), StatusCode::kUnavailable);
 }
 
 }  // namespace
