@@ -12,8 +12,10 @@ import subprocess
 import unittest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-HEADER_LINES, SOURCE_LINES, FUNCTION_LINES = 200, 500, 70
+HEADER_LINES, SOURCE_LINES, FUNCTION_LINES, COLUMNS = 200, 500, 70, 100
 SOURCES = ('.cc', '.cu', '.c')
+# Folders in which no line is longer than COLUMNS. Elsewhere comments are that clang-format does not break.
+NARROW = ('tests/chaos/', 'tests/fuzz/')
 HEADERS = ('.h', '.cuh')
 
 # A file may include project headers of its own layer and of those listed. The longest matching prefix decides.
@@ -141,6 +143,13 @@ def check_function_length(path, text):
             for first, last in functions(text) if last - first + 1 > FUNCTION_LINES]
 
 
+def check_columns(path, text):
+    if not path.startswith(NARROW):
+        return []
+    return [(n, f'{len(line)} columns, more than {COLUMNS}') for n, line in enumerate(text.splitlines(), 1)
+            if len(line) > COLUMNS]
+
+
 def check_todo(path, text):
     del path
     return [(n, 'TODO(now): do it before it is merged') for n, line in enumerate(text.splitlines(), 1)
@@ -178,7 +187,7 @@ def check_class_comments(path, text):
     return findings
 
 
-RULES = [check_includes, check_length, check_function_length, check_todo, check_header_comment, check_class_comments]
+RULES = [check_includes, check_length, check_function_length, check_columns, check_todo, check_header_comment, check_class_comments]
 
 
 def tracked_files():
@@ -250,6 +259,10 @@ class EachRuleCanFail(unittest.TestCase):
         body = 'int F(int a) {\n' + '  a = "}{" + \'{\';  // }\n' * 69 + '}\n'
         self.assertTrue(check_function_length('a.cc', 'namespace x {\nstruct S {\n' + body + '};\n}\n'))
         self.assertFalse(check_function_length('a.cc', body.replace('  a =', '', 1).replace('\n', '', 1)))
+
+    def test_columns(self):
+        self.assertTrue(check_columns('tests/fuzz/a.cc', '\n' + 'x' * 101))
+        self.assertFalse(check_columns('tests/fuzz/a.cc', 'x' * 100))
 
     def test_functions_are_found_where_they_begin_and_end(self):
         text = ('namespace a {\n' 'class B : public C {\n' ' public:\n' '  B() : x_{1} {}\n' '  int f() const {\n'

@@ -1,8 +1,8 @@
-// Chaos: a server and its workers as processes, and a seeded schedule (schedule.h) of what goes wrong in
-// real life, for as long as asked. Finds: a wrong byte (chaos_worker.cc compares everything with a
-// model of what was written), a context that should be there and is not or the other way round
-// (registry.h), a leaked byte (the ledger after every event, and an empty server at the end), a hang
-// (every action and every wait has a limit).
+// Chaos: a server and its workers as processes, and a seeded schedule (schedule.h) of what goes
+// wrong in real life, for as long as asked. Finds: a wrong byte (chaos_worker.cc compares
+// everything with a model of what was written), a context that should be there and is not or the
+// other way round (registry.h), a leaked byte (the ledger after every event, and an empty server at
+// the end), a hang (every action and every wait has a limit).
 //
 //   chaos [--seconds 45 | --minutes N] [--seed N] [--workers 3]
 //
@@ -116,7 +116,8 @@ class Chaos {
     return text.size() > 3000 ? text.substr(text.size() - 3000) : text;
   }
 
-  // REQUIRES: no server runs. A store that was damaged before is moved away: what it had kept is gone.
+  // REQUIRES: no server runs. A store that was damaged before is moved away: what it had kept is
+  // gone.
   void StartServer() {
     if (disk_.damaged()) Replace();
     server_started_ms_ = NowMs();
@@ -138,8 +139,8 @@ class Chaos {
     durable_since_ms_ = NowMs();
   }
 
-  // Damage is found when the server starts, which is refused with a remedy, or when what is damaged is
-  // asked for.
+  // Damage is found when the server starts, which is refused with a remedy, or when what is damaged
+  // is asked for.
   void DamageStore(uint64_t detail) {
     KillServer();
     if (disk_.damaged()) return StartServer();
@@ -169,12 +170,11 @@ class Chaos {
     const std::string id = std::to_string(i) + "." + std::to_string(worker.lives++);
     const uint64_t seed = options_.seed * 1000003 + i * 1009 + worker.lives;
     worker.process = std::make_unique<Process>(
-        WorkerProgram(),
-        std::vector<std::string>{"--server", server_->address(), "--tenant", worker.tenant,
-                                 "--registry", RegistryFile(worker.tenant), "--foreign",
-                                 RegistryFile(worker.tenant == "alice" ? "bob" : "alice"),
-                                 "--damage", disk_.damage_file(), "--id", id, "--seed",
-                                 std::to_string(seed)});
+        WorkerProgram(), std::vector<std::string>{
+                             "--server", server_->address(), "--tenant", worker.tenant,
+                             "--registry", RegistryFile(worker.tenant), "--foreign",
+                             RegistryFile(worker.tenant == "alice" ? "bob" : "alice"), "--damage",
+                             disk_.damage_file(), "--id", id, "--seed", std::to_string(seed)});
   }
 
   void Make(const Turn& turn) {
@@ -283,8 +283,8 @@ class Chaos {
     }
   }
 
-  // What was published is there for as long as was promised, what was dropped stays away, and nothing
-  // outlives the server that was not to.
+  // What was published is there for as long as was promised, what was dropped stays away, and
+  // nothing outlives the server that was not to.
   void CheckContexts() {
     for (const char* tenant : kTenants) {
       if (!failure_.empty()) return;
@@ -294,10 +294,9 @@ class Chaos {
       if (!failure_.empty()) return;
       std::map<std::string, Entry> after = registry.Entries();
       for (const auto& [name, entry] : before) {
-        const bool promised =
-            entry.published && !after[name].dropping &&
-            (entry.asked_ms > server_started_ms_ ||
-             (entry.document.durable && entry.asked_ms > durable_since_ms_));
+        const bool promised = entry.published && !after[name].dropping &&
+                              (entry.asked_ms > server_started_ms_ ||
+                               (entry.document.durable && entry.asked_ms > durable_since_ms_));
         if (promised && !listed.contains(name)) {
           return Fail("published and gone: " + entry.document.ToLine() + ", asked at " +
                       std::to_string(entry.asked_ms) + ", server of " +
@@ -342,8 +341,8 @@ class Chaos {
     return names;
   }
 
-  // Peace: the disk is written again, everybody ends in time, what was promised is there, and when it is
-  // dropped nothing is left, also after another start.
+  // Peace: the disk is written again, everybody ends in time, what was promised is there, and when
+  // it is dropped nothing is left, also after another start.
   void Finish() {
     Say("peace");
     if (disk_.damaged()) {
@@ -369,8 +368,8 @@ class Chaos {
         })) {
       return Fail("bytes or leases are left when everybody is gone: " + status.dump(1));
     }
-    // Back may be what a full disk has kept a drop from taking, and the drop has said so (CheckContexts
-    // knows of the others): now it goes.
+    // Back may be what a full disk has kept a drop from taking, and the drop has said so
+    // (CheckContexts knows of the others): now it goes.
     Drain(true);
     for (const char* tenant : kTenants) DropAll(tenant);
     Drain(true);
@@ -438,7 +437,8 @@ class Chaos {
     }
     Say("checked " + std::to_string(pages) + " pages and " + std::to_string(steps) +
         " attention steps");
-    Say("compared " + std::to_string(contexts_checked_) + " listed contexts with what was promised");
+    Say("compared " + std::to_string(contexts_checked_) +
+        " listed contexts with what was promised");
     if (ok == 0 || pages == 0 || steps == 0 || contexts_checked_ == 0) {
       std::fprintf(stderr, "chaos: nothing was checked\n");
       std::exit(1);

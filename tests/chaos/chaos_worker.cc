@@ -7,9 +7,9 @@
 //   chaos_worker --server HOST:PORT --tenant NAME --registry FILE --foreign FILE --damage FILE
 //                --id N --seed S
 //
-// Registry: registry.h. Foreign: the other tenant's, whose names must lead nowhere. Damage: while this
-// file exists, the server's disk has been damaged on purpose, and DATA_LOSS is an honest answer.
-// Prints one line per action: name, status, pages checked, layer steps checked.
+// Registry: registry.h. Foreign: the other tenant's, whose names must lead nowhere. Damage: while
+// this file exists, the server's disk has been damaged on purpose, and DATA_LOSS is an honest
+// answer. Prints one line per action: name, status, pages checked, layer steps checked.
 #include <signal.h>
 #include <unistd.h>
 
@@ -315,8 +315,8 @@ class ChaosWorker {
     return hash;
   }
 
-  Status CheckAnswers(const ContextHandle& handle, const Document& document,
-                      const Content& content, TokenPos next) {
+  Status CheckAnswers(const ContextHandle& handle, const Document& document, const Content& content,
+                      TokenPos next) {
     if (document.answers == 0) return OkStatus();
     KV_ASSIGN_OR_RETURN(const uint64_t answers, Answers(handle, document, content, next));
     if (answers != document.answers)

@@ -1,6 +1,7 @@
-// A disk that is full, for a process that preloads this (LD_PRELOAD): while the file $CHAOS_DISK_FULL
-// exists, writes to files under $CHAOS_DISK succeed for some bytes more, as on a real disk often in
-// the middle of a record, and then fail with ENOSPC. Needs no privileges, unlike a small file system.
+// A disk that is full, for a process that preloads this (LD_PRELOAD): while the file
+// $CHAOS_DISK_FULL exists, writes to files under $CHAOS_DISK succeed for some bytes more, as on a
+// real disk often in the middle of a record, and then fail with ENOSPC. Needs no privileges, unlike
+// a small file system.
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>

@@ -1,9 +1,9 @@
-// Registry: one file per tenant that its workers append to and everybody reads: what was published, what
-// was dropped, and when. The lines of one name, in this order:
+// Registry: one file per tenant that its workers append to and everybody reads: what was published,
+// what was dropped, and when. The lines of one name, in this order:
 //
 //   ? MS DOCUMENT   will be asked to be published: from now on it may be there
-//   + MS DOCUMENT   is published; MS is from before it was asked, so that a server which started later
-//                   has not done it
+//   + MS DOCUMENT   is published; MS is from before it was asked, so that a server which started
+//                   later has not done it
 //   - MS NAME       will be dropped: from now on it may be gone
 //   x MS NAME       is dropped: must be gone
 #pragma once

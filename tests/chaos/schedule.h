@@ -1,5 +1,5 @@
-// What goes wrong, when, and to whom: a function of the seed alone. Every turn draws the same numbers
-// whatever comes of it, so that a run can be repeated.
+// What goes wrong, when, and to whom: a function of the seed alone. Every turn draws the same
+// numbers whatever comes of it, so that a run can be repeated.
 #pragma once
 
 #include <array>
@@ -23,9 +23,9 @@ enum class Trouble : uint8_t {
   kDamageStore,      // bytes of its files change while the server is down
 };
 inline constexpr std::array<const char*, 11> kTroubleNames = {
-    "peace",           "kill a worker",        "stop a worker",         "stop the server",
-    "kill the server", "drain the server",     "reload the token file", "break the token file",
-    "fill the disk",   "fill the disk, kill",  "damage the store"};
+    "peace",           "kill a worker",       "stop a worker",         "stop the server",
+    "kill the server", "drain the server",    "reload the token file", "break the token file",
+    "fill the disk",   "fill the disk, kill", "damage the store"};
 
 struct Turn {
   Trouble trouble = Trouble::kNone;

@@ -29,8 +29,8 @@ std::vector<fs::path> StoreFiles(const std::string& directory) {
 std::vector<std::string> StoreDisk::Environment() const {
   const fs::path beside = fs::read_symlink("/proc/self/exe").parent_path();
   const char* asan = std::getenv("ASAN_OPTIONS");
-  return {"LD_PRELOAD=" + (beside / "libchaos_full_disk.so").string(),
-          "CHAOS_DISK=" + data_dir(), "CHAOS_DISK_FULL=" + dir_ + "/full",
+  return {"LD_PRELOAD=" + (beside / "libchaos_full_disk.so").string(), "CHAOS_DISK=" + data_dir(),
+          "CHAOS_DISK_FULL=" + dir_ + "/full",
           std::string("ASAN_OPTIONS=verify_asan_link_order=0:") + (asan == nullptr ? "" : asan)};
 }
 
@@ -52,7 +52,8 @@ std::string StoreDisk::Damage(uint64_t detail) {
   if (files.empty()) return "";
   const fs::path file = files[random() % files.size()];
   const uint64_t size = fs::file_size(file);
-  const uint64_t bytes = std::min<uint64_t>(size, 1 + random() % 8), at = random() % (size - bytes + 1);
+  const uint64_t bytes = std::min<uint64_t>(size, 1 + random() % 8),
+                 at = random() % (size - bytes + 1);
   std::fstream stream(file, std::ios::in | std::ios::out | std::ios::binary);
   stream.seekg(static_cast<std::streamoff>(at));
   std::string old(bytes, '\0');

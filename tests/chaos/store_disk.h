@@ -23,8 +23,8 @@ class StoreDisk {
 
   void SetFull(bool full);
 
-  // REQUIRES: no server runs. Changes 1 to 8 bytes of one file, as `detail` has it, and says what it
-  // did; "" when there is no file yet.
+  // REQUIRES: no server runs. Changes 1 to 8 bytes of one file, as `detail` has it, and says what
+  // it did; "" when there is no file yet.
   std::string Damage(uint64_t detail);
   bool damaged() const;
   // Of tables RocksDB checks every byte that it reads, so that nothing can vanish in silence. From

@@ -35,7 +35,8 @@ void CheckConfig(const std::string& text) {
 
 std::vector<Target> Targets() {
   const std::string tokens =
-      "[[tenant]]\nname = \"alice\"\nsecret_sha256 = \"c0ffeec0ffee:" + HashSecret("c0ffeec0ffee", "s") +
+      "[[tenant]]\nname = \"alice\"\nsecret_sha256 = \"c0ffeec0ffee:" +
+      HashSecret("c0ffeec0ffee", "s") +
       "\"\nquota = \"8GiB\"\nweight = 2\nrights = [\"read\", \"write\"]\n\n[[tenant]]\nname = "
       "\"bob\"\nsecret_sha256 = \"saltsalt:" +
       HashSecret("saltsalt", "t") + "\"\n";

@@ -1,5 +1,5 @@
-// Data-plane messages. Input: two bytes (little endian) of meta length in words, meta, body. What a decoder accepts must stay inside the body it was given and inside the
-// limits.
+// Data-plane messages. Input: two bytes (little endian) of meta length in words, meta, body. What a
+// decoder accepts must stay inside the body it was given and inside the limits.
 #include <cstring>
 
 #include "common/limits.h"
@@ -95,7 +95,8 @@ std::function<void(const std::string&)> Delivered(uint16_t kind, Decode decode) 
         std::min<size_t>((byte(0) | size_t{byte(1)} << 8) * 8, input.size() - 2);
     std::vector<uint64_t> meta((meta_bytes + 7) / 8);
     if (meta_bytes > 0) std::memcpy(meta.data(), input.data() + 2, meta_bytes);
-    const std::vector<char> body(input.begin() + static_cast<ptrdiff_t>(2 + meta_bytes), input.end());
+    const std::vector<char> body(input.begin() + static_cast<ptrdiff_t>(2 + meta_bytes),
+                                 input.end());
     InMessage m{.kind = kind, .id = 1};
     m.meta = std::as_bytes(std::span(meta)).first(meta_bytes);
     m.body = std::as_bytes(std::span(body));
@@ -157,38 +158,53 @@ std::vector<Target> Targets() {
   OutMessage refusal;
   wire::EncodeStatus(Unavailable("draining"), &refusal);
   return {
-      {"attach", {Seed(wire::AttachRequest{.ticket = std::vector<std::byte>(32)}, 0)},
+      {"attach",
+       {Seed(wire::AttachRequest{.ticket = std::vector<std::byte>(32)}, 0)},
        Delivered(wire::kAttach, [](const InMessage& m) { (void)wire::DecodeAttachRequest(m); })},
-      {"attach_reply", {Seed(wire::AttachReply{.shard_count = 2}, 0)},
+      {"attach_reply",
+       {Seed(wire::AttachReply{.shard_count = 2}, 0)},
        Delivered(wire::kAttach, [](const InMessage& m) { (void)wire::DecodeAttachReply(m); })},
       {"put_rows",
        {Seed(wire::PutRowsRequest{.slices = slices, .first_position = 32, .token_count = 3},
              2 * 2 * 3 * row)},
        Delivered(wire::kPutRows, CheckPutRows)},
-      {"build", {Seed(wire::BuildRequest{.slices = slices, .token_count = 40}, 0)},
-       Delivered(wire::kBuild, [](const InMessage& m) { (void)wire::DecodeBuildRequest(m, kShape); })},
+      {"build",
+       {Seed(wire::BuildRequest{.slices = slices, .token_count = 40}, 0)},
+       Delivered(wire::kBuild,
+                 [](const InMessage& m) { (void)wire::DecodeBuildRequest(m, kShape); })},
       {"select", select.requests, Delivered(wire::kSelect, CheckSelect)},
       {"select_reply", select.replies, Delivered(wire::kSelect, CheckSelectReply)},
       {"select_batch", select.batches, Delivered(wire::kSelectBatch, CheckBatch)},
-      {"fetch_rows", {Seed(wire::FetchRowsRequest{.slices = slices, .part = wire::RowsPart::kTail}, 0)},
-       Delivered(wire::kFetchRows, [](const InMessage& m) { (void)wire::DecodeFetchRowsRequest(m, kShape); })},
+      {"fetch_rows",
+       {Seed(wire::FetchRowsRequest{.slices = slices, .part = wire::RowsPart::kTail}, 0)},
+       Delivered(wire::kFetchRows,
+                 [](const InMessage& m) { (void)wire::DecodeFetchRowsRequest(m, kShape); })},
       {"fetch_rows_reply",
        {Seed(wire::FetchRowsReply{.first_position = 24, .count = 2, .checksum = 9},
              2 * 2 * 2 * row)},
-       Delivered(wire::kFetchRows, [](const InMessage& m) { (void)wire::DecodeFetchRowsReply(m, kShape, 2); })},
+       Delivered(wire::kFetchRows,
+                 [](const InMessage& m) { (void)wire::DecodeFetchRowsReply(m, kShape, 2); })},
       {"fetch_pages",
-       {Seed(wire::FetchPagesRequest{ContextId(1), Epoch(2), LayerId(0), KvHeadId(1),
-                                     {{SegmentId(3), PageId(4), 1, 16}}},
-             0)},
-       Delivered(wire::kFetchPages, [](const InMessage& m) { (void)wire::DecodeFetchPagesRequest(m, kShape); })},
-      {"extent_keys", {Seed(wire::ExtentKeysRequest{ContextId(1), Epoch(2), {7, 8}}, 0)},
-       Delivered(wire::kExtentKeys, [](const InMessage& m) { (void)wire::DecodeExtentKeysRequest(m); })},
+       {Seed(
+           wire::FetchPagesRequest{
+               ContextId(1), Epoch(2), LayerId(0), KvHeadId(1), {{SegmentId(3), PageId(4), 1, 16}}},
+           0)},
+       Delivered(wire::kFetchPages,
+                 [](const InMessage& m) { (void)wire::DecodeFetchPagesRequest(m, kShape); })},
+      {"extent_keys",
+       {Seed(wire::ExtentKeysRequest{ContextId(1), Epoch(2), {7, 8}}, 0)},
+       Delivered(wire::kExtentKeys,
+                 [](const InMessage& m) { (void)wire::DecodeExtentKeysRequest(m); })},
       {"extent_keys_reply",
        {Seed(wire::ExtentKeysReply{{7}, {std::vector<std::byte>(60)}}, 0)},
-       Delivered(wire::kExtentKeys, [](const InMessage& m) { (void)wire::DecodeExtentKeysReply(m); })},
-      {"status", {Input(refusal, "")}, Delivered(0, [](const InMessage& m) {
-         if (wire::DecodeStatus(m).ok()) Broken("an error status is never OK");
-       })},
+       Delivered(wire::kExtentKeys,
+                 [](const InMessage& m) { (void)wire::DecodeExtentKeysReply(m); })},
+      {"status",
+       {Input(refusal, "")},
+       Delivered(0,
+                 [](const InMessage& m) {
+                   if (wire::DecodeStatus(m).ok()) Broken("an error status is never OK");
+                 })},
   };
 }
 

@@ -70,16 +70,32 @@ std::vector<Target> Targets() {
   return {
       {"safetensors",
        {Safetensors(
-           R"({"a":{"dtype":"F16","shape":[2,3],"data_offsets":[0,12]},"b":{"dtype":"F32","shape":[1],"data_offsets":[12,16]}})",
+           R"({"a":{"dtype":"F16","shape":[2,3],"data_offsets":[0,12]},"b":{"dtype":"F32",)"
+           R"("shape":[1],"data_offsets":[12,16]}})",
            16)},
        CheckSafetensors},
       {"model_config",
-       {R"({"architectures":["LlamaForCausalLM"],"model_type":"llama","hidden_size":64,"intermediate_size":128,"num_hidden_layers":2,"num_attention_heads":4,"num_key_value_heads":2,"vocab_size":100,"rope_theta":10000.0,"rms_norm_eps":1e-5,"max_position_embeddings":4096,"rope_scaling":{"rope_type":"llama3","factor":8.0,"low_freq_factor":1.0,"high_freq_factor":4.0,"original_max_position_embeddings":1024}})",
-        R"({"architectures":["Qwen3ForCausalLM"],"model_type":"qwen3","hidden_size":64,"intermediate_size":128,"num_hidden_layers":2,"num_attention_heads":4,"num_key_value_heads":2,"head_dim":32,"vocab_size":100,"tie_word_embeddings":true})"},
+       {R"({"architectures":["LlamaForCausalLM"],"model_type":"llama","hidden_size":64,)"
+        R"("intermediate_size":128,"num_hidden_layers":2,"num_attention_heads":4,)"
+        R"("num_key_value_heads":2,"vocab_size":100,"rope_theta":10000.0,"rms_norm_eps":1e-5,)"
+        R"("max_position_embeddings":4096,"rope_scaling":{"rope_type":"llama3","factor":8.0,)"
+        R"("low_freq_factor":1.0,"high_freq_factor":4.0,)"
+        R"("original_max_position_embeddings":1024}})",
+        R"({"architectures":["Qwen3ForCausalLM"],"model_type":"qwen3","hidden_size":64,)"
+        R"("intermediate_size":128,"num_hidden_layers":2,"num_attention_heads":4,)"
+        R"("num_key_value_heads":2,"head_dim":32,"vocab_size":100,"tie_word_embeddings":true})"},
        [](const std::string& json) { (void)ParseModelConfig(json, "", "fuzz"); }},
       {"tokenizer",
-       {R"({"version":"1.0","added_tokens":[{"id":0,"content":"<unk>","special":true,"single_word":false,"lstrip":false,"rstrip":false,"normalized":false},{"id":1,"content":"<ask>","special":true,"single_word":false,"lstrip":false,"rstrip":false,"normalized":false}],"normalizer":{"type":"Lowercase"},"pre_tokenizer":{"type":"WhitespaceSplit"},"model":{"type":"WordLevel","vocab":{"<unk>":0,"<ask>":1,"the":2},"unk_token":"<unk>"}})",
-        R"({"version":"1.0","added_tokens":[],"normalizer":null,"pre_tokenizer":{"type":"ByteLevel","add_prefix_space":false,"use_regex":true},"decoder":{"type":"ByteLevel"},"model":{"type":"BPE","vocab":{"a":0,"b":1,"ab":2,"T":3,"h":4,"e":5,"he":6},"merges":["a b","h e"]}})"},
+       {R"({"version":"1.0","added_tokens":[{"id":0,"content":"<unk>","special":true,)"
+        R"("single_word":false,"lstrip":false,"rstrip":false,"normalized":false},{"id":1,)"
+        R"("content":"<ask>","special":true,"single_word":false,"lstrip":false,"rstrip":false,)"
+        R"("normalized":false}],"normalizer":{"type":"Lowercase"},)"
+        R"("pre_tokenizer":{"type":"WhitespaceSplit"},"model":{"type":"WordLevel",)"
+        R"("vocab":{"<unk>":0,"<ask>":1,"the":2},"unk_token":"<unk>"}})",
+        R"({"version":"1.0","added_tokens":[],"normalizer":null,)"
+        R"("pre_tokenizer":{"type":"ByteLevel","add_prefix_space":false,"use_regex":true},)"
+        R"("decoder":{"type":"ByteLevel"},"model":{"type":"BPE","vocab":{"a":0,"b":1,"ab":2,)"
+        R"("T":3,"h":4,"e":5,"he":6},"merges":["a b","h e"]}})"},
        [](const std::string& json) { CheckTokenizer(json); }},
       {"trace", {Trace()}, CheckTrace},
   };

@@ -1,6 +1,6 @@
-// Mutation seldom guesses a checksum. Blobs (store/blob.h) end in one, over all before it, seeded with the
-// magic number that they begin with: Sealed makes length and checksum right again, so that what lies
-// behind them is fuzzed too.
+// Mutation seldom guesses a checksum. Blobs (store/blob.h) end in one, over all before it, seeded
+// with the magic number that they begin with: Sealed makes length and checksum right again, so that
+// what lies behind them is fuzzed too.
 #pragma once
 
 #include <cstdint>
