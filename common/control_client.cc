@@ -11,8 +11,8 @@
 #include <utility>
 
 #include "common/address.h"
-#include "common/limits.h"
 #include "common/control_stream.h"
+#include "common/limits.h"
 
 namespace icecache {
 namespace {
@@ -21,9 +21,8 @@ namespace asio = boost::asio;
 using boost::system::error_code;
 using std::chrono::milliseconds;
 
-// Renewals without an answer before the server counts as lost, and the least time that is given.
-constexpr int kRenewalsUnansweredMax = 3;
-constexpr Duration kSilenceMin = std::chrono::seconds(3);
+// The least time that a server is given to answer a renewal: as on the data plane.
+constexpr Duration kSilenceMin = limits::kHeartbeatMisses * limits::kHeartbeatInterval;
 
 }  // namespace
 
@@ -129,7 +128,7 @@ struct ControlClient::Impl : std::enable_shared_from_this<ControlClient::Impl> {
   void RenewLater() {
     const Duration every = milliseconds(std::max<uint32_t>(hello.heartbeat_ms, 10));
     renew_timer = reactor.After(every, [this, every] {
-      const int limit = std::max(kRenewalsUnansweredMax, static_cast<int>(kSilenceMin / every));
+      const int limit = std::max(limits::kHeartbeatMisses, static_cast<int>(kSilenceMin / every));
       if (unanswered >= limit) {
         Lose("no answer to " + std::to_string(unanswered) + " renewals of the lease");
         return;
@@ -150,8 +149,7 @@ struct ControlClient::Impl : std::enable_shared_from_this<ControlClient::Impl> {
     if (done()) return OkStatus();
     if (Interrupted()) return Cancelled("interrupted");
     return DeadlineExceeded("cache server " + options.address + " did not answer to " + what +
-                            " within " + std::to_string(deadline / milliseconds(1)) +
-                            " ms");
+                            " within " + std::to_string(deadline / milliseconds(1)) + " ms");
   }
 
   Status ConnectSocket() {
@@ -179,8 +177,8 @@ struct ControlClient::Impl : std::enable_shared_from_this<ControlClient::Impl> {
     result->reset();
     stream->HandshakeAsClient(
         where.host, [self = shared_from_this(), result](const error_code& e) { *result = e; });
-    KV_RETURN_IF_ERROR(Wait([&] { return result->has_value(); }, "the TLS handshake",
-                            options.deadline));
+    KV_RETURN_IF_ERROR(
+        Wait([&] { return result->has_value(); }, "the TLS handshake", options.deadline));
     if (!**result) return OkStatus();
     return Unauthenticated("cache server " + options.address + ": TLS: " + (**result).message() +
                            "; does it serve TLS, with a certificate for " + where.host +
@@ -274,15 +272,15 @@ Status ControlClient::Seal(ContextId context, std::vector<PrefixKey> keys) {
 
 Result<std::vector<wire::PrefixCandidate>> ControlClient::MatchPrefix(
     const wire::MatchPrefix& request) {
-  KV_ASSIGN_OR_RETURN(wire::Prefixes found,
-                      impl_->Ask<wire::Prefixes>(request, "match a prefix"));
+  KV_ASSIGN_OR_RETURN(wire::Prefixes found, impl_->Ask<wire::Prefixes>(request, "match a prefix"));
   return std::move(found.candidates);
 }
 
 Status ControlClient::Publish(ContextId context, bool durable, bool shared) {
   // Gigabytes may have to reach the disk.
   const Duration deadline = durable ? Duration(limits::kPublishDeadline) : impl_->options.deadline;
-  return impl_->Ask<wire::Done>(wire::Publish{context, durable, shared}, "publish context", deadline)
+  return impl_
+      ->Ask<wire::Done>(wire::Publish{context, durable, shared}, "publish context", deadline)
       .status();
 }
 
@@ -314,9 +312,7 @@ Result<std::string> ControlClient::Inspect(wire::InspectTopic topic, const std::
   return std::move(report.json);
 }
 
-Status ControlClient::Drain() {
-  return impl_->Ask<wire::Done>(wire::Drain{}, "drain").status();
-}
+Status ControlClient::Drain() { return impl_->Ask<wire::Done>(wire::Drain{}, "drain").status(); }
 
 Status ControlClient::Health() const { return impl_->lost; }
 
