@@ -3,7 +3,9 @@
 // Facts behind the settings (feasibility notes, section 5; Debian's 7.8): BlobDB gains nothing at 8
 // KiB values; MultiGet is serial without io_uring, so parallelism comes from calling Get on many
 // threads; flushing instead of a write-ahead log is 1.7x faster for bulk data. Pages hold floats, so
-// they are not compressed.
+// they are not compressed. Records are deleted one by one: where a column has range tombstones, an
+// iterator may pass a table that it cannot read and end without an error (before 8.5.2), and a start
+// would take the contexts in it for dropped, and delete their segments.
 #include <fcntl.h>
 #include <rocksdb/db.h>
 #include <rocksdb/env.h>
@@ -200,15 +202,7 @@ class RocksColdStore final : public ColdStore {
   Status Scan(ColdColumn c, std::string_view prefix, const Visitor& visit) const override {
     const std::shared_lock lock(reopening_);
     KV_RETURN_IF_ERROR(CheckOpen());
-    const std::unique_ptr<rocksdb::Iterator> it(
-        opened_->db().NewIterator(ReadHow(), opened_->column(c)));
-    for (it->Seek(rocksdb::Slice(prefix.data(), prefix.size())); it->Valid(); it->Next()) {
-      const std::string_view key(it->key().data(), it->key().size());
-      if (!key.starts_with(prefix)) break;
-      if (key == kFormatKey) continue;
-      if (!visit(key, {it->value().data(), it->value().size()})) break;
-    }
-    return FromRocks(it->status(), "scan");
+    return Visit(c, prefix, visit);
   }
 
   Status DeletePrefix(ColdColumn c, std::string_view prefix) override {
@@ -220,9 +214,16 @@ class RocksColdStore final : public ColdStore {
     KV_RETURN_IF_ERROR(GoOn());
     const std::shared_lock lock(reopening_);
     KV_RETURN_IF_ERROR(CheckOpen());
-    return Wrote(opened_->db().DeleteRange(Unlogged(), opened_->column(c),
-                                           rocksdb::Slice(prefix.data(), prefix.size()), end),
-                 "delete");
+    rocksdb::WriteBatch deletes;
+    if (c == ColdColumn::kRecords) {
+      KV_RETURN_IF_ERROR(Visit(c, prefix, [&](std::string_view key, std::string_view) {
+        return deletes.Delete(opened_->column(c), {key.data(), key.size()}).ok();
+      }));
+    } else {
+      KV_RETURN_IF_ERROR(FromRocks(
+          deletes.DeleteRange(opened_->column(c), {prefix.data(), prefix.size()}, end), "delete"));
+    }
+    return Wrote(opened_->db().Write(Unlogged(), &deletes), "delete");
   }
 
   Status Sync() override {
@@ -273,7 +274,18 @@ class RocksColdStore final : public ColdStore {
     if (opened_ != nullptr) return OkStatus();
     return Unavailable("cold store: it failed and could not be opened again; see the log");
   }
-  // REQUIRES: reopening_ is held, shared.
+  // REQUIRES of these: reopening_ is held, shared.
+  Status Visit(ColdColumn c, std::string_view prefix, const Visitor& visit) const {
+    const std::unique_ptr<rocksdb::Iterator> it(
+        opened_->db().NewIterator(ReadHow(), opened_->column(c)));
+    for (it->Seek(rocksdb::Slice(prefix.data(), prefix.size())); it->Valid(); it->Next()) {
+      const std::string_view key(it->key().data(), it->key().size());
+      if (!key.starts_with(prefix)) break;
+      if (key == kFormatKey) continue;
+      if (!visit(key, {it->value().data(), it->value().size()})) break;
+    }
+    return FromRocks(it->status(), "scan");
+  }
   Status Flush() {
     const uint64_t errors = watcher_->errors;
     rocksdb::Status s = opened_->Flush();
