@@ -88,7 +88,9 @@ class Chaos {
     std::fprintf(stderr, "chaos: FAILED: %s\nrepeat: chaos --seconds %g --seed %llu --workers %u\n",
                  failure_.c_str(), options_.seconds, static_cast<unsigned long long>(options_.seed),
                  options_.workers);
-    std::fprintf(stderr, "the server's last lines:\n%s\n", Tail(server_->process().Err()).c_str());
+    test::WriteFile(dir_.path("server.log"), log_ + server_->process().Err());
+    dir_.Keep();
+    std::fprintf(stderr, "kept: %s, with server.log\n", dir_.path().c_str());
     return 1;
   }
 
@@ -125,13 +127,19 @@ class Chaos {
       server_ = std::make_unique<test::TestServer>(
           std::vector<std::string>{"--memory-size", "96MiB", "--threads", "2", "--lease-ms", "1500",
                                    "--token-file", dir_.path("tokens.toml"), "--drain-timeout-ms",
-                                   "2000", "--log-level", "warn", "--data-dir", disk_.data_dir()},
+                                   "2000", "--data-dir", disk_.data_dir()},
           disk_.Environment());
-    } else if (!server_->TryRestart()) {
+    } else if (!TryRestart()) {
       Fail("the server does not start: " + Tail(server_->process().Err()));
     }
     std::filesystem::remove(disk_.damage_file());
     CheckContexts();
+  }
+
+  // What the server has said stays: what it lost may have been lost some starts ago.
+  bool TryRestart() {
+    log_ += server_->process().Err();
+    return server_->TryRestart();
   }
 
   void Replace() {
@@ -148,7 +156,7 @@ class Chaos {
     if (what.empty()) return StartServer();
     server_started_ms_ = NowMs();
     if (disk_.damaged_beyond_tables()) durable_since_ms_ = NowMs();
-    if (server_->TryRestart()) {
+    if (TryRestart()) {
       Say("damaged " + what + ": the server starts");
       return CheckContexts();
     }
@@ -453,6 +461,7 @@ class Chaos {
   StoreDisk disk_;
   std::string tokens_;
   std::unique_ptr<test::TestServer> server_;
+  std::string log_;  // of the servers before this one
   uint64_t server_started_ms_ = 0;
   uint64_t durable_since_ms_ = 0;  // what was published as durable before may be lost
   std::vector<Worker> workers_;

@@ -40,6 +40,7 @@ TempDir::TempDir() {
   path_ = pattern;
 }
 TempDir::~TempDir() {
+  if (keep_) return;
   std::error_code ignored;
   std::filesystem::remove_all(path_, ignored);
 }

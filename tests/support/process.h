@@ -17,7 +17,7 @@ namespace icecache::test {
 
 using Seconds = std::chrono::duration<double>;
 
-// A directory under the system's temporary one, removed with its content.
+// A directory under the system's temporary one, removed with its content unless it is kept.
 class TempDir {
  public:
   TempDir();
@@ -25,9 +25,11 @@ class TempDir {
   TempDir(const TempDir&) = delete;
   TempDir& operator=(const TempDir&) = delete;
   std::string path(const std::string& name = "") const;
+  void Keep() { keep_ = true; }
 
  private:
   std::string path_;
+  bool keep_ = false;
 };
 
 struct ProcessResult {
