@@ -1,30 +1,20 @@
-// Formats on disk: every kind of record says what it is and in which format, and one of a newer server is
-// refused with its name, both numbers and the remedy; a damaged one is DATA_LOSS. What a whole server says:
-// tests/integration/recovery_test.cc.
+// Formats on disk: every kind of record says what it is and in which format, and one of a newer
+// server is refused with its name, both numbers and the remedy; a damaged one is DATA_LOSS. What a
+// whole server says: tests/integration/recovery_test.cc.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include <cmath>
 #include <functional>
 
-#include "cacheserver/context/head_slice.h"
 #include "cacheserver/context/manifest.h"
+#include "cacheserver/context/test_sealed_slice.h"
 #include "cacheserver/store/blob.h"
-#include "kernels/distance.h"
 
 namespace icecache {
 namespace {
 
 using ::testing::AllOf;
 using ::testing::HasSubstr;
-
-SliceOptions Options() {
-  SliceOptions options;
-  options.segment = SegmentId(9);
-  options.tenant = TenantId(1);
-  options.head_dim = 32;
-  return options;
-}
 
 struct Kind {
   const char* name;
@@ -35,16 +25,7 @@ struct Kind {
 
 std::vector<Kind> Kinds() {
   static PagePool pool(16u << 20);
-  HeadSlice slice(pool, Options());
-  std::vector<float> values(100 * 32);
-  for (size_t i = 0; i < values.size(); ++i) values[i] = std::sin(static_cast<float>(i));
-  std::vector<std::byte> rows(values.size() * 2);
-  FromF32(values.data(), values.size(), DType::kF16, rows.data());
-  EXPECT_TRUE(slice.PutRows(0, {DType::kF16, 32, 100, rows.data(), rows.data()}).ok());
-  auto job = slice.PrepareBuild(100, 4, 16, {});
-  (*job)->Run();
-  EXPECT_TRUE(slice.Install(std::move(*job)).ok());
-  EXPECT_TRUE(slice.Seal().ok());
+  const auto slice = MakeSealedSlice(pool, 100);
   ContextManifest manifest{.tenant = "alice",
                            .name = "doc",
                            .shape = {.layers = 1, .kv_heads = 1, .query_heads = 1, .head_dim = 32},
@@ -57,10 +38,14 @@ std::vector<Kind> Kinds() {
        [](std::string_view blob) { return CheckSegmentRecord(blob, SegmentId(9)); }},
       {"record of the last start", EncodeStartRecord(7),
        [](std::string_view blob) { return DecodeStartRecord(blob).status(); }},
-      {"stored rows of a slice", slice.SaveRows(),
-       [](std::string_view blob) { return HeadSlice::Restore(pool, Options(), blob).status(); }},
-      {"stored index of a slice", slice.SaveIndex(),
-       [](std::string_view blob) { return HeadSlice::ParseIndex(Options(), blob).status(); }},
+      {"stored rows of a slice", slice->SaveRows(),
+       [](std::string_view blob) {
+         return HeadSlice::Restore(pool, SealedSliceOptions(), blob).status();
+       }},
+      {"stored index of a slice", slice->SaveIndex(),
+       [](std::string_view blob) {
+         return HeadSlice::ParseIndex(SealedSliceOptions(), blob).status();
+       }},
   };
 }
 

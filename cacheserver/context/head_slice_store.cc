@@ -5,6 +5,7 @@
 
 #include "cacheserver/context/head_slice.h"
 #include "cacheserver/store/blob.h"
+#include "kernels/distance.h"
 
 namespace icecache {
 namespace {
@@ -97,7 +98,7 @@ Result<std::unique_ptr<HeadSlice>> HeadSlice::Restore(PagePool& pool, const Slic
     in.Fail("it is of another segment or model");
   } else if (sink_count > limits::kSinkTokensMax || first + sink_count > next_append ||
              next_append > end || end > limits::kContextTokensMax ||
-             end - next_append > limits::kWindowTokensMax) {
+             end - next_append > limits::kWindowTokensMax || (sink_count > 0 && !built)) {
     in.Fail("its positions are out of order");
   }
   KV_RETURN_IF_ERROR(in.status());
@@ -108,6 +109,9 @@ Result<std::unique_ptr<HeadSlice>> HeadSlice::Restore(PagePool& pool, const Slic
     if (k.size() != bytes || v.size() != bytes) {
       return DataLoss("stored rows of a slice: rows are missing");
     }
+    const size_t elements = size_t{count} * head_dim;
+    if (!AllFinite(k.data(), dtype, elements) || !AllFinite(v.data(), dtype, elements))
+      return DataLoss("stored rows of a slice: a number is NaN or infinite");
     if (count == 0) return OkStatus();
     *out = slice->NewRows();
     KV_RETURN_IF_ERROR((*out)->Reserve(count, true));
@@ -144,6 +148,13 @@ Result<SliceIndex> HeadSlice::ParseIndex(const SliceOptions& options, std::strin
   index.policy = MakePolicy(options.policy, {options.dtype, options.head_dim, options.seed});
   KV_RETURN_IF_ERROR(
       index.policy->Restore({reinterpret_cast<const char*>(image.data()), image.size()}));
+  // The policy must know the pages by the same fills: it reads as many rows of each.
+  std::vector<PageView> cold;
+  for (const uint8_t fill : fills) cold.push_back({nullptr, nullptr, fill});
+  if (const Status fits =
+          index.policy->Validate({options.dtype, options.head_dim, count, cold.data()});
+      !fits.ok())
+    return DataLoss("stored index of a slice: " + fits.message());
   return index;
 }
 

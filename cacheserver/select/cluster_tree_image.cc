@@ -2,6 +2,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <functional>
+#include <limits>
 #include <string>
 
 #include "cacheserver/select/cluster_tree_internal.h"
@@ -36,6 +38,24 @@ void PutNodes(ImageWriter& out, const NodeTable& nodes) {
     out.PutAll(*values);
 }
 
+// Numbers of a slot are bounded by coordinates, which saturate (kCoordinateMax): beyond that they
+// are forged, and a search that multiplies them would leave the floats.
+struct Bounds {
+  explicit Bounds(uint32_t head_dim)
+      : scale(kSlack * 2 * kCoordinateMax / 127),
+        square(kSlack * static_cast<float>(head_dim) * kCoordinateMax * kCoordinateMax),
+        spread(std::sqrt(square)) {}
+  static constexpr float kSlack = 1.05f;  // for rounding
+  float scale;                            // of int8 rows of coordinates, or of differences of two
+  float square;                           // sum_j weight_j z_j^2; weights sum to head_dim
+  float spread;
+};
+
+// NaN is in no range.
+bool InRange(const std::vector<float>& values, float low, float high) {
+  return std::all_of(values.begin(), values.end(), [=](float x) { return x >= low && x <= high; });
+}
+
 void GetNodes(ImageReader& in, uint32_t head_dim, NodeTable* nodes) {
   const auto blocks = in.Get<uint32_t>();
   if (blocks > limits::kContextTokensMax) return in.Fail("it has too many nodes");
@@ -45,7 +65,10 @@ void GetNodes(ImageReader& in, uint32_t head_dim, NodeTable* nodes) {
     if (values->size() != size_t{blocks} * kBlockRows)
       in.Fail("a column of nodes has the wrong length");
   }
-  (void)head_dim;
+  const Bounds most(head_dim);
+  if (!InRange(nodes->scale, 0, most.scale) || !InRange(nodes->spread, 0, most.spread) ||
+      !InRange(nodes->square, 0, most.square))
+    in.Fail("a number of a node is out of range");
 }
 
 void PutBasis(ImageWriter& out, const Basis& basis) {
@@ -59,20 +82,33 @@ void PutBasis(ImageWriter& out, const Basis& basis) {
 }
 
 void GetBasis(ImageReader& in, uint32_t head_dim, Basis* basis) {
+  constexpr float kMax = std::numeric_limits<float>::max();
+  const Bounds most(head_dim);
+  const auto get = [&](std::vector<float>* values, float low, float high) {
+    *values = in.GetAll<float>();
+    if (!values->empty() && values->size() != head_dim)
+      in.Fail("a vector of the basis has the wrong length");
+    if (!InRange(*values, low, high)) in.Fail("a number of the basis is out of range");
+  };
   basis->tokens = in.Get<uint64_t>();
-  basis->energy = in.GetAll<float>();
-  for (auto* v :
-       {&basis->mean, &basis->scale, &basis->weight, &basis->value_mean, &basis->page_variance}) {
-    *v = in.GetAll<float>();
-    if (!v->empty() && v->size() != head_dim) in.Fail("a vector of the basis has the wrong length");
-  }
+  get(&basis->energy, 0, kMax);
+  get(&basis->mean, -kMax, kMax);
+  get(&basis->scale, std::numeric_limits<float>::min(), kMax);
+  get(&basis->weight, 0, Bounds::kSlack * static_cast<float>(head_dim));
+  get(&basis->value_mean, -kMax, kMax);
+  get(&basis->page_variance, 0, Bounds::kSlack * kCoordinateMax * kCoordinateMax);
   for (float scale : basis->scale) basis->inverse.push_back(1.0f / scale);
   basis->sketch_dims = in.GetAll<uint32_t>();
   basis->page_spread = in.Get<float>();
-  const bool dims_ok = basis->sketch_dims.empty() || basis->sketch_dims.size() == kSketchDims;
-  const bool range_ok = std::all_of(basis->sketch_dims.begin(), basis->sketch_dims.end(),
-                                    [&](uint32_t j) { return j < head_dim; });
-  if (!dims_ok || !range_ok) in.Fail("the sketch's dimensions are out of range");
+  if (!InRange({basis->page_spread}, 0, most.square))
+    in.Fail("the unit of spreads is out of range");
+  for (const auto* v : {&basis->scale, &basis->weight, &basis->value_mean, &basis->page_variance})
+    if (v->size() != basis->mean.size()) in.Fail("a vector of the basis is missing");
+  const std::vector<uint32_t>& dims = basis->sketch_dims;
+  const bool rising =
+      std::adjacent_find(dims.begin(), dims.end(), std::greater_equal<>()) == dims.end();
+  if (!dims.empty() && (dims.size() != kSketchDims || !rising || dims.back() >= head_dim))
+    in.Fail("the sketch's dimensions are out of range");
 }
 
 template <typename T, typename Field, typename Item>
@@ -114,61 +150,116 @@ void GetSupers(ImageReader& in, Tree* tree) {
   }
 }
 
-// Every reference between pages, slots, blocks and supers, and every count.
-Status CheckLinks(const Tree& tree) {
-  const auto broken = [](const std::string& what) { return Internal("cluster_tree: " + what); };
+Status Broken(const std::string& what) { return Internal("cluster_tree: " + what); }
+
+// Pages and slots name each other, and no slot else a page.
+Status CheckSlots(const Tree& tree) {
   const size_t blocks = tree.leaves.block_count();
-  if (tree.page_of_slot.size() != blocks * kBlockRows || tree.super_of_block.size() != blocks) {
-    return broken("tables of slots and blocks have different lengths");
-  }
+  if (tree.page_of_slot.size() != blocks * kBlockRows || tree.super_of_block.size() != blocks)
+    return Broken("tables of slots and blocks have different lengths");
   uint64_t tokens = 0;
   for (uint32_t p = 0; p < tree.page_count(); ++p) {
     const Page& page = tree.pages[p];
     if (page.count < 1 || page.count > kPageRows)
-      return broken("page " + std::to_string(p) + " holds " + std::to_string(page.count) +
+      return Broken("page " + std::to_string(p) + " holds " + std::to_string(page.count) +
                     " tokens");
-    if (page.slot >= tree.page_of_slot.size() || tree.page_of_slot[page.slot] != p) {
-      return broken("page " + std::to_string(p) + " and its slot disagree");
-    }
+    if (page.slot >= tree.page_of_slot.size() || tree.page_of_slot[page.slot] != p)
+      return Broken("page " + std::to_string(p) + " and its slot disagree");
     tokens += page.count;
   }
+  const auto empty =
+      static_cast<size_t>(std::count(tree.page_of_slot.begin(), tree.page_of_slot.end(), kNone));
+  if (tree.page_of_slot.size() - empty != tree.pages.size())
+    return Broken("a slot names a page that is elsewhere");
   if (tokens != tree.tokens)
-    return broken("pages hold " + std::to_string(tokens) + " tokens, expected " +
+    return Broken("pages hold " + std::to_string(tokens) + " tokens, expected " +
                   std::to_string(tree.tokens));
-  std::vector<uint32_t> owned(tree.super_count(), 0);
-  size_t used = 0;
-  for (uint32_t slot = 0; slot < tree.page_of_slot.size(); ++slot) {
-    const uint32_t page = tree.page_of_slot[slot];
-    if (page == kNone) continue;
-    const uint32_t super = tree.super_of_block[slot / kBlockRows];
-    if (page >= tree.page_count() || tree.pages[page].slot != slot)
-      return broken("slot " + std::to_string(slot) + " names a page that is elsewhere");
-    if (super >= tree.super_count()) return broken("a page lies in a block without super");
-    ++owned[super];
-    ++used;
-  }
-  if (used != tree.pages.size()) return broken("a page has no slot");
-  size_t held = 0;
+  return OkStatus();
+}
+
+// Blocks belong to one super each, or are free. Supers without a page are free, once.
+Status CheckSupers(const Tree& tree) {
+  size_t listed = tree.free_blocks.size(), empty = 0;
   for (uint32_t s = 0; s < tree.super_count(); ++s) {
     const Super& super = tree.supers[s];
-    if (super.block_count > kSuperBlocksMax || super.page_count != owned[s])
-      return broken("super " + std::to_string(s) + " counts its pages wrongly");
+    uint32_t pages = 0, tokens = 0;
+    if (super.block_count > kSuperBlocksMax)
+      return Broken("super " + std::to_string(s) + " has too many blocks");
     for (uint32_t b = 0; b < super.block_count; ++b) {
-      if (super.blocks[b] >= blocks || tree.super_of_block[super.blocks[b]] != s)
-        return broken("super " + std::to_string(s) + " lists a block of another");
+      const uint32_t block = super.blocks[b];
+      const auto* end = super.blocks.data() + b;
+      if (block >= tree.leaves.block_count() || tree.super_of_block[block] != s ||
+          std::find(super.blocks.data(), end, block) != end)
+        return Broken("super " + std::to_string(s) + " lists a block of another, or twice");
+      for (uint32_t lane = 0; lane < kBlockRows; ++lane) {
+        const uint32_t page = tree.page_of_slot[size_t{block} * kBlockRows + lane];
+        if (page == kNone) continue;
+        ++pages;
+        tokens += tree.pages[page].count;
+      }
     }
-    held += super.block_count;
+    listed += super.block_count;
+    empty += pages == 0 ? 1 : 0;
+    if (super.page_count != pages || super.token_count != tokens ||
+        (pages == 0) != (super.block_count == 0))
+      return Broken("super " + std::to_string(s) + " counts its pages or tokens wrongly");
   }
-  for (uint32_t block : tree.free_blocks) {
-    if (block >= blocks || tree.super_of_block[block] != kNone)
-      return broken("a free block is in use");
+  std::vector<bool> freed(std::max<size_t>(tree.leaves.block_count(), tree.super_count()), false);
+  for (const uint32_t block : tree.free_blocks) {
+    if (block >= tree.leaves.block_count() || tree.super_of_block[block] != kNone || freed[block])
+      return Broken("a free block is in use, or free twice");
+    freed[block] = true;
   }
-  for (uint32_t super : tree.free_supers) {
-    if (super >= tree.super_count() || tree.supers[super].page_count != 0)
-      return broken("a free super is in use");
+  if (listed != tree.leaves.block_count()) return Broken("a block belongs to nobody");
+  freed.assign(freed.size(), false);
+  for (const uint32_t super : tree.free_supers) {
+    if (super >= tree.super_count() || tree.supers[super].block_count != 0 || freed[super])
+      return Broken("a free super is in use, or free twice");
+    freed[super] = true;
   }
-  if (held + tree.free_blocks.size() != blocks) return broken("a block belongs to nobody");
+  return tree.free_supers.size() == empty ? OkStatus() : Broken("an empty super is not free");
+}
+
+// A search knows empty slots by their log_count alone.
+Status CheckLogCounts(const Tree& tree) {
+  const auto wrong = [](float log_count, uint32_t tokens) {
+    constexpr float kEmpty = -std::numeric_limits<float>::infinity();
+    return tokens == 0 ? log_count != kEmpty
+                       : !(std::fabs(log_count - std::log(static_cast<float>(tokens))) < 1e-3f);
+  };
+  for (uint32_t slot = 0; slot < tree.page_of_slot.size(); ++slot) {
+    const uint32_t page = tree.page_of_slot[slot];
+    if (wrong(tree.leaves.log_count[slot], page == kNone ? 0 : tree.pages[page].count))
+      return Broken("slot " + std::to_string(slot) + " weighs its tokens wrongly");
+  }
+  for (uint32_t s = 0; s < tree.super_nodes.log_count.size(); ++s) {
+    if (wrong(tree.super_nodes.log_count[s],
+              s < tree.super_count() ? tree.supers[s].token_count : 0))
+      return Broken("super " + std::to_string(s) + " weighs its tokens wrongly");
+  }
   return OkStatus();
+}
+
+// Every reference between pages, slots, blocks and supers, and every count.
+Status CheckLinks(const Tree& tree) {
+  KV_RETURN_IF_ERROR(CheckSlots(tree));
+  KV_RETURN_IF_ERROR(CheckSupers(tree));
+  return CheckLogCounts(tree);
+}
+
+// What is not in columns that are checked as they are read.
+bool NumbersInRange(const Tree& tree) {
+  const Bounds most(tree.head_dim);
+  const auto in_range = [](float x, float high) { return x >= 0 && x <= high; };
+  const auto scale_ok = [&](const auto& node) {
+    return in_range(node.value_scale, Bounds::kSlack * kValueMax / 127);
+  };
+  return std::all_of(tree.pages.begin(), tree.pages.end(),
+                     [&](const Page& page) {
+                       return scale_ok(page) && in_range(page.sketch_scale, most.scale) &&
+                              in_range(page.rest_spread, most.spread);
+                     }) &&
+         std::all_of(tree.supers.begin(), tree.supers.end(), scale_ok);
 }
 
 bool SameSlot(const NodeTable& a, const NodeTable& b, uint32_t dim, uint32_t slot) {
@@ -229,16 +320,17 @@ Status Restore(std::string_view image, const PolicyOptions& options, Tree* tree)
   const size_t supers_max = size_t{read.super_nodes.block_count()} * kBlockRows;
   const std::vector<uint8_t> values = in.GetAll<uint8_t>();
   GetSupers(in, &read);
-  if (read.supers.size() > supers_max || values.size() != read.supers.size() * options.head_dim) {
+  if (read.supers.size() > supers_max || supers_max - read.supers.size() >= kBlockRows ||
+      values.size() != read.supers.size() * options.head_dim)
     in.Fail("the table of supers has the wrong size");
-  }
   KV_RETURN_IF_ERROR(in.Finish());
   read.super_values.Resize(read.supers.size());
   for (size_t s = 0; s < read.supers.size(); ++s) {
     std::memcpy(read.super_values.row(s), values.data() + s * options.head_dim, options.head_dim);
   }
-  if (read.page_count() > 0 && read.basis.mean.size() != options.head_dim)
+  if (read.page_count() > 0 && read.basis.mean.empty())
     return DataLoss("index image: the basis is missing");
+  if (!NumbersInRange(read)) return DataLoss("index image: a number of a page is out of range");
   if (const Status links = CheckLinks(read); !links.ok())
     return DataLoss("index image: " + links.message());
   *tree = std::move(read);
@@ -248,7 +340,7 @@ Status Restore(std::string_view image, const PolicyOptions& options, Tree* tree)
 Status Validate(const Tree& tree, const PolicyOptions& options, const PagedKv& pages) {
   KV_RETURN_IF_ERROR(CheckLinks(tree));
   const auto broken = [](const char* node, uint32_t i, const char* what) {
-    return Internal(std::string("cluster_tree: ") + node + " " + std::to_string(i) + " " + what);
+    return Broken(std::string(node) + " " + std::to_string(i) + " " + what);
   };
   if (pages.page_count != tree.page_count()) {
     return Internal("cluster_tree: " + std::to_string(pages.page_count) + " pages stored, " +
@@ -280,8 +372,6 @@ Status Validate(const Tree& tree, const PolicyOptions& options, const PagedKv& p
     WriteSuper(copy, s);
     if (!SameSlot(tree.super_nodes, copy.super_nodes, tree.head_dim, s))
       return broken("super", s, "has a stale summary");
-    if (tree.supers[s].token_count != copy.supers[s].token_count)
-      return broken("super", s, "counts its tokens wrongly");
   }
   return OkStatus();
 }

@@ -24,6 +24,7 @@ inline constexpr uint32_t kSketchDims = 32;
 inline constexpr uint32_t kSuperPages = 32;      // pages of a super after Build
 inline constexpr uint32_t kSuperBlocksMax = 4;   // a super splits before it needs a fifth block
 inline constexpr float kCoordinateMax = 100.0f;  // |z| saturates; the rows themselves stay exact
+inline constexpr float kValueMax = 1e30f;        // so do mean values
 
 // Growable array of rows of bytes that never moves them: growing costs one small allocation.
 class ChunkedRows {

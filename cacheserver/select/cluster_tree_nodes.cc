@@ -191,7 +191,9 @@ void WritePage(Tree& tree, uint32_t page_index, const PageRows& rows) {
 
   float value[limits::kHeadDimMax];
   Moments(rows.v.data(), rows.count, dim, value, nullptr);
-  for (uint32_t j = 0; j < dim; ++j) value[j] -= tree.basis.value_mean[j];
+  // Sums of values near the largest float are infinite: means saturate, the rows stay exact.
+  for (uint32_t j = 0; j < dim; ++j)
+    value[j] = std::clamp(value[j] - tree.basis.value_mean[j], -kValueMax, kValueMax);
   page.value_scale = QuantizeRow(value, dim, tree.values.signed_row(page_index));
 }
 

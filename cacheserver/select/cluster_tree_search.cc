@@ -32,14 +32,14 @@ float WeightedDot(const float* use, const float* x, const float* y, size_t dim) 
 float SpreadFactor(const Basis& basis, const float* square, const float* use) {
   const size_t dim = basis.weight.size();
   const float* variance = basis.page_variance.data();
+  const auto factor = [](float seen, float metric) {
+    const float x = std::sqrt(seen / metric);
+    return x < 1e15f ? x : 1e15f;  // also NaN: an infinite square in a dimension that never varies
+  };
   const float metric = WeightedDot(use, basis.weight.data(), variance, dim);
-  if (metric > 0) {
-    const float seen = WeightedDot(use, square, variance, dim);
-    return std::min(std::sqrt(seen / metric), 1e15f);
-  }
-  const float plain = WeightedDot(use, square, use, dim);
+  if (metric > 0) return factor(WeightedDot(use, square, variance, dim), metric);
   const float plain_metric = WeightedDot(use, basis.weight.data(), use, dim);
-  return plain_metric > 0 ? std::min(std::sqrt(plain / plain_metric), 1e15f) : 0.0f;
+  return plain_metric > 0 ? factor(WeightedDot(use, square, use, dim), plain_metric) : 0.0f;
 }
 
 }  // namespace

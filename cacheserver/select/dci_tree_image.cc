@@ -19,11 +19,11 @@ void DciTree::PutCell(const Cell& cell, ImageWriter* writer) {
 
 DciTree::Cell DciTree::GetCell(ImageReader* reader) {
   Cell cell;
-  cell.lift = reader->Get<float>();
+  cell.lift = reader->GetFinite();
   const auto count = reader->Get<uint64_t>();
   for (uint64_t i = 0; i < count && reader->ok(); ++i) {
     Child child{};
-    child.projection = reader->Get<float>();
+    child.projection = reader->GetFinite();
     child.token = reader->Get<uint32_t>();
     cell.children.push_back(child);
   }
@@ -58,16 +58,16 @@ void DciTree::Save(std::string* image) const {
 Status DciTree::Restore(std::string_view image) {
   ImageReader reader(PolicyKind::kDciTree, options_, image);
   DciTree fresh(options_, tree_options_);
-  fresh.direction_ = reader.GetAll<float>();
-  fresh.lift_ = reader.Get<float>();
+  fresh.direction_ = reader.GetAllFinite();
+  fresh.lift_ = reader.GetFinite();
   fresh.page_fills_ = reader.GetAll<uint8_t>();
   fresh.page_tokens_ = reader.GetAll<uint32_t>();
   const auto tokens = reader.Get<uint64_t>();
   for (uint64_t t = 0; t < tokens && reader.ok(); ++t) {
     TokenInfo token;
-    token.norm = reader.Get<float>();
-    token.head = reader.Get<float>();
-    token.parent_dot = reader.Get<float>();
+    token.norm = reader.GetFinite();
+    token.head = reader.GetFinite();
+    token.parent_dot = reader.GetFinite();
     token.parent = reader.Get<uint32_t>();
     token.node = reader.Get<uint32_t>();
     token.level = reader.Get<uint8_t>();
@@ -75,11 +75,12 @@ Status DciTree::Restore(std::string_view image) {
     if (token.level == 0) ++fresh.level0_count_;
   }
   const auto levels = reader.Get<uint64_t>();
+  if (levels > kLevelsMax) reader.Fail("it has too many levels");
   fresh.root_ = GetCell(&reader);
   for (uint64_t l = 0; l < levels && reader.ok(); ++l) {
     Level at;
     at.tokens = reader.GetAll<uint32_t>();
-    at.keys = reader.GetAll<float>();
+    at.keys = reader.GetAllFinite();
     for (size_t i = 0; i < at.tokens.size() && reader.ok(); ++i)
       at.cells.push_back(GetCell(&reader));
     fresh.levels_.push_back(std::move(at));
@@ -143,7 +144,7 @@ Status DciTree::CheckShape() const {
     if (is_top != (info.parent == kRoot) ||
         (!is_top && info.parent >= level(info.level + 1).tokens.size()))
       return Internal(name + " has no parent on the level above");
-    if (!(info.norm <= lift_)) return Internal(name + " is longer than the lift");
+    if (info.norm < 0 || info.norm > lift_) return Internal(name + " is longer than the lift");
   }
   size_t pivots = 0;
   for (const Level& l : levels_) {

@@ -31,6 +31,8 @@ class DciTree final : public SelectionPolicy {
 
  private:
   static constexpr uint32_t kRoot = ~0u;  // parent of tokens on the top level
+  static constexpr uint32_t kLevelsMax =
+      32;  // a level has a multiple of the tokens of the one above
 
   struct Child {
     float projection;

@@ -1,7 +1,10 @@
 #include "cacheserver/select/image.h"
 
+#include <cmath>
+
 #include "common/checksum.h"
 #include "common/dtype.h"
+#include "kernels/distance.h"
 
 namespace icecache {
 namespace {
@@ -77,6 +80,19 @@ ImageReader::ImageReader(PolicyKind kind, const PolicyOptions& options, std::str
   } else {
     body_ = image.substr(sizeof(Header), expected_bytes);
   }
+}
+
+float ImageReader::GetFinite() {
+  const auto value = Get<float>();
+  if (!std::isfinite(value)) Fail("a number is NaN or infinite");
+  return value;
+}
+
+std::vector<float> ImageReader::GetAllFinite() {
+  std::vector<float> values = GetAll<float>();
+  if (!AllFinite(reinterpret_cast<const std::byte*>(values.data()), DType::kF32, values.size()))
+    Fail("a number is NaN or infinite");
+  return values;
 }
 
 void ImageReader::Fail(std::string_view what) {

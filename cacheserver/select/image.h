@@ -2,7 +2,8 @@
 //
 // An image is a header (magic, version, policy kind, dtype, head_dim, body length), a body of plain
 // values and arrays in host byte order (all supported machines are little-endian), and a checksum.
-// A reader never trusts a length: every read is bounds-checked and fails as DATA_LOSS.
+// A reader never trusts a length: every read is bounds-checked and fails as DATA_LOSS. A checksum
+// does not prove that the values make sense: whoever restores checks what its searches rely on.
 #pragma once
 
 #include <cstdint>
@@ -70,6 +71,9 @@ class ImageReader {
     body_.remove_prefix(count * sizeof(T));
     return values;
   }
+  // The same of floats; NaN and infinity fail.
+  float GetFinite();
+  std::vector<float> GetAllFinite();
   void Fail(std::string_view what);
   // OK when every read succeeded and nothing is left over.
   Status Finish();

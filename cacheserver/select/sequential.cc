@@ -98,8 +98,8 @@ class Sequential final : public SelectionPolicy {
     ImageReader reader(PolicyKind::kSequential, options_, image);
     PageFills fills;
     if (!fills.Restore(reader.GetAll<uint8_t>())) reader.Fail("a page's fill is out of range");
-    auto key_means = reader.GetAll<float>();
-    auto value_means = reader.GetAll<float>();
+    auto key_means = reader.GetAllFinite();
+    auto value_means = reader.GetAllFinite();
     const size_t expected = size_t{fills.page_count()} * options_.head_dim;
     if (key_means.size() != expected || value_means.size() != expected)
       reader.Fail("there are not as many means as pages");

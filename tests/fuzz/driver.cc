@@ -1,6 +1,7 @@
 // A fuzzing engine for any compiler: replays a corpus, then mutates it.
 //
-//   fuzz_NAME [--target NAME] [--seconds N] [--seed S] [--corpus DIR] [--write-corpus DIR] [FILE...]
+//   fuzz_NAME [--target NAME] [--seconds N] [--seed S] [--corpus DIR] [--write-corpus DIR]
+//             [FILE...]
 //
 // Without --target all of them, one after the other, for so long each. DIR has a folder for each
 // target. With FILEs: runs these and nothing else (to reproduce). On a crash the input is in
@@ -58,8 +59,10 @@ std::string ReadAll(const std::string& path) {
 // One to eight small edits, of the kinds that parsers trip over.
 std::string Mutate(std::string input, const std::vector<std::string>& corpus,
                    std::mt19937_64& random) {
-  static constexpr uint64_t kNumbers[] = {0,      1,          0x7f,       0x80,  0xff,      0x7fff,
-                                          0xffff, 0x7fffffff, 0xffffffff, ~0ull, 1ull << 62};
+  static constexpr uint64_t kNumbers[] = {0, 1, 0x7f, 0x80, 0xff, 0x7fff, 0xffff, 0x7fffffff,
+                                          0xffffffff, ~0ull, 1ull << 62,
+                                          // of floats: infinity, the largest, -1
+                                          0x7f800000, 0x7f7fffff, 0xbf800000};
   const auto at = [&] { return input.empty() ? 0 : random() % input.size(); };
   for (uint64_t edits = 1 + random() % 8; edits > 0; --edits) {
     switch (random() % 8) {
@@ -125,7 +128,8 @@ void WriteCorpus(const Target& target, const std::string& dir) {
     std::ofstream(dir + "/" + target.name + "/seed-" + std::to_string(n++), std::ios::binary) << s;
 }
 
-// Seeds and files, sorted: the same order on every file system. A target without a folder was forgotten.
+// Seeds and files, sorted: the same order on every file system. A target without a folder was
+// forgotten.
 std::vector<std::string> CorpusOf(const Target& target, const std::string& dir) {
   std::vector<std::string> corpus = target.seeds;
   if (!dir.empty()) {
@@ -188,7 +192,8 @@ int Main(int argc, char** argv) {
     if (!options.files.empty() || !options.write_corpus.empty()) continue;
     Fuzz(target, CorpusOf(target, options.corpus), options.seconds, options.seed);
   }
-  if (!found) std::fprintf(stderr, "%s has no target '%s'\n", program.c_str(), options.target.c_str());
+  if (!found)
+    std::fprintf(stderr, "%s has no target '%s'\n", program.c_str(), options.target.c_str());
   return found ? 0 : 2;
 }
 

@@ -1,11 +1,13 @@
-// What the cold store keeps: records of contexts and starts, rows and indexes of slices. What a decoder
-// accepts is inside the limits, and is written as it was read.
-#include <cmath>
+// What the cold store keeps: records of contexts and starts, rows and indexes of slices. What a
+// decoder accepts is inside the limits, and is written as it was read.
+#include <functional>
+#include <span>
+#include <vector>
 
-#include "cacheserver/context/head_slice.h"
 #include "cacheserver/context/manifest.h"
+#include "cacheserver/context/test_sealed_slice.h"
 #include "common/limits.h"
-#include "kernels/distance.h"
+#include "kernels/attention.h"
 #include "tests/fuzz/fuzz_target.h"
 #include "tests/fuzz/sealed.h"
 
@@ -20,14 +22,6 @@ std::function<void(const std::string&)> AsIsAndSealed(Check check) {
     check(input);
     check(Sealed(input, kLengthAt));
   };
-}
-
-SliceOptions Options() {
-  SliceOptions options;
-  options.segment = SegmentId(9);
-  options.tenant = TenantId(1);
-  options.head_dim = 32;
-  return options;
 }
 
 void CheckContext(const std::string& blob) {
@@ -46,48 +40,72 @@ void CheckStart(const std::string& blob) {
     Broken("a record is written as it was read");
 }
 
+constexpr uint32_t kTokens = 300;
+
 void CheckRows(const std::string& blob) {
   PagePool pool(16u << 20);
-  const auto slice = HeadSlice::Restore(pool, Options(), blob);
+  const auto slice = HeadSlice::Restore(pool, SealedSliceOptions(), blob);
   if (!slice.ok()) return;
   if ((*slice)->end() > limits::kContextTokensMax) Broken("positions are inside the limits");
-  const auto again = HeadSlice::Restore(pool, Options(), (*slice)->SaveRows());
+  if (!(*slice)->Validate().ok()) Broken("rows that were read make a slice");
+  const auto again = HeadSlice::Restore(pool, SealedSliceOptions(), (*slice)->SaveRows());
   if (!again.ok()) Broken("rows that were read can be written and read");
 }
 
-// A sealed slice of 300 tokens.
-std::unique_ptr<HeadSlice> MakeSlice(PagePool& pool) {
-  auto slice = std::make_unique<HeadSlice>(pool, Options());
-  std::vector<float> values(300 * 32);
-  for (size_t i = 0; i < values.size(); ++i) values[i] = std::sin(static_cast<float>(i * i % 1013));
-  std::vector<std::byte> rows(values.size() * 2);
-  FromF32(values.data(), values.size(), DType::kF16, rows.data());
-  bool ok = slice->PutRows(0, {DType::kF16, 32, 300, rows.data(), rows.data()}).ok();
-  auto job = slice->PrepareBuild(300, 4, 16, {});
-  ok = ok && job.ok() && *job != nullptr;
-  if (!ok) Broken("a slice can be filled");
-  (*job)->Run();
-  if (!slice->Install(std::move(*job)).ok() || !slice->Seal().ok()) Broken("a slice can be sealed");
-  return slice;
-}
-
-struct SliceBlobs {
+struct StoredSlice {
   std::string rows, index;
+  std::vector<std::string> pages;
 };
-SliceBlobs MakeBlobs() {
+StoredSlice Store() {
   PagePool pool(16u << 20);
-  const auto slice = MakeSlice(pool);
-  return {slice->SaveRows(), slice->SaveIndex()};
+  const auto slice = MakeSealedSlice(pool, kTokens);
+  StoredSlice stored{slice->SaveRows(), slice->SaveIndex(), {}};
+  for (uint32_t p = 0; p < slice->page_count(); ++p) {
+    stored.pages.emplace_back();
+    slice->table().AppendStored(PageId(p), &stored.pages.back());
+  }
+  return stored;
 }
 
-void CheckIndex(const SliceBlobs& blobs, const std::string& blob) {
-  auto index = HeadSlice::ParseIndex(Options(), blob);
+// Brings the pages that the index names by their checksums; true: all of them.
+bool LoadPages(HeadSlice& slice, const StoredSlice& stored) {
+  bool all = slice.page_count() == stored.pages.size();
+  for (uint32_t p = 0; p < slice.page_count() && p < stored.pages.size(); ++p) {
+    if (!slice.table().BeginLoad(PageId(p)).ok()) Broken("there is memory for the pages");
+    const bool good =
+        slice.table().FillLoading(PageId(p), std::as_bytes(std::span(stored.pages[p]))).ok();
+    slice.table().EndLoad(PageId(p), good);
+    all = all && good;
+  }
+  return all;
+}
+
+void Ask(const HeadSlice& slice) {
+  const std::vector<float> query(kSealedSliceDim, 0.25f);
+  const auto attention = MakeReferenceAttention();
+  Selection selection;
+  slice.Select({.queries = query.data(), .group = 1, .max_pages = 4, .read_cap = 64}, *attention,
+               &selection);
+  if (selection.pages.size() > 4) Broken("never more pages than asked for");
+}
+
+void CheckIndex(const StoredSlice& stored, const std::string& blob) {
+  auto index = HeadSlice::ParseIndex(SealedSliceOptions(), blob);
   if (!index.ok()) return;
   PagePool pool(16u << 20);
-  auto slice = HeadSlice::Restore(pool, Options(), blobs.rows);
+  auto slice = HeadSlice::Restore(pool, SealedSliceOptions(), stored.rows);
   if (!slice.ok()) Broken("the seed's rows are good");
   if (!(*slice)->AdoptIndex(std::move(*index)).ok()) return;
-  if ((*slice)->page_count() > 300) Broken("no more pages than tokens");
+  if ((*slice)->page_count() > kTokens) Broken("no more pages than tokens");
+  Ask(**slice);
+  const bool whole = LoadPages(**slice, stored);
+  Ask(**slice);
+  if (!HeadSlice::ParseIndex(SealedSliceOptions(), (*slice)->SaveIndex()).ok())
+    Broken("an index that was read can be written and read");
+  if (!whole) return;
+  const auto cut = HeadSlice::Cut(**slice, SealedSliceOptions(), kTokens / 2, {});
+  if (!cut.ok()) Broken("a slice whose pages are there can be cut");
+  Ask(**cut);
 }
 
 std::string ContextSeed() {
@@ -105,13 +123,14 @@ std::string ContextSeed() {
 }  // namespace
 
 std::vector<Target> Targets() {
-  const SliceBlobs blobs = MakeBlobs();
+  const StoredSlice stored = Store();
   return {
       {"context", {ContextSeed()}, AsIsAndSealed(CheckContext)},
       {"start", {EncodeStartRecord(12345)}, AsIsAndSealed(CheckStart)},
-      {"rows", {blobs.rows}, AsIsAndSealed(CheckRows)},
-      {"index", {blobs.index},
-       AsIsAndSealed([blobs](const std::string& blob) { CheckIndex(blobs, blob); })},
+      {"rows", {stored.rows}, AsIsAndSealed(CheckRows)},
+      {"index", {stored.index}, AsIsAndSealed([stored](const std::string& blob) {
+         CheckIndex(stored, blob);
+       })},
   };
 }
 
