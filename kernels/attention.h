@@ -26,20 +26,35 @@ struct AttentionItem {
   std::span<const PageId> pages;  // each must be in memory (k != nullptr)
 };
 
+// States, and where out / denom of them goes.
+struct AttentionResult {
+  AttentionStateRef states;
+  float* out = nullptr;  // [states.heads, states.head_dim]
+};
+
 class AttentionBackend {
  public:
   virtual ~AttentionBackend() = default;
   virtual const char* name() const = 0;  // "cpu" | "reference" | "cuda" | "emulated"
+  // Where FinishTo writes: memory of a device (or pinned), by queued work; else the host's.
+  virtual bool on_device() const = 0;
 
   // Adds the items to what is computed; a GPU works on while the caller does something else. States
-  // live until Finish, which alone writes them; everything else is read by the end of the call,
-  // except pages in frames of the device (DeviceFrames), which stay as they are until Finish. All
-  // items at once: on a GPU they are one launch, so a layer's heads belong into one call. Items may
-  // share states. REQUIRES: one head_dim and dtype over all items. An error adds nothing.
+  // live until Finish or FinishTo; everything else is read by the end of the call, except pages in
+  // frames of the device (DeviceFrames): whoever overwrites one asks those. All items at once: on a
+  // GPU they are one launch, so a layer's heads belong into one call. Items may share states.
+  // REQUIRES: one head_dim and dtype over all items. An error adds nothing.
   virtual Status Start(std::span<const AttentionItem> items) = 0;
   // States of everything started hold its attention, too. An error (of a GPU) leaves them as they
   // were. Nothing is started afterwards.
   virtual Status Finish() = 0;
+  // Instead of Finish, of attention whose result alone is wanted: out of each result is what its
+  // states hold, together with everything started for any part of them, as out / denom, zeros
+  // without tokens. What was started for other states is dropped. On a device this is queued and
+  // not waited for, its errors come out of the next Synchronize, and what the states hold
+  // afterwards is undefined. Nothing is started afterwards, also after an error. REQUIRES: one
+  // head_dim over all results and what was started.
+  virtual Status FinishTo(std::span<const AttentionResult> results) = 0;
 
   Status Attend(std::span<const AttentionItem> items) {
     const Status started = Start(items);

@@ -62,6 +62,7 @@ void ScoresToWeights(float* scores, uint32_t count, const AttentionStateRef& sta
 class CpuAttention final : public AttentionBackend {
  public:
   const char* name() const override { return "cpu"; }
+  bool on_device() const override { return false; }
 
   Status Start(std::span<const AttentionItem> items) override {
     for (const AttentionItem& item : items) {
@@ -71,6 +72,10 @@ class CpuAttention final : public AttentionBackend {
     return OkStatus();
   }
   Status Finish() override { return OkStatus(); }
+  Status FinishTo(std::span<const AttentionResult> results) override {
+    for (const AttentionResult& result : results) FinishStates(result.states, result.out);
+    return OkStatus();
+  }
 
  private:
   void AddRows(const float* queries, const TokenRows& rows, const AttentionStateRef& states) {

@@ -66,6 +66,7 @@ class Accumulator {
 class ReferenceAttention final : public AttentionBackend {
  public:
   const char* name() const override { return "reference"; }
+  bool on_device() const override { return false; }
 
   Status Start(std::span<const AttentionItem> items) override {
     for (const AttentionItem& item : items) {
@@ -75,6 +76,10 @@ class ReferenceAttention final : public AttentionBackend {
     return OkStatus();
   }
   Status Finish() override { return OkStatus(); }
+  Status FinishTo(std::span<const AttentionResult> results) override {
+    for (const AttentionResult& result : results) FinishStates(result.states, result.out);
+    return OkStatus();
+  }
 
  private:
   void AddRows(const float* queries, const TokenRows& rows, const AttentionStateRef& states) {

@@ -64,8 +64,7 @@ Status AttentionExact::Attend(LayerId layer, TokenPos first, uint32_t tokens, co
       AttendHead(call.queries(shape_, h), kv_.rows(layer, KvHeadId(h)),
                  GroupStates(shape_, states_, h));
     }
-    KV_RETURN_IF_ERROR(backend_.Attend(items_));
-    FinishStates(states_.ref(), call.out);
+    KV_RETURN_IF_ERROR(AttendTo(backend_, items_, {states_.ref(), call.out}));
     const uint32_t fixed = budget_.sink_tokens + budget_.window_tokens;
     CountAttended(&stats_, shape_.query_heads,
                   std::min(kv_.tokens(layer), fixed + budget_.chosen()));

@@ -33,6 +33,7 @@ class AttentionExact final : public DecodeAttention {
 
   Status Attend(LayerId layer, TokenPos first, uint32_t tokens, const float* q, const float* k,
                 const float* v, float* out) override;
+  bool on_device() const override { return backend_.on_device(); }
   const AttentionStats& stats() const override { return stats_; }
   void ResetStats() override { stats_ = {}; }
   uint64_t kv_bytes() const override { return kv_.bytes(); }

@@ -19,8 +19,7 @@ Status AttentionFull::Attend(LayerId layer, TokenPos first, uint32_t tokens, con
                         {},
                         {}});
     }
-    KV_RETURN_IF_ERROR(backend_.Attend(items_));
-    FinishStates(states_.ref(), call.out);
+    KV_RETURN_IF_ERROR(AttendTo(backend_, items_, {states_.ref(), call.out}));
     CountAttended(&stats_, shape_.query_heads, kv_.tokens(layer));
     return OkStatus();
   });

@@ -40,11 +40,11 @@ AttentionIceCache::AttentionIceCache(const ModelShape& shape, CacheClient& clien
   for (uint16_t h = 0; h < shape.kv_heads; ++h) all_heads_.emplace_back(h);
   layers_.reserve(shape.layers);
   for (uint32_t l = 0; l < shape.layers; ++l) {
-    layers_.emplace_back(shape,
-                         caches_.empty() ? std::span<PageCache>()
-                                         : std::span(caches_).subspan(size_t{l} * shape.kv_heads,
-                                                                      shape.kv_heads),
-                         &stats_);
+    layers_.emplace_back(
+        shape,
+        caches_.empty() ? std::span<PageCache>()
+                        : std::span(caches_).subspan(size_t{l} * shape.kv_heads, shape.kv_heads),
+        &stats_);
   }
 }
 
@@ -92,7 +92,9 @@ Status AttentionIceCache::AttendToken(LayerId layer, const TokenCall& call) {
   }
   {
     const AttentionTimer timer(&stats_.attention);
-    const Status finished = backend_.Finish();  // after an error, too: it writes to states_
+    const AttentionResult result{states_.ref(), call.out};
+    const Status finished =
+        backend_.FinishTo({&result, 1});  // after an error, too: it ends the step
     if (status.ok()) status = finished;
   }
   KV_RETURN_IF_ERROR(status);
@@ -132,7 +134,6 @@ Status AttentionIceCache::Collect(LayerId layer) {
 
 void AttentionIceCache::Leave(LayerId layer, const TokenCall& call) {
   Layer& l = layers_[layer.value];
-  FinishStates(states_.ref(), call.out);
   appender_.Confirm(layer, l.confirmed);
   if (options_.layer_reuse > 1 && AnchorOf(layer) == nullptr) l.selection.RememberWhere();
   if (options_.prefetch) AskAhead(layer, call.q);
@@ -175,8 +176,9 @@ SelectCall AttentionIceCache::Ask(LayerId layer, const float* queries,
   params.append_first =
       params.append.empty() ? window_.window_first(layer) : appender_.first(layer);
   layers_[layer.value].selection.Begin(
-      heads, {TokenPos(window_.sink_count(layer)), window_.window_first(layer),
-              window_.window_first(layer).value},
+      heads,
+      {TokenPos(window_.sink_count(layer)), window_.window_first(layer),
+       window_.window_first(layer).value},
       AnchorOf(layer));
   return client_.StartSelect(context_, params, layers_[layer.value].selection);
 }

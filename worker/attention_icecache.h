@@ -44,13 +44,14 @@ struct IceCacheOptions {
   // than its budget where they suffice, up to budget_growth times its budget where they do not.
   float min_mass = 0;
   uint32_t budget_growth = 4;
-  uint32_t check_every = 0;  // one in so many layer steps, at random, is checked by the server; 0: none
+  uint32_t check_every =
+      0;  // one in so many layer steps, at random, is checked by the server; 0: none
   bool residual = true;
   Duration select_deadline = std::chrono::seconds(2);
   bool prefetch = false;
   float prefetch_cosine = 0.8f;  // of queries; below: ask again
   uint32_t layer_reuse = 1;      // layers per anchor, itself included; 1: every layer is one
-  bool int8 = false;             // for pages in replies (reply mode inline); others are read as they are
+  bool int8 = false;  // for pages in replies (reply mode inline); others are read as they are
   gpu::DeviceFrames* frames = nullptr;  // of the backend's device: pages are kept there, too
 
   uint32_t max_pages() const;        // of the budget
@@ -71,6 +72,7 @@ class AttentionIceCache final : public DecodeAttention {
 
   Status Attend(LayerId layer, TokenPos first, uint32_t tokens, const float* q, const float* k,
                 const float* v, float* out) override;
+  bool on_device() const override { return backend_.on_device(); }
   const AttentionStats& stats() const override { return stats_; }
   void ResetStats() override { stats_ = {}; }
   uint64_t kv_bytes() const override { return window_.bytes() + arena_.bytes(); }
@@ -81,13 +83,15 @@ class AttentionIceCache final : public DecodeAttention {
   //   2. AddLocal     what is here: to be attended to while the shards select
   //   3. Collect      waits for the answer, unless it has Arrived
   //   4. AddSelected  what came: to be attended to
-  //   5. Leave        the result, and the question of the token to come
+  //   5. states       with everything attended to they are the result (AttentionBackend::FinishTo)
+  //   6. Leave        the question of the token to come
   // After an error the step is over, and the next Enter begins another.
   Status Enter(LayerId layer, const TokenCall& call);
   void AddLocal(LayerId layer, const TokenCall& call, std::vector<AttentionItem>* items);
   bool Arrived() const { return asked_ == nullptr || client_.Arrived(asked_); }
   Status Collect(LayerId layer);
   void AddSelected(LayerId layer, const TokenCall& call, std::vector<AttentionItem>* items);
+  AttentionStateRef states() { return states_.ref(); }
   void Leave(LayerId layer, const TokenCall& call);
 
  private:
@@ -95,7 +99,7 @@ class AttentionIceCache final : public DecodeAttention {
     Layer(const ModelShape& shape, std::span<PageCache> caches, AttentionStats* stats)
         : selection(shape, caches, stats) {}
     LayerSelection selection;
-    SelectCall ahead;  // the question of the token to come, or none
+    SelectCall ahead;                 // the question of the token to come, or none
     uint32_t ahead_end = 0;           // of the appended tokens that it carries
     TokenPos confirmed;               // tokens below are with every shard of the layer
     std::vector<float> asked;         // its queries
@@ -126,9 +130,9 @@ class AttentionIceCache final : public DecodeAttention {
   // Of the step at hand.
   AttentionStates states_;
   std::vector<AttentionItem> items_;
-  SelectCall asked_;         // not yet collected; null: the question of a step before will do
-  uint32_t asked_end_ = 0;   // of the appended tokens that it carries to every shard
-  uint64_t asks_ = 0;        // so far, for Sampled
+  SelectCall asked_;        // not yet collected; null: the question of a step before will do
+  uint32_t asked_end_ = 0;  // of the appended tokens that it carries to every shard
+  uint64_t asks_ = 0;       // so far, for Sampled
   AttentionStats stats_;
 };
 

@@ -22,8 +22,7 @@ Status AttentionSinkWindow::Attend(LayerId layer, TokenPos first, uint32_t token
         items_.push_back({call.queries(shape_, h), GroupStates(shape_, states_, h), rows, {}, {}});
       }
     }
-    KV_RETURN_IF_ERROR(backend_.Attend(items_));
-    FinishStates(states_.ref(), call.out);
+    KV_RETURN_IF_ERROR(AttendTo(backend_, items_, {states_.ref(), call.out}));
     CountAttended(&stats_, shape_.query_heads, attended);
     return OkStatus();
   });

@@ -23,8 +23,8 @@ Status BatchAttention::AttendStep(LayerId layer, std::span<const StepToken> toke
   const size_t kv_row = size_t{shape_.kv_heads} * shape_.head_dim;
   calls_.clear();
   for (size_t i = 0; i < tokens.size(); ++i) {
-    calls_.push_back({tokens[i].position, q + i * q_row, k + i * kv_row, v + i * kv_row,
-                      out + i * q_row});
+    calls_.push_back(
+        {tokens[i].position, q + i * q_row, k + i * kv_row, v + i * kv_row, out + i * q_row});
   }
   client_.HoldSelects();
   ForEach([&](size_t i) { return sequences_[i]->Enter(layer, calls_[i]); });
@@ -36,11 +36,8 @@ Status BatchAttention::AttendStep(LayerId layer, std::span<const StepToken> toke
   });
   Status status = StartItems();
   if (status.ok()) status = CollectAll(layer);
-  {
-    const AttentionTimer timer(&stats_.attention);
-    const Status finished = backend_.Finish();  // after an error, too: it writes to the sequences
-    if (status.ok()) status = finished;
-  }
+  const Status finished = FinishAll();  // after an error, too: it ends the step
+  if (status.ok()) status = finished;
   KV_RETURN_IF_ERROR(status);
   client_.HoldSelects();
   ForEach([&](size_t i) {
@@ -48,15 +45,22 @@ Status BatchAttention::AttendStep(LayerId layer, std::span<const StepToken> toke
     return OkStatus();
   });
   stats_.transfer += client_.ReleaseSelects();
-  for (size_t i = 0; i < tokens.size(); ++i) {
-    if (!statuses_[i].ok()) std::fill_n(calls_[i].out, q_row, 0.0f);
-  }
   return OkStatus();
 }
 
 Status BatchAttention::StartItems() {
   const AttentionTimer timer(&stats_.attention);
   return backend_.Start(items_);
+}
+
+Status BatchAttention::FinishAll() {
+  const AttentionTimer timer(&stats_.attention);
+  none_.Reset(shape_.query_heads, shape_.head_dim);
+  results_.clear();
+  for (size_t i = 0; i < sequences_.size(); ++i) {
+    results_.push_back({statuses_[i].ok() ? sequences_[i]->states() : none_.ref(), calls_[i].out});
+  }
+  return backend_.FinishTo(results_);
 }
 
 Status BatchAttention::CollectAll(LayerId layer) {

@@ -1,7 +1,7 @@
 // BatchAttention: a layer step of several sequences side by side. Their questions leave as one
 // message per shard, what is here goes to the backend in one call and is computed while the shards
-// select, and what has arrived follows as it comes: sequences whose answers are here do not wait for
-// those whose are not.
+// select, and what has arrived follows as it comes: sequences whose answers are here do not wait
+// for those whose are not.
 //
 // Each sequence has its own context, budget and window. One that fails is left out until the next
 // step and its status kept; its row of the output is zero. Owner's thread: the decode thread.
@@ -28,6 +28,7 @@ class BatchAttention final : public StepAttention {
   // Of each sequence since Begin.
   std::span<const Status> statuses() const { return statuses_; }
 
+  bool on_device() const override { return backend_.on_device(); }
   Status AttendStep(LayerId layer, std::span<const StepToken> tokens, const float* q,
                     const float* k, const float* v, float* out) override;
 
@@ -40,6 +41,7 @@ class BatchAttention final : public StepAttention {
   void ForEach(const Fn& fn);
   Status StartItems();
   Status CollectAll(LayerId layer);
+  Status FinishAll();
 
   const ModelShape shape_;
   CacheClient& client_;
@@ -48,6 +50,8 @@ class BatchAttention final : public StepAttention {
   std::vector<Status> statuses_;
   std::vector<TokenCall> calls_;
   std::vector<AttentionItem> items_;
+  std::vector<AttentionResult> results_;
+  AttentionStates none_;  // the result of a sequence that failed
   std::vector<size_t> open_, arrived_;
   AttentionStats stats_;
 };

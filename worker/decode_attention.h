@@ -62,6 +62,7 @@ struct AttentionStats {
 
 class DecodeAttention : public LayerAttention {
  public:
+  virtual bool on_device() const = 0;  // as StepAttention's
   virtual const AttentionStats& stats() const = 0;
   virtual void ResetStats() = 0;
   // Bytes of K and V that this method keeps in the worker now.

@@ -13,7 +13,7 @@ DecodeLoop::DecodeLoop(Model& model, DecodeAttention& attention, std::function<S
     : model_(model),
       attention_(attention),
       pump_(std::move(pump)),
-      step_(model.shape(), {&attention}) {}
+      step_(model.shape(), {&attention}, attention.on_device()) {}
 
 void DecodeLoop::Begin(uint32_t next, std::span<const float> last_hidden) {
   next_ = next;

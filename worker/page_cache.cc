@@ -34,8 +34,13 @@ std::byte* PageArena::AllocateChunk(size_t bytes) {
   return chunks_.back().get();
 }
 
-void PageArena::Written(const std::byte* at, size_t bytes) {
-  if (twins_ != nullptr && twins_->OnDevice(at) != nullptr) twins_->MarkDirty(at, bytes);
+uint64_t PageArena::Written(const std::byte* at, size_t bytes) {
+  if (twins_ == nullptr || twins_->OnDevice(at) == nullptr) return 0;
+  return twins_->MarkDirty(at, bytes);
+}
+
+void PageArena::AwaitCopies(uint64_t written) {
+  if (twins_ != nullptr) twins_->AwaitCopies(written);
 }
 
 PageCache::PageCache(const ModelShape& shape, uint32_t capacity_pages, PageArena& arena)
@@ -115,10 +120,10 @@ bool PageCache::PlaceRows(const wire::PagePayload& page, const Slot& slot) const
   std::memcpy(v_rows(slot) + page.from * row_bytes, page.v_rows.data(), page.v_rows.size());
   std::memcpy(positions(slot) + page.from * sizeof(uint32_t), page.positions.data(),
               page.positions.size());
-  return page.checksum ==
-         PageChecksum({page.segment.value, page.page.value, page.version},
-                      {k_rows(slot), page.fill * row_bytes}, {v_rows(slot), page.fill * row_bytes},
-                      {positions(slot), page.fill * sizeof(uint32_t)});
+  return page.checksum == PageChecksum({page.segment.value, page.page.value, page.version},
+                                       {k_rows(slot), page.fill * row_bytes},
+                                       {v_rows(slot), page.fill * row_bytes},
+                                       {positions(slot), page.fill * sizeof(uint32_t)});
 }
 
 // Verified as it travelled: the rows that it decodes to have no checksum of their own.
@@ -189,6 +194,7 @@ PageCache::Outcome PageCache::Apply(const wire::PagePayload& page, TokenPos begi
   Slot& slot = slots_[index];
   slot.key = key;
   slot_of_[key] = index;
+  arena_.AwaitCopies(slot.written);
   if (!Place(page, begin, end, slot)) {
     Drop(index);
     return Outcome::kBad;
@@ -199,7 +205,7 @@ PageCache::Outcome PageCache::Apply(const wire::PagePayload& page, TokenPos begi
   slot.lossy = page.coded_bytes > 0;
   const size_t from = page.from * shape_.row_bytes();
   arena_.Written(k_rows(slot) + from, page.fill * shape_.row_bytes() - from);
-  arena_.Written(v_rows(slot) + from, page.fill * shape_.row_bytes() - from);
+  slot.written = arena_.Written(v_rows(slot) + from, page.fill * shape_.row_bytes() - from);
   Pin(index, rows_used, resident);
   return Outcome::kReceived;
 }

@@ -38,8 +38,10 @@ class PageArena {
       : frame_bytes_(frame_bytes), twins_(twins), room_(twins != nullptr) {}
   std::byte* Allocate();
   void Free(std::byte* frame) { free_.push_back(frame); }
-  // A page in a frame was verified: these bytes of it are new.
-  void Written(const std::byte* at, size_t bytes);
+  // A page in a frame was verified: these bytes of it are new. What to await before it is written
+  // again, as it may still be on its way to the device.
+  uint64_t Written(const std::byte* at, size_t bytes);
+  void AwaitCopies(uint64_t written);
   uint64_t bytes() const { return chunk_count_ * kFramesPerChunk * frame_bytes_; }
 
  private:
@@ -123,6 +125,7 @@ class PageCache {
     bool pinned = false;
     bool lossy = false;     // came coded in int8: near what the checksum is of, and cannot grow
     uint64_t checksum = 0;  // of the server's content
+    uint64_t written = 0;   // PageArena::Written
     std::byte* frame = nullptr;
   };
 

@@ -8,7 +8,7 @@
 #include "common/clock.h"
 #include "common/model_shape.h"
 #include "common/status.h"
-#include "kernels/attention_state.h"
+#include "kernels/attention.h"
 #include "worker/decode_attention.h"
 
 namespace icecache {
@@ -45,6 +45,14 @@ inline AttentionStateRef GroupStates(const ModelShape& shape, AttentionStates& l
   const AttentionStateRef all = layer.ref();
   const uint32_t first = kv_head * shape.group();
   return {shape.group(), shape.head_dim, all.max + first, all.denom + first, all.row(first)};
+}
+
+// Attention to the items alone, as one result.
+inline Status AttendTo(AttentionBackend& backend, std::span<const AttentionItem> items,
+                       const AttentionResult& result) {
+  const Status started = backend.Start(items);
+  const Status finished = backend.FinishTo({&result, 1});
+  return started.ok() ? finished : started;
 }
 
 inline void CountAttended(AttentionStats* stats, uint64_t heads, uint64_t tokens_per_head) {

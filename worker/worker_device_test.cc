@@ -62,17 +62,22 @@ TEST_P(DeviceWorkerSuite, DecodeAttentionIsTheSameOnBothBackends) {
   std::mt19937_64 rng(9);
   const std::vector<float> q = Normal(rng, 40 * 4 * 64), k = Normal(rng, 40 * 2 * 64),
                            v = Normal(rng, 40 * 2 * 64);
-  std::vector<std::vector<float>> outs;
+  auto pinned =
+      gpu::DeviceMemory::Allocate(*device_, gpu::MemoryKind::kPinned, q.size() * sizeof(float));
+  ASSERT_TRUE(pinned.ok());
+  std::vector<float> expected(q.size());
   for (AttentionBackend* backend : {cpu.get(), on_device.get()}) {
     LocalKv kv(shape);
     AttentionFull attention(shape, kv, *backend);
-    outs.emplace_back(q.size());
+    EXPECT_EQ(attention.on_device(), backend == on_device.get());
+    float* const out = attention.on_device() ? pinned->data<float>() : expected.data();
     ASSERT_TRUE(
-        attention
-            .Attend(LayerId(0), TokenPos(0), 40, q.data(), k.data(), v.data(), outs.back().data())
-            .ok());
+        attention.Attend(LayerId(0), TokenPos(0), 40, q.data(), k.data(), v.data(), out).ok());
   }
-  for (size_t i = 0; i < q.size(); ++i) ASSERT_NEAR(outs[1][i], outs[0][i], 2e-5f) << i;
+  Sync();
+  for (size_t i = 0; i < q.size(); ++i) {
+    ASSERT_NEAR(pinned->data<float>()[i], expected[i], 2e-5f) << i;
+  }
 }
 
 // Pages go through a cache whose frames have twins. Some frames lie beyond the device's bound: they
@@ -125,6 +130,7 @@ TEST(DeviceFramesBound, PagesBeyondItStayOnTheHost) {
   {
     gpu::DeviceFrames frames(*device);
     PageArena arena(shape.page_bytes(), &frames);
+    gpu::DeviceMemory list;
     std::byte* const first = arena.Allocate();
     EXPECT_NE(frames.OnDevice(first), nullptr);
     for (int i = 1; i < 32; ++i) arena.Allocate();
@@ -132,7 +138,7 @@ TEST(DeviceFramesBound, PagesBeyondItStayOnTheHost) {
     EXPECT_EQ(frames.OnDevice(beyond), nullptr);
     std::memset(beyond, 1, shape.page_bytes());
     arena.Written(beyond, 64);  // nobody to tell
-    EXPECT_TRUE(frames.QueueCopies().ok());
+    EXPECT_TRUE(frames.QueueCopies(&list).ok());
   }
   EXPECT_TRUE(device->Synchronize().ok());
 }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <deque>
+#include <functional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -26,17 +27,16 @@ class GpuAttention final : public AttentionBackend {
         name_(device.info().name.substr(0, device.info().name.find(':'))) {}
 
   const char* name() const override { return name_.c_str(); }
+  bool on_device() const override { return true; }
 
   Status Start(std::span<const AttentionItem> items) override {
     Plan(items);
     if (tasks_.empty()) return OkStatus();
-    // The list of dirty frames is one: what reads it has to be through before it is written again.
-    if (from_frames_ && frames_read_) KV_RETURN_IF_ERROR(Finish());
+    KV_RETURN_IF_ERROR(Reclaim());
     if (flights_open_ == flights_.size()) flights_.emplace_back();
     Flight& flight = flights_[flights_open_];
     KV_RETURN_IF_ERROR(Stage(items, &flight));
-    if (from_frames_) KV_RETURN_IF_ERROR(frames_->QueueCopies());
-    frames_read_ |= from_frames_;
+    if (frames_ != nullptr) KV_RETURN_IF_ERROR(frames_->QueueCopies(&flight.dirty));
     Queue(flight);
     ++flights_open_;
     return OkStatus();
@@ -44,11 +44,19 @@ class GpuAttention final : public AttentionBackend {
 
   Status Finish() override {
     const size_t open = std::exchange(flights_open_, 0);
-    frames_read_ = false;
     if (open == 0) return OkStatus();
+    for (size_t f = 0; f < open; ++f) KV_RETURN_IF_ERROR(QueueReturn(&flights_[f]));
     KV_RETURN_IF_ERROR(device_.Synchronize());
     for (size_t f = 0; f < open; ++f) AddResults(flights_[f]);
     return OkStatus();
+  }
+
+  Status FinishTo(std::span<const AttentionResult> results) override {
+    const Status reclaimed = Reclaim();
+    const Status queued = reclaimed.ok() ? QueueMerge(results) : reclaimed;
+    flights_open_ = 0;
+    in_use_until_ = device_.synchronize_count() + 1;
+    return queued;
   }
 
  private:
@@ -73,18 +81,32 @@ class GpuAttention final : public AttentionBackend {
   // What was started and is not finished, with memory of its own.
   struct Flight {
     DeviceMemory pinned, staged;  // the same layout on both sides
-    DeviceMemory states;          // [splits + 1] x states
-    DeviceMemory results;         // pinned: states
+    DeviceMemory dirty;           // pinned: what goes to frames of the device
+    DeviceMemory states;          // [splits] x states
+    DeviceMemory results;         // pinned: states; for Finish
     uint32_t heads = 0;
     uint32_t head_dim = 0;
+    uint32_t splits = 1;
     std::vector<Target> targets;
+
+    size_t floats() const { return AttentionStates::FlatFloats(heads, head_dim); }
+  };
+  // A term of the merge, and the head of all results that it belongs to.
+  struct Contribution {
+    uint32_t head = 0;
+    HeadTerm term;
   };
 
   void Plan(std::span<const AttentionItem> items);
   void AddPage(const PageView& page, size_t row_bytes);
   Status Stage(std::span<const AttentionItem> items, Flight* flight);
   void Queue(const Flight& flight);
+  Status QueueReturn(Flight* flight);
   static void AddResults(const Flight& flight);
+
+  Status Reclaim();
+  void ListFlights(std::span<const AttentionResult> results);
+  Status QueueMerge(std::span<const AttentionResult> results);
 
   Device& device_;
   DeviceFrames* const frames_;
@@ -98,13 +120,18 @@ class GpuAttention final : public AttentionBackend {
   std::vector<size_t> item_of_;  // per task
   std::vector<Source> sources_;
   size_t staged_bytes_ = 0;
-  uint32_t splits_ = 1;
-  bool from_frames_ = false;
   Layout layout_;
 
   std::deque<Flight> flights_;  // memory is kept from call to call; as many as were ever open
   size_t flights_open_ = 0;
-  bool frames_read_ = false;  // by one that is open
+  // Of FinishTo: the lists of the merge. Queued work reads them and the flights until the device
+  // was synchronized so often.
+  DeviceMemory merge_pinned_, merge_staged_;
+  std::vector<Contribution> contributions_;
+  std::vector<MergedHead> merged_;
+  std::vector<HeadTerm> terms_;
+  std::vector<uint32_t> first_head_;  // of each result
+  uint64_t in_use_until_ = 0;
 };
 
 void GpuAttention::AddPage(const PageView& page, size_t row_bytes) {
@@ -116,8 +143,6 @@ void GpuAttention::AddPage(const PageView& page, size_t row_bytes) {
   if (source.device_k == nullptr || source.device_v == nullptr) {
     source.device_k = source.device_v = nullptr;
     staged_bytes_ += 2 * page.fill * row_bytes;
-  } else {
-    from_frames_ = true;
   }
   sources_.push_back(source);
 }
@@ -128,7 +153,6 @@ void GpuAttention::Plan(std::span<const AttentionItem> items) {
   sources_.clear();
   heads_ = 0;
   staged_bytes_ = 0;
-  from_frames_ = false;
   for (size_t i = 0; i < items.size(); ++i) {
     const AttentionItem& item = items[i];
     if (item.rows.count == 0 && item.pages.empty()) continue;
@@ -199,9 +223,9 @@ Status GpuAttention::Stage(std::span<const AttentionItem> items, Flight* flight)
     pages_max = std::max(pages_max, task.page_end - task.page_begin);
   }
   const size_t state_bytes = AttentionStates::FlatFloats(heads_, head_dim_) * sizeof(float);
-  splits_ = SplitsFor(device_.info().processors, static_cast<uint32_t>(tasks_.size()), pages_max);
-  KV_RETURN_IF_ERROR(grow(MemoryKind::kDevice, (splits_ + 1) * state_bytes, &flight->states));
-  return grow(MemoryKind::kPinned, state_bytes, &flight->results);
+  flight->splits =
+      SplitsFor(device_.info().processors, static_cast<uint32_t>(tasks_.size()), pages_max);
+  return grow(MemoryKind::kDevice, flight->splits * state_bytes, &flight->states);
 }
 
 void GpuAttention::Queue(const Flight& flight) {
@@ -216,21 +240,25 @@ void GpuAttention::Queue(const Flight& flight) {
   args.heads = heads_;
   args.group = args.query_heads = kTaskRows;  // a task's rows are neighbours
   args.head_dim = head_dim_;
-  args.splits = splits_;
+  args.splits = flight.splits;
   device_.Launch(args);
-  const size_t floats = AttentionStates::FlatFloats(heads_, head_dim_);
-  const float* state = args.states;
-  if (args.splits > 1) {
+}
+
+Status GpuAttention::QueueReturn(Flight* flight) {
+  const size_t bytes = flight->floats() * sizeof(float);
+  KV_RETURN_IF_ERROR(DeviceMemory::Grow(device_, MemoryKind::kPinned, bytes, &flight->results));
+  auto* const states = flight->states.data<float>();
+  if (flight->splits > 1) {
     MergeArgs merge;
-    merge.terms[0] = {args.states, args.splits};
+    merge.terms[0] = {states, flight->splits};
     merge.term_count = 1;
-    merge.heads = heads_;
-    merge.head_dim = head_dim_;
-    merge.state = args.states + args.splits * floats;
+    merge.heads = flight->heads;
+    merge.head_dim = flight->head_dim;
+    merge.state = states;
     device_.Launch(merge);
-    state = merge.state;
   }
-  device_.Copy(flight.results.data(), state, floats * sizeof(float));
+  device_.Copy(flight->results.data(), states, bytes);
+  return OkStatus();
 }
 
 void GpuAttention::AddResults(const Flight& flight) {
@@ -243,6 +271,95 @@ void GpuAttention::AddResults(const Flight& flight) {
                  out + head * flight.head_dim},
                 target.states);
   }
+}
+
+// What the last FinishTo left in the queue has to be over before its memory is written again. In a
+// model it is: q, k and v of the next layer were waited for.
+Status GpuAttention::Reclaim() {
+  if (device_.synchronize_count() >= in_use_until_) return OkStatus();
+  return device_.Synchronize();
+}
+
+// Heads of all results count through; targets are parts of some result's states, or of none.
+void GpuAttention::ListFlights(std::span<const AttentionResult> results) {
+  size_t r = 0;  // neighbours are likely to be of one result
+  const auto find = [&](const float* max) {
+    for (size_t tried = 0; tried < results.size(); ++tried, r = (r + 1) % results.size()) {
+      const AttentionStateRef& states = results[r].states;
+      if (std::less_equal<>()(states.max, max) && std::less<>()(max, states.max + states.heads)) {
+        return true;
+      }
+    }
+    return false;
+  };
+  for (size_t f = 0; f < flights_open_; ++f) {
+    const Flight& flight = flights_[f];
+    for (const Target& target : flight.targets) {
+      if (!find(target.states.max)) continue;
+      const auto first = static_cast<uint32_t>(target.states.max - results[r].states.max);
+      KV_CHECK(first + target.states.heads <= results[r].states.heads);
+      for (uint32_t h = 0; h < target.states.heads; ++h) {
+        for (uint32_t split = 0; split < flight.splits; ++split) {
+          const float* const states = flight.states.data<float>() + split * flight.floats();
+          contributions_.push_back(
+              {first_head_[r] + first + h, {states, flight.heads, target.head + h}});
+        }
+      }
+    }
+  }
+}
+
+Status GpuAttention::QueueMerge(std::span<const AttentionResult> results) {
+  contributions_.clear();
+  first_head_.clear();
+  uint32_t heads = 0, dim = 0;
+  for (const AttentionResult& result : results) {
+    KV_CHECK(dim == 0 || dim == result.states.head_dim);
+    dim = result.states.head_dim;
+    first_head_.push_back(heads);
+    heads += result.states.heads;
+  }
+  if (heads == 0) return OkStatus();
+  ListFlights(results);
+  // Room for a term per head besides: what the states hold on the host.
+  const size_t terms_at = Aligned(heads * sizeof(MergedHead));
+  const size_t states_at = terms_at + Aligned((contributions_.size() + heads) * sizeof(HeadTerm));
+  const size_t bytes = states_at + AttentionStates::FlatFloats(heads, dim) * sizeof(float);
+  KV_RETURN_IF_ERROR(DeviceMemory::Grow(device_, MemoryKind::kPinned, bytes, &merge_pinned_));
+  KV_RETURN_IF_ERROR(DeviceMemory::Grow(device_, MemoryKind::kDevice, bytes, &merge_staged_));
+  auto* const max = merge_pinned_.data<float>(states_at);
+  merged_.clear();
+  for (const AttentionResult& result : results) {
+    for (uint32_t h = 0; h < result.states.heads; ++h) {
+      const auto head = static_cast<uint32_t>(merged_.size());
+      merged_.push_back({0, 0, result.out + size_t{h} * dim});
+      if (!(result.states.denom[h] > 0)) continue;
+      max[head] = result.states.max[h];
+      max[heads + head] = result.states.denom[h];
+      std::memcpy(max + 2 * size_t{heads} + size_t{head} * dim, result.states.row(h),
+                  dim * sizeof(float));
+      contributions_.push_back({head, {merge_staged_.data<float>(states_at), heads, head}});
+    }
+  }
+  // Sorted by head: count, then place.
+  for (const Contribution& c : contributions_) ++merged_[c.head].term_end;
+  uint32_t begin = 0;
+  for (MergedHead& head : merged_) {
+    head.term_begin = begin;
+    begin += std::exchange(head.term_end, begin);
+  }
+  terms_.resize(contributions_.size());
+  for (const Contribution& c : contributions_) terms_[merged_[c.head].term_end++] = c.term;
+  std::memcpy(merge_pinned_.data(), merged_.data(), heads * sizeof(MergedHead));
+  std::memcpy(merge_pinned_.data(terms_at), terms_.data(), terms_.size() * sizeof(HeadTerm));
+  device_.Copy(merge_staged_.data(), merge_pinned_.data(), bytes);
+  MergeHeadsArgs args;
+  args.heads = merge_staged_.data<MergedHead>();
+  args.terms = merge_staged_.data<HeadTerm>(terms_at);
+  args.head_count = heads;
+  args.head_dim = dim;
+  device_.Launch(args);
+  return OkStatus();
 }
 
 }  // namespace

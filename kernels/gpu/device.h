@@ -60,6 +60,8 @@ class Device {
 
   // Waits for everything queued; the first error since the last call.
   virtual Status Synchronize() = 0;
+  // How often Synchronize has returned. When it has grown, what was queued before is over.
+  virtual uint64_t synchronize_count() const = 0;
 };
 
 // Owning memory of a device. Moves; frees at its end.

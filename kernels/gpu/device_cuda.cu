@@ -160,8 +160,10 @@ class CudaDevice final : public Device {
 
   Status Synchronize() override {
     status_.Add(cudaStreamSynchronize(stream_), "work on the GPU");
+    ++synchronize_count_;
     return status_.Take();
   }
+  uint64_t synchronize_count() const override { return synchronize_count_; }
 
  private:
   // A library's product: both sides in the weights' type, f32 sums.
@@ -193,6 +195,7 @@ class CudaDevice final : public Device {
   DeviceMemory rounded_;
   std::vector<cudaGraphExec_t> graphs_;
   bool recording_ = false;
+  uint64_t synchronize_count_ = 0;
   uint64_t in_use_[2] = {};  // by MemoryKind
   std::map<void*, size_t> sizes_;
 };

@@ -80,8 +80,10 @@ class EmulatedDevice final : public Device {
 
   Status Synchronize() override {
     RunQueue();
+    ++synchronize_count_;
     return OkStatus();
   }
+  uint64_t synchronize_count() const override { return synchronize_count_; }
 
  private:
   using Steps = std::vector<std::function<void()>>;
@@ -102,6 +104,7 @@ class EmulatedDevice final : public Device {
   EmulatedRunner runner_;
   std::map<std::byte*, size_t> sizes_[2];  // by MemoryKind
   Steps queue_;
+  uint64_t synchronize_count_ = 0;
   std::vector<Steps> recordings_;
   bool recording_ = false;
 };

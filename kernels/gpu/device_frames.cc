@@ -28,21 +28,34 @@ const std::byte* DeviceFrames::OnDevice(const std::byte* host) const {
   return chunk == nullptr ? nullptr : chunk->twin.data() + (host - chunk->host.data());
 }
 
-void DeviceFrames::MarkDirty(const std::byte* host, size_t bytes) {
+uint64_t DeviceFrames::MarkDirty(const std::byte* host, size_t bytes) {
   const Chunk* const chunk = Find(host);
   KV_CHECK(chunk != nullptr && host + bytes <= chunk->host.data() + chunk->host.bytes());
   dirty_.push_back(
       {host, chunk->twin.data() + (host - chunk->host.data()), static_cast<uint32_t>(bytes)});
+  return next_copies_;
 }
 
-Status DeviceFrames::QueueCopies() {
+void DeviceFrames::AwaitCopies(uint64_t number) {
+  if (number < first_queued_ || number >= next_copies_) return;
+  if (device_.synchronize_count() > seen_synchronize_) return;
+  const Status status = device_.Synchronize();
+  if (failed_.ok()) failed_ = status;
+}
+
+Status DeviceFrames::QueueCopies(DeviceMemory* list) {
+  if (!failed_.ok()) return std::exchange(failed_, OkStatus());
   if (dirty_.empty()) return OkStatus();
   const size_t bytes = dirty_.size() * sizeof(CopySpan);
-  // The list of the last launch may be read until its Synchronize, which every layer step has had.
-  KV_RETURN_IF_ERROR(DeviceMemory::Grow(device_, MemoryKind::kPinned, bytes, &spans_));
-  std::memcpy(spans_.data(), dirty_.data(), bytes);
-  device_.Launch(CopyArgs{spans_.data<CopySpan>(), static_cast<uint32_t>(dirty_.size())});
+  KV_RETURN_IF_ERROR(DeviceMemory::Grow(device_, MemoryKind::kPinned, bytes, list));
+  std::memcpy(list->data(), dirty_.data(), bytes);
+  device_.Launch(CopyArgs{list->data<CopySpan>(), static_cast<uint32_t>(dirty_.size())});
   dirty_.clear();
+  if (device_.synchronize_count() > seen_synchronize_) {
+    seen_synchronize_ = device_.synchronize_count();
+    first_queued_ = next_copies_;
+  }
+  ++next_copies_;
   return OkStatus();
 }
 

@@ -3,7 +3,7 @@
 // copy. So nothing unverified reaches attention, and a page that stays costs the bus nothing.
 //
 //   1. AllocateChunk   host memory; the device's twin comes with it
-//   2. write a host frame, MarkDirty the bytes
+//   2. write a host frame that is not being copied (AwaitCopies), MarkDirty the bytes
 //   3. QueueCopies     before attention: one launch gathers all dirty bytes over the bus
 //
 // Bounded by the device's memory (--gpu-memory). One thread.
@@ -24,12 +24,17 @@ class DeviceFrames {
   // Host memory that lives as long as this object. RESOURCE_EXHAUSTED when either side is full.
   Result<std::byte*> AllocateChunk(size_t bytes);
 
-  // Host bytes of a chunk were written. Spans of 16-byte aligned ends are fastest.
-  void MarkDirty(const std::byte* host, size_t bytes);
+  // Host bytes of a chunk were written. Spans of 16-byte aligned ends are fastest. The number of
+  // the QueueCopies that will copy them.
+  uint64_t MarkDirty(const std::byte* host, size_t bytes);
 
-  // Queues the copy of everything dirty. The host bytes must not change before the next
-  // Synchronize.
-  Status QueueCopies();
+  // Queues the copy of everything dirty, by a list that is written to `list`: pinned memory, which
+  // grows and belongs to the copy until the next Synchronize, as do the host bytes.
+  Status QueueCopies(DeviceMemory* list);
+
+  // Host bytes that this QueueCopies copies may be written: waits for it if it is queued and the
+  // device was not synchronized since. An error comes out of the next QueueCopies.
+  void AwaitCopies(uint64_t number);
 
   // The device's twin of host memory; null when it is in no chunk.
   const std::byte* OnDevice(const std::byte* host) const;
@@ -46,7 +51,10 @@ class DeviceFrames {
   std::map<const std::byte*, Chunk> chunks_;  // by first host byte
   uint64_t bytes_ = 0;
   std::vector<CopySpan> dirty_;
-  DeviceMemory spans_;  // pinned: the list that is being copied
+  uint64_t next_copies_ = 1;       // the number of the next QueueCopies
+  uint64_t first_queued_ = 1;      // of those since the last Synchronize that was seen
+  uint64_t seen_synchronize_ = 0;  // its count
+  Status failed_;
 };
 
 }  // namespace icecache::gpu

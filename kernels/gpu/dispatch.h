@@ -14,8 +14,8 @@
 
 namespace icecache::gpu {
 
-using KernelCall = std::variant<AttendArgs, MergeArgs, CopyArgs, NormArgs, RopeArgs, SwiGluArgs,
-                                ConvertArgs, GemmArgs, SampleArgs>;
+using KernelCall = std::variant<AttendArgs, MergeArgs, MergeHeadsArgs, CopyArgs, NormArgs, RopeArgs,
+                                SwiGluArgs, ConvertArgs, GemmArgs, SampleArgs>;
 
 inline constexpr uint32_t kGemvTokensMax = 8;  // more go through tiles, or a library
 
@@ -55,7 +55,12 @@ void Dispatch(Runner& runner, const AttendArgs& args) {
 
 template <typename Runner>
 void Dispatch(Runner& runner, const MergeArgs& args) {
-  runner.template Run<MergeKernel>({args.heads, 1}, MergeKernel::kSharedBytes, args);
+  runner.template Run<MergeKernel>({args.heads, 1}, 0, args);
+}
+
+template <typename Runner>
+void Dispatch(Runner& runner, const MergeHeadsArgs& args) {
+  runner.template Run<MergeHeadsKernel>({args.head_count, 1}, 0, args);
 }
 
 template <typename Runner>

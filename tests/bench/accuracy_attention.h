@@ -66,6 +66,7 @@ class PolicyAttention final : public DecodeAttention {
 
   Status Attend(LayerId layer, TokenPos first, uint32_t tokens, const float* q, const float* k,
                 const float* v, float* out) override;
+  bool on_device() const override { return false; }
   const AttentionStats& stats() const override { return stats_; }
   void ResetStats() override {
     stats_ = {};

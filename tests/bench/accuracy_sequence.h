@@ -24,6 +24,7 @@ class MeasuredAttention final : public DecodeAttention {
 
   Status Attend(LayerId layer, TokenPos first, uint32_t tokens, const float* q, const float* k,
                 const float* v, float* out) override;
+  bool on_device() const override { return false; }  // it reads what `inner` wrote
   const AttentionStats& stats() const override { return inner_.stats(); }
   void ResetStats() override { inner_.ResetStats(); }
   uint64_t kv_bytes() const override { return inner_.kv_bytes(); }

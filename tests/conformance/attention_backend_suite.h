@@ -78,16 +78,16 @@ TEST_P(AttentionBackendSuite, CallsAddUpInAnyOrderAndSplit) {
   }
 }
 
-// What is started piece by piece, with other states and sizes between, is there after one Finish; what
-// the caller did to queries and rows meanwhile does not matter.
+// What is started piece by piece, with other states and sizes between, is there after one Finish;
+// what the caller did to queries and rows meanwhile does not matter.
 TEST_P(AttentionBackendSuite, FinishAddsAllThatWasStarted) {
   AttentionCase c(111, DType::kF16, 64, 4, 9, 3.0f), other(112, DType::kBF16, 128, 2, 30, 3.0f);
   AttentionStates expected(4, 64), expected_other(2, 128), actual(4, 64), actual_other(2, 128);
   reference_->AttendRows(c.queries.data(), c.rows, expected.ref());
   reference_->AttendRows(other.queries.data(), other.rows, expected_other.ref());
   for (size_t at = 0; at < c.ids.size(); at += 3) {
-    const AttentionItem item{c.queries.data(), actual.ref(), {}, c.kv,
-                             std::span(c.ids).subspan(at, 3)};
+    const AttentionItem item{
+        c.queries.data(), actual.ref(), {}, c.kv, std::span(c.ids).subspan(at, 3)};
     ASSERT_TRUE(backend_->Start({&item, 1}).ok());
     if (at != 3) continue;
     const AttentionItem rows{other.queries.data(), actual_other.ref(), other.rows, {}, {}};
@@ -101,6 +101,45 @@ TEST_P(AttentionBackendSuite, FinishAddsAllThatWasStarted) {
   ExpectStatesNear(actual_other, expected_other, 1e-4f);
   ASSERT_TRUE(backend_->Finish().ok());  // nothing is started any more
   ExpectStatesNear(actual, expected, 1e-4f);
+}
+
+// What a layer step does: windows first, pages as they come, some of it for states that are not
+// asked for in the end, and what the states hold already.
+TEST_P(AttentionBackendSuite, FinishToWritesTheResultOfAllTerms) {
+  const uint32_t dim = 64, group = 4;
+  for (int round = 0; round < 2; ++round) {
+    SCOPED_TRACE(round);
+    const AttentionCase a(120, DType::kF16, dim, group, 24, 3.0f),
+        b(121, DType::kF16, dim, group, 5, 9.0f), rest(122, DType::kF16, dim, group, 3, 3.0f);
+    AttentionStates both(2 * group, dim), dropped(group, dim), empty(3, dim);
+    AttentionStates expected(2 * group, dim);
+    const auto half = [&](AttentionStates& states, uint32_t first) {
+      const AttentionStateRef all = states.ref();
+      return AttentionStateRef{group, dim, all.max + first, all.denom + first, all.row(first)};
+    };
+    for (AttentionStates* states : {&both, &expected}) {  // a residual: the first group has one
+      reference_->AttendRows(a.queries.data(), rest.rows, half(*states, 0));
+    }
+    reference_->AttendRows(a.queries.data(), a.rows, half(expected, 0));
+    reference_->AttendRows(b.queries.data(), b.rows, half(expected, group));
+    const std::vector<AttentionItem> local = {
+        {b.queries.data(), half(both, group), {}, b.kv, std::span(b.ids).first(2)},
+        {a.queries.data(), dropped.ref(), a.rows, {}, {}}};
+    const std::vector<AttentionItem> came = {
+        {b.queries.data(), half(both, group), {}, b.kv, std::span(b.ids).subspan(2)},
+        {a.queries.data(), half(both, 0), {}, a.kv, a.ids}};
+    ASSERT_TRUE(backend_->Start(local).ok());
+    ASSERT_TRUE(backend_->Start(came).ok());
+    std::vector<float> out(2 * group * dim), none(3 * dim, 7.0f), truth(out.size());
+    const std::vector<AttentionResult> results = {{empty.ref(), none.data()},
+                                                  {both.ref(), out.data()}};
+    ASSERT_TRUE(backend_->FinishTo(results).ok());
+    FinishStates(expected.ref(), truth.data());
+    for (size_t i = 0; i < out.size(); ++i) ASSERT_NEAR(out[i], truth[i], 2e-5f) << i;
+    for (const float x : none) ASSERT_EQ(x, 0.0f);
+    ASSERT_TRUE(backend_->FinishTo({&results[0], 1}).ok());  // nothing is left over
+    for (const float x : none) ASSERT_EQ(x, 0.0f);
+  }
 }
 
 TEST_P(AttentionBackendSuite, EmptySetsChangeNothing) {

@@ -1,4 +1,5 @@
 #include <cstdio>
+#include <cstring>
 #include <utility>
 
 #include "kernels/gpu/attention_gpu.h"
@@ -21,6 +22,25 @@ class OwnedGpuAttention final : public AttentionBackend {
   const char* name() const override { return backend_->name(); }
   Status Start(std::span<const AttentionItem> items) override { return backend_->Start(items); }
   Status Finish() override { return backend_->Finish(); }
+  // The suite's results lie in the host's memory: through pinned memory.
+  bool on_device() const override { return false; }
+  Status FinishTo(std::span<const AttentionResult> results) override {
+    std::vector<gpu::DeviceMemory> pinned;
+    std::vector<AttentionResult> there(results.begin(), results.end());
+    for (AttentionResult& result : there) {
+      const size_t bytes = size_t{result.states.heads} * result.states.head_dim * sizeof(float);
+      pinned.push_back(
+          gpu::DeviceMemory::Allocate(*device_, gpu::MemoryKind::kPinned, bytes).value());
+      result.out = pinned.back().data<float>();
+    }
+    KV_RETURN_IF_ERROR(backend_->FinishTo(there));
+    KV_RETURN_IF_ERROR(device_->Synchronize());
+    for (size_t i = 0; i < there.size(); ++i) {
+      std::memcpy(results[i].out, pinned[i].data(),
+                  size_t{there[i].states.heads} * there[i].states.head_dim * sizeof(float));
+    }
+    return OkStatus();
+  }
 
  private:
   const std::unique_ptr<gpu::Device> device_;

@@ -52,8 +52,8 @@ TEST_P(DeviceMemorySuite, RecordedWorkRunsWhenReplayedAndReadsMemoryAsItIsThen) 
   float* const x = Room<float>(1);
   float* const y = Room<float>(1);
   float* const weight = Upload(std::vector<float>{3.0f});
-  const GemmArgs product{x, reinterpret_cast<const std::byte*>(weight), nullptr, y, DType::kF32, 1,
-                         1, 1, false};
+  const GemmArgs product{
+      x, reinterpret_cast<const std::byte*>(weight), nullptr, y, DType::kF32, 1, 1, 1, false};
   device_->Launch(product);  // loads the kernel, as users of Record do
   Sync();
   const auto recording = device_->Record([&] {
@@ -94,6 +94,7 @@ TEST_P(DeviceMemorySuite, SpansAreCopiedToTheByte) {
 
 TEST_P(DeviceMemorySuite, FramesArriveOnTheDeviceOnceTheyAreMarked) {
   DeviceFrames frames(*device_);
+  DeviceMemory list;
   const auto one = frames.AllocateChunk(4096);
   const auto two = frames.AllocateChunk(4096);
   ASSERT_TRUE(one.ok() && two.ok());
@@ -103,12 +104,18 @@ TEST_P(DeviceMemorySuite, FramesArriveOnTheDeviceOnceTheyAreMarked) {
   EXPECT_EQ(frames.OnDevice(*one + 4096) == frames.OnDevice(*two), *one + 4096 == *two);
   for (const auto& chunk : {*one, *two}) std::memset(chunk, 1, 4096);
   frames.MarkDirty(*one, 4096);
-  frames.MarkDirty(*two, 4096);
-  ASSERT_TRUE(frames.QueueCopies().ok());
-  Sync();
+  const uint64_t first = frames.MarkDirty(*two, 4096);
+  const uint64_t before = device_->synchronize_count();
+  frames.AwaitCopies(first);
+  EXPECT_EQ(device_->synchronize_count(), before) << "it is not queued yet";
+  ASSERT_TRUE(frames.QueueCopies(&list).ok());
+  for (int again = 0; again < 2; ++again) {
+    frames.AwaitCopies(first);
+    EXPECT_EQ(device_->synchronize_count(), before + 1) << "once for all";
+  }
   std::memset(*one, 2, 4096);
   frames.MarkDirty(*one + 256, 512);  // only this part is to go
-  ASSERT_TRUE(frames.QueueCopies().ok());
+  ASSERT_TRUE(frames.QueueCopies(&list).ok());
   Sync();
   const auto* const twin = reinterpret_cast<const uint8_t*>(frames.OnDevice(*one));
   const std::vector<uint8_t> content = Download(twin, 4096);

@@ -104,6 +104,7 @@ class DeviceModel final : public Model {
                 bool add, float* y);
   void QueueInput(const Activations& a, uint32_t tokens);  // hidden state and positions
   void QueueBefore(const DeviceLayer& w, const Activations& a, uint32_t tokens);
+  void QueueAttended(const Activations& a, uint32_t tokens);  // from the host
   void QueueAfter(const DeviceLayer& w, const Activations& a, uint32_t tokens);
   Status QueueStepPart(DeviceLayer* w, uint32_t rows, bool before);
   Status LogitsOf(const float* hidden, float* logits);
@@ -118,12 +119,12 @@ class DeviceModel final : public Model {
   const float* final_norm_ = nullptr;
   Matrix output_;
   const double* frequencies_ = nullptr;
-  Activations block_, step_;  // of prefill; of a step, at addresses that recordings keep
-  uint32_t step_rows_ = 0;    // of the last Step
-  std::set<uint32_t> steps_run_;  // numbers of rows of which every kernel has run
+  Activations block_, step_;           // of prefill; of a step, at addresses that recordings keep
+  uint32_t step_rows_ = 0;             // of the last Step
+  std::set<uint32_t> steps_run_;       // numbers of rows of which every kernel has run
   DeviceMemory logits_, host_logits_;  // [rows, vocab]; pinned: of one row
   DeviceMemory draws_, chosen_;        // pinned: one per row
-  Status failed_;  // of a call that cannot return it; out of the next one
+  Status failed_;                      // of a call that cannot return it; out of the next one
 };
 
 Result<std::byte*> DeviceModel::Room(size_t bytes) {
@@ -211,8 +212,8 @@ Status DeviceModel::UploadWeights() {
   frequencies_ = reinterpret_cast<const double*>(at);
   KV_ASSIGN_OR_RETURN(host_logits_,
                       DeviceMemory::Allocate(device_, MemoryKind::kPinned, LogitsBytes(1)));
-  KV_ASSIGN_OR_RETURN(draws_, DeviceMemory::Allocate(device_, MemoryKind::kPinned,
-                                                     kStepRowsMax * sizeof(double)));
+  KV_ASSIGN_OR_RETURN(
+      draws_, DeviceMemory::Allocate(device_, MemoryKind::kPinned, kStepRowsMax * sizeof(double)));
   KV_ASSIGN_OR_RETURN(chosen_, DeviceMemory::Allocate(device_, MemoryKind::kPinned,
                                                       kStepRowsMax * sizeof(int32_t)));
   KV_RETURN_IF_ERROR(Reserve(kStepRowsMax, &step_));
@@ -301,8 +302,11 @@ void DeviceModel::QueueBefore(const DeviceLayer& w, const Activations& a, uint32
   device_.Copy(a.host_qkv, a.qkv, tokens * (q_size() + 2 * size_t{kv_size()}) * sizeof(float));
 }
 
-void DeviceModel::QueueAfter(const DeviceLayer& w, const Activations& a, uint32_t tokens) {
+void DeviceModel::QueueAttended(const Activations& a, uint32_t tokens) {
   device_.Copy(a.attended, a.host_attended, size_t{tokens} * q_size() * sizeof(float));
+}
+
+void DeviceModel::QueueAfter(const DeviceLayer& w, const Activations& a, uint32_t tokens) {
   Multiply(a.attended, w.o, 0, w.o.rows, tokens, true, a.hidden);
   Norm(a.hidden, a.normed, w.post_norm, tokens);
   Multiply(a.normed, w.gate_up, 0, w.gate_up.rows, tokens, false, a.gate_up);
@@ -335,6 +339,7 @@ Status DeviceModel::Layer(LayerId layer, TokenPos first, uint32_t tokens, float*
   const float* const k = a.host_qkv + size_t{tokens} * q_size();
   KV_RETURN_IF_ERROR(attention.Attend(layer, first, tokens, a.host_qkv, k,
                                       k + size_t{tokens} * kv_size(), a.host_attended));
+  QueueAttended(a, tokens);
   QueueAfter(w, a, tokens);
   device_.Copy(a.host_hidden, a.hidden, hidden_bytes(tokens));
   KV_RETURN_IF_ERROR(device_.Synchronize());
@@ -383,8 +388,9 @@ Status DeviceModel::QueueStepPart(DeviceLayer* w, uint32_t rows, bool before) {
   return OkStatus();
 }
 
-// The hidden state stays on the device from the embedding to the choice of a token. The host waits
-// once per layer for q, k and v, which it has to send; attention waits for what it needs itself.
+// The hidden state stays on the device from the embedding to the choice of a token, and so does
+// what attention on the device computes. The host waits once per layer, for q, k and v, which it
+// has to send.
 Status DeviceModel::Step(std::span<const StepToken> tokens, StepAttention& attention) {
   KV_RETURN_IF_ERROR(CheckStep(tokens));
   if (!failed_.ok()) return std::exchange(failed_, OkStatus());
@@ -403,8 +409,9 @@ Status DeviceModel::Step(std::span<const StepToken> tokens, StepAttention& atten
     DeviceLayer& w = layers_[l];
     KV_RETURN_IF_ERROR(QueueStepPart(&w, rows, true));
     KV_RETURN_IF_ERROR(device_.Synchronize());  // q, k and v have left the device
-    KV_RETURN_IF_ERROR(
-        attention.AttendStep(LayerId(l), tokens, a.host_qkv, k, v, a.host_attended));
+    KV_RETURN_IF_ERROR(attention.AttendStep(LayerId(l), tokens, a.host_qkv, k, v,
+                                            attention.on_device() ? a.attended : a.host_attended));
+    if (!attention.on_device()) QueueAttended(a, rows);
     KV_RETURN_IF_ERROR(QueueStepPart(&w, rows, false));
   }
   steps_run_.insert(rows);

@@ -122,12 +122,12 @@ TEST_P(DeviceModelSuite, StepsOfSeveralSequencesChooseTheTokensOfTheCpu) {
       std::vector<TokenChoice> choices;
       std::vector<LayerAttention*> rows;
       for (uint32_t i = 0; i < text.size(); ++i) {
-        tokens.push_back({text[i].back(),
-                          TokenPos(1000 * i + static_cast<uint32_t>(text[i].size()) - 1)});
+        tokens.push_back(
+            {text[i].back(), TokenPos(1000 * i + static_cast<uint32_t>(text[i].size()) - 1)});
         choices.push_back({i, samplers[i].Next()});
         rows.push_back(attentions[i].get());
       }
-      EachSequence attention(model->shape(), rows);
+      EachSequence attention(model->shape(), rows, false);
       const Status status = model->Step(tokens, attention);
       ASSERT_TRUE(status.ok()) << status.ToString();
       std::vector<int32_t> chosen(text.size());
@@ -144,7 +144,7 @@ TEST_P(DeviceModelSuite, StepsOfSeveralSequencesChooseTheTokensOfTheCpu) {
 TEST_P(DeviceModelSuite, RefusesStepsThatCannotRun) {
   Load(Spec("LlamaForCausalLM", DType::kF32, 23));
   DenseAttention dense(model_->shape());
-  EachSequence one(model_->shape(), {&dense});
+  EachSequence one(model_->shape(), {&dense}, false);
   for (Model* model : {cpu_.get(), model_.get()}) {
     const auto step = [&](StepToken token) { return model->Step({&token, 1}, one).code(); };
     EXPECT_EQ(step({-1, TokenPos(0)}), StatusCode::kInvalidArgument);

@@ -238,11 +238,11 @@ Status LlamaModel::Step(std::span<const StepToken> tokens, StepAttention& attent
     positions.push_back(tokens[i].position.value);
   }
   rope_.Prepare(positions);
+  KV_CHECK(!attention.on_device());
   for (uint16_t l = 0; l < shape_.layers; ++l) {
     const LayerId layer(l);
     KV_RETURN_IF_ERROR(RunLayer(layer, step_rows_, step_hidden_.data(), [&] {
-      return attention.AttendStep(layer, tokens, q_.data(), k_.data(), v_.data(),
-                                  attended_.data());
+      return attention.AttendStep(layer, tokens, q_.data(), k_.data(), v_.data(), attended_.data());
     }));
   }
   return OkStatus();
@@ -260,8 +260,8 @@ Status LlamaModel::Choose(std::span<const TokenChoice> choices, int32_t* tokens)
   Reserve(count);
   for (uint32_t i = 0; i < count; ++i) {
     KV_CHECK(choices[i].row < step_rows_);
-    RmsNorm(step_hidden_.data() + choices[i].row * width, weights_.final_norm,
-            config_.rms_norm_eps, normed_.data() + i * width);
+    RmsNorm(step_hidden_.data() + choices[i].row * width, weights_.final_norm, config_.rms_norm_eps,
+            normed_.data() + i * width);
   }
   step_logits_.resize(size_t{count} * config_.vocab_size);
   gemm_.Multiply(normed_.data(), count, weights_.output, nullptr, step_logits_.data());

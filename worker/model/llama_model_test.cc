@@ -164,13 +164,13 @@ TEST(LlamaModel, ARowOfAStepDoesNotDependOnTheOthers) {
         attentions.push_back(std::make_unique<DenseAttention>(m.shape()));
         rows.push_back(attentions.back().get());
       }
-      EachSequence attention(m.shape(), rows);
+      EachSequence attention(m.shape(), rows, false);
       std::vector<std::vector<float>> logits(sequences.size(), std::vector<float>(m.vocab_size()));
       for (uint32_t step = 0; step < 3; ++step) {
         std::vector<StepToken> tokens;
         for (const uint32_t s : sequences) {
-          tokens.push_back({static_cast<int32_t>((5 * s + step) % m.vocab_size()),
-                            TokenPos(100 * s + step)});
+          tokens.push_back(
+              {static_cast<int32_t>((5 * s + step) % m.vocab_size()), TokenPos(100 * s + step)});
         }
         EXPECT_TRUE(m.Step(tokens, attention).ok());
       }

@@ -49,6 +49,9 @@ struct StepToken {
 class StepAttention {
  public:
   virtual ~StepAttention() = default;
+  // Where it writes `out`: true: by queued work of the device that the model runs on, into its
+  // memory (or pinned); false: in the host's. REQUIRES of a model on the CPU: false.
+  virtual bool on_device() const = 0;
   // As LayerAttention::Attend, but row i is of sequence i and its token's position. An error ends
   // the step for all; what befalls one sequence alone is kept for its owner.
   virtual Status AttendStep(LayerId layer, std::span<const StepToken> tokens, const float* q,

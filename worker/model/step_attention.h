@@ -1,5 +1,6 @@
 // EachSequence: a step's attention one sequence after the other, each through its own
-// LayerAttention. For a single sequence (DecodeLoop), and for methods that gain nothing from company.
+// LayerAttention. For a single sequence (DecodeLoop), and for methods that gain nothing from
+// company.
 #pragma once
 
 #include <span>
@@ -11,9 +12,12 @@ namespace icecache {
 
 class EachSequence final : public StepAttention {
  public:
-  // Borrows; sequence i is row i of every step. The first error ends the step.
-  EachSequence(const ModelShape& shape, std::vector<LayerAttention*> sequences)
-      : shape_(shape), sequences_(std::move(sequences)) {}
+  // Borrows; sequence i is row i of every step. The first error ends the step. `on_device`: of all
+  // sequences.
+  EachSequence(const ModelShape& shape, std::vector<LayerAttention*> sequences, bool on_device)
+      : shape_(shape), on_device_(on_device), sequences_(std::move(sequences)) {}
+
+  bool on_device() const override { return on_device_; }
 
   Status AttendStep(LayerId layer, std::span<const StepToken> tokens, const float* q,
                     const float* k, const float* v, float* out) override {
@@ -29,6 +33,7 @@ class EachSequence final : public StepAttention {
 
  private:
   const ModelShape shape_;
+  const bool on_device_;
   const std::vector<LayerAttention*> sequences_;
 };
 

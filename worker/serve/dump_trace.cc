@@ -40,6 +40,7 @@ class RecordingAttention final : public DecodeAttention {
     }
     return OkStatus();
   }
+  bool on_device() const override { return full_.on_device(); }
   const AttentionStats& stats() const override { return full_.stats(); }
   void ResetStats() override { full_.ResetStats(); }
   uint64_t kv_bytes() const override { return full_.kv_bytes(); }
