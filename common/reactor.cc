@@ -10,7 +10,9 @@
 #include <boost/asio/posix/stream_descriptor.hpp>
 #include <boost/asio/post.hpp>
 #include <chrono>
+#include <deque>
 #include <map>
+#include <mutex>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -27,7 +29,7 @@ using std::chrono::milliseconds;
 // A socket poll is a system call (~0.4 us), a pump of shared memory is not (~0.05 us): while
 // polling busily, only every n-th turn looks at sockets and timers.
 constexpr uint32_t kQuickTurns = 16;
-// A handler that posts itself again must not keep the pollables and timers waiting.
+// So many at a time do not keep the pollables and timers waiting.
 constexpr int kHandlersPerTurn = 64;
 
 // An armed pollable is pumped although its descriptor says nothing, because UCX wake-ups get lost
@@ -69,7 +71,30 @@ struct Reactor::Impl {
   bool RunHandlers() {
     int ran = 0;
     while (ran < kHandlersPerTurn && io.poll_one() > 0) ++ran;
-    return ran > 0;
+    return RunPosted() || ran > 0;
+  }
+
+  // True: the loop must be woken.
+  bool AddPosted(std::function<void()> fn) {
+    const std::lock_guard lock(posted_mutex);
+    incoming.push_back(std::move(fn));
+    posted.fetch_add(1);
+    return incoming.size() == 1;
+  }
+
+  bool RunPosted() {
+    if (batch.empty()) {
+      if (posted.load() == 0) return false;
+      const std::lock_guard lock(posted_mutex);
+      batch.swap(incoming);
+    }
+    for (int n = 0; n < kHandlersPerTurn && !batch.empty(); ++n) {
+      const std::function<void()> fn = std::move(batch.front());
+      batch.pop_front();
+      posted.fetch_sub(1);
+      fn();
+    }
+    return true;
   }
 
   bool RunTimers() {
@@ -230,6 +255,9 @@ struct Reactor::Impl {
 
   std::atomic<bool> stop{false};
   std::atomic<uint32_t> posted{0};  // posted and not yet run: makes the next turn a full one
+  std::mutex posted_mutex;
+  std::deque<std::function<void()>> incoming;  // under the mutex
+  std::deque<std::function<void()>> batch;     // of this turn; older than `incoming`
 
   std::map<std::pair<TimePoint, TimerId>, std::function<void()>> timers;
   std::unordered_map<TimerId, TimePoint> timer_times;
@@ -251,11 +279,7 @@ const Clock& Reactor::clock() const { return impl_->clock; }
 boost::asio::io_context& Reactor::io() { return impl_->io; }
 
 void Reactor::Post(std::function<void()> fn) {
-  impl_->posted.fetch_add(1);
-  asio::post(impl_->io, [impl = impl_.get(), fn = std::move(fn)] {
-    impl->posted.fetch_sub(1);
-    fn();
-  });
+  if (impl_->AddPosted(std::move(fn))) asio::post(impl_->io, [] {});
 }
 
 Reactor::TimerId Reactor::After(Duration delay, std::function<void()> fn) {

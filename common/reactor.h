@@ -52,7 +52,8 @@ class Reactor {
   const Clock& clock() const;
   boost::asio::io_context& io();
 
-  // Runs fn on the loop's thread, after the current handler. Any thread.
+  // Runs fn on the loop's thread, in order, after the current handler; what a posted function posts
+  // waits for the next turn, so that pollables and timers come in between. Any thread.
   void Post(std::function<void()> fn);
 
   // Timers. `fn` runs at the first turn of the loop at or after `delay`. Cancel of a timer that has

@@ -120,6 +120,22 @@ TEST(Reactor, PostedFunctionsRunInOrderAfterTheCurrentOne) {
   EXPECT_THAT(m.log, testing::ElementsAre("outer", "next", "inner"));
 }
 
+TEST(Reactor, WhatAPostedFunctionPostsWaitsForTheNextTurn) {
+  ManualReactor m;
+  FakeWorker worker;
+  m.reactor.Attach(&worker);
+  worker.on_work = [&] { m.log.push_back("work"); };
+  for (int i = 0; i < 2; ++i) worker.Add();
+  m.reactor.Post([&] {
+    m.log.push_back("first");
+    m.reactor.Post([&] { m.log.push_back("second"); });
+  });
+  m.reactor.Poll();
+  m.reactor.Poll();
+  EXPECT_THAT(m.log, testing::ElementsAre("first", "work", "second", "work"));
+  m.reactor.Detach(&worker);
+}
+
 TEST(Reactor, SelfPostingHandlerDoesNotStarveTimersAndPollables) {
   ManualReactor m;
   FakeWorker worker;
