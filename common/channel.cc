@@ -191,21 +191,25 @@ uint64_t Channel::Impl::StartCall(OutMessage request, Duration deadline, Done do
   if (!Register(id, deadline, std::move(done))) return id;
   request.id = id;
   request.flags = 0;
+  request.patience = deadline;
   Send(std::move(request));
   return id;
 }
 
 void Channel::Impl::StartCalls(std::vector<Request> requests, const Join& join) {
   std::vector<OutMessage> messages;
+  Duration patience{0};  // while anybody waits
   for (Request& request : requests) {
     const uint64_t id = next_id++;
     if (!Register(id, request.deadline, std::move(request.done))) continue;
     request.message.id = id;
+    patience = std::max(patience, request.deadline);
     messages.push_back(std::move(request.message));
   }
   if (messages.empty()) return;
   OutMessage joined = join(messages);
   joined.flags = 0;
+  joined.patience = patience;
   Send(std::move(joined));
 }
 

@@ -132,7 +132,14 @@ void Side::Deliver(const OutMessage& message) {
   std::vector<std::byte> body;
   body.reserve(body_bytes);
   for (const auto& part : message.body) body.insert(body.end(), part.begin(), part.end());
-  current->on_message({message.kind, message.flags, message.id, meta, body});
+  InMessage in;
+  in.kind = message.kind;
+  in.flags = message.flags;
+  in.id = message.id;
+  in.meta = meta;
+  in.body = body;
+  in.patience = message.patience;
+  current->on_message(in);
 }
 
 void Side::GiveBack(std::unique_ptr<OutMessage> message) {

@@ -17,17 +17,19 @@ struct MessageHeader {
                       // ones in order
   uint32_t meta_bytes;
   uint32_t body_bytes;
-  uint32_t control;  // kControlNone or kControlHello
+  uint16_t control;      // kControlNone or kControlHello
+  uint16_t patience_cs;  // hundredths of a second that the sender waits for the answer, rounded up;
+                         // 0: not said
 };
 static_assert(sizeof(MessageHeader) == 32);
 inline constexpr uint32_t kMessageMagic =
     0x31454349;  // "ICE1"; the digit is the version of this framing
 
-inline constexpr uint32_t kControlNone = 0;  // a message
+inline constexpr uint16_t kControlNone = 0;  // a message
 // The first thing each side sends, the client before the server; carries nothing and is not
 // counted. Nobody sends messages before the other's hello has come: UCX 1.13 crashes when it
 // replays what was queued during its wire-up.
-inline constexpr uint32_t kControlHello = 1;
+inline constexpr uint16_t kControlHello = 1;
 
 // Bytes of meta with the zeroes that align the body.
 constexpr uint64_t PaddedMetaBytes(uint64_t meta_bytes) { return (meta_bytes + 7) & ~uint64_t{7}; }

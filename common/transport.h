@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "common/reactor.h"
+#include "common/receive_buffers.h"
 #include "common/status.h"
 
 namespace icecache {
@@ -26,6 +27,7 @@ struct OutMessage {
   uint16_t kind = 0;            // what meta is; data_codec.h has the kinds
   uint16_t flags = 0;
   uint64_t id = 0;              // request id, echoed by the reply
+  Duration patience{0};         // how long the sender waits for the answer; 0: not said
   std::vector<std::byte> meta;
   std::vector<std::span<const std::byte>> body;
   std::shared_ptr<const void> pin;  // keeps what body points to alive until the transport lets go of it
@@ -38,6 +40,10 @@ struct InMessage {
   uint64_t id = 0;
   std::span<const std::byte> meta;
   std::span<const std::byte> body;
+  Duration patience{0};  // of the sender, from now on, in steps of 10 ms and at most 655 s; 0: unknown
+  // Where meta and body lie, if the transport can do without: a handler may move it away, and the
+  // message is valid as long as the buffer is. The buffer goes before the transport.
+  ReceiveBuffers::Buffer* buffer = nullptr;
 };
 
 // Memory of this process that peers may read by themselves, without a thread of this process taking

@@ -193,9 +193,9 @@ bool UcxConnection::Progress() {
   UcxCore& core = *core_;
   // What arrives while handlers run is delivered in the next turn.
   for (size_t n = ready_.size(); n > 0 && !ready_.empty(); --n) {
-    const UcxReceived received = std::move(ready_.front());
+    UcxReceived received = std::move(ready_.front());
     ready_.pop_front();
-    Deliver(received);
+    Deliver(std::move(received));
   }
   Tend();
   std::exchange(released_pins_, {}).clear();
@@ -454,12 +454,18 @@ void UcxConnection::Enqueue(UcxReceived received) {
   }
 }
 
-void UcxConnection::Deliver(const UcxReceived& received) {
+void UcxConnection::Deliver(UcxReceived received) {
   held_bytes_ -= received.data_bytes;
   const std::shared_ptr<Handlers> handlers = handlers_;
   if (ended_ || handlers == nullptr || !handlers->on_message) return;
   const MessageHeader& header = received.header;
-  InMessage message{header.kind, header.flags, header.id, {}, {}};
+  InMessage message;
+  message.kind = header.kind;
+  message.flags = header.flags;
+  message.id = header.id;
+  message.patience = PatienceStep(header.patience_cs);
+  // UCX's own descriptors must go back before the worker ends, so only our buffers are given away.
+  if (received.buffer.data() != nullptr) message.buffer = &received.buffer;
   const std::byte* meta = received.data;
   if (header.meta_bytes > 0 && reinterpret_cast<uintptr_t>(meta) % 8 != 0) {
     core_->aligned_meta.resize(PaddedMetaBytes(header.meta_bytes) / 8);

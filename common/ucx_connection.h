@@ -102,7 +102,7 @@ class UcxConnection final : public Pollable, public std::enable_shared_from_this
     std::function<void(Status)> on_closed;
   };
 
-  void Deliver(const UcxReceived& received);
+  void Deliver(UcxReceived received);
   void Tend();
   void FinishReads();
   void Fail(Status status);

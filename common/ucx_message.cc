@@ -1,5 +1,8 @@
 #include "common/ucx_message.h"
 
+#include <algorithm>
+#include <chrono>
+#include <cstdint>
 #include <cstring>
 
 #include "common/limits.h"
@@ -14,6 +17,11 @@ constexpr uint64_t kGatherBytesMax = 8192;
 // Smaller parts (positions of a page) are copied next to each other.
 constexpr size_t kSmallPartBytes = 512;
 constexpr size_t kSpareStagingBytesMax = 256 << 10;
+
+uint16_t PatienceOnWire(Duration patience) {
+  const auto steps = std::chrono::ceil<PatienceStep>(std::max(patience, Duration(0))).count();
+  return static_cast<uint16_t>(std::min<int64_t>(steps, UINT16_MAX));
+}
 
 }  // namespace
 
@@ -69,7 +77,8 @@ void UcxSend::Prepare(OutMessage m) {
             0,
             static_cast<uint32_t>(message.meta.size()),
             static_cast<uint32_t>(body_bytes),
-            0};
+            kControlNone,
+            PatienceOnWire(message.patience)};
   message.meta.resize(PaddedMetaBytes(message.meta.size()));
   bytes = message.meta.size() + body_bytes;
 

@@ -5,7 +5,10 @@
 
 #include <ucp/api/ucp.h>
 
+#include <chrono>
+#include <cstdint>
 #include <memory>
+#include <ratio>
 #include <utility>
 #include <vector>
 
@@ -16,6 +19,8 @@
 namespace icecache {
 
 class UcxConnection;
+
+using PatienceStep = std::chrono::duration<int64_t, std::centi>;  // MessageHeader::patience_cs
 
 // On its way out. UCX reads header, parts and what they point to until Callback.
 struct UcxSend {

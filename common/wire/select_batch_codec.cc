@@ -60,6 +60,7 @@ Result<std::vector<InMessage>> SplitSelects(const InMessage& message) {
           InMessage& part = out.emplace_back();
           part.kind = kSelect;
           part.id = select.getId();
+          part.patience = message.patience;
           part.meta = View(select.getMeta());
           const size_t bytes = select.getBodyBytes();
           KV_RETURN_IF_ERROR(check.AtMost("bodyBytes", bytes, message.body.size() - at));

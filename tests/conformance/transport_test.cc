@@ -32,6 +32,47 @@ TEST_P(TransportSuite, EveryFieldAndSizeArrivesAsSent) {
   }
 }
 
+TEST_P(TransportSuite, PatienceTravelsInHundredthsOfASecond) {
+  ASSERT_NO_FATAL_FAILURE(Connect());
+  std::vector<Duration> heard;
+  there().also = [&](const InMessage& m) { heard.push_back(m.patience); };
+  for (const Duration patience : {Duration(0), Duration(std::chrono::milliseconds(5000)),
+                                  Duration(std::chrono::hours(100))}) {
+    OutMessage message = Message(1);
+    message.patience = patience;
+    here_->endpoint->Send(std::move(message));
+  }
+  ASSERT_TRUE(Wait([&] { return heard.size() == 3; }));
+  EXPECT_EQ(heard[0], Duration(0));
+  EXPECT_EQ(heard[1], std::chrono::milliseconds(5000));
+  EXPECT_GE(heard[2], std::chrono::minutes(10));  // as much as can be said
+}
+
+TEST_P(TransportSuite, AHandlerMayTakeTheMemoryOfAMessage) {
+  ASSERT_NO_FATAL_FAILURE(Connect());
+  struct Taken {
+    ReceiveBuffers::Buffer buffer;
+    std::span<const std::byte> meta, body;
+  };
+  std::vector<Taken> taken;
+  size_t heard = 0;
+  there().also = [&](const InMessage& m) {
+    ++heard;
+    if (m.buffer != nullptr) taken.push_back({std::move(*m.buffer), m.meta, m.body});
+  };
+  const Bytes meta = RandomBytes(100, 1), body = RandomBytes(4u << 20, 2);  // a rendezvous
+  for (uint64_t i = 0; i < 4; ++i) here_->endpoint->Send(Message(i, meta, {body}));
+  ASSERT_TRUE(Wait([&] { return heard == 4; }));
+  here_->endpoint->Close();  // what was taken stays
+  RunTurns();
+  for (const Taken& t : taken) {
+    EXPECT_TRUE(Same(Bytes(t.meta.begin(), t.meta.end()), meta));
+    EXPECT_TRUE(Same(Bytes(t.body.begin(), t.body.end()), body));
+  }
+  if (GetParam().name.find("Ucx") == 0) EXPECT_EQ(taken.size(), 4u);
+  taken.clear();  // before the transport
+}
+
 TEST_P(TransportSuite, BothDirectionsCarryMessages) {
   ASSERT_NO_FATAL_FAILURE(Connect());
   const Bytes body = RandomBytes(10000, 1);
