@@ -136,8 +136,12 @@ std::string MetricsRegistry::RenderPrometheus() const {
     static constexpr const char* kKinds[] = {"counter", "gauge", "histogram"};
     out += "# HELP " + name + " " + family.help + "\n# TYPE " + name + " " +
            kKinds[static_cast<int>(family.kind)] + "\n";
-    for (const auto& [labels, c] : family.counters)
-      out += name + Braced(labels) + " " + std::to_string(c->value()) + "\n";
+    const bool seconds = name.ends_with("_seconds_total");
+    for (const auto& [labels, c] : family.counters) {
+      const std::string value =
+          seconds ? Seconds(static_cast<double>(c->value()) * 1e-9) : std::to_string(c->value());
+      out += name + Braced(labels) + " " + value + "\n";
+    }
     for (const auto& [labels, g] : family.gauges)
       out += name + Braced(labels) + " " + std::to_string(g->value()) + "\n";
     for (const auto& [labels, h] : family.histograms) RenderHistogram(name, labels, *h, &out);

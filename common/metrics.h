@@ -4,7 +4,8 @@
 // start, and lives as long as its registry; Add/Set/Observe are one relaxed atomic operation and
 // may be called on any thread. Names follow the rules of Prometheus: `icecache_` first, base unit
 // last,
-// `_total` on counters only. Label values are bounded: tenants and reasons, never contexts.
+// `_total` on counters only. A counter of seconds (`_seconds_total`) counts nanoseconds and is
+// shown in seconds. Label values are bounded: tenants and reasons, never contexts.
 #pragma once
 
 #include <array>

@@ -43,6 +43,12 @@ TEST(Metrics, SameNameAndLabelsAreOneMetric) {
   EXPECT_THAT(registry.RenderPrometheus(), HasSubstr("# HELP c_total first help\n"));
 }
 
+TEST(Metrics, CountersOfSecondsCountNanosecondsAndShowSeconds) {
+  MetricsRegistry registry;
+  registry.GetCounter("busy_seconds_total", "Time.").Set(1'250'000'000);
+  EXPECT_THAT(registry.RenderPrometheus(), testing::HasSubstr("\nbusy_seconds_total 1.25\n"));
+}
+
 TEST(Metrics, LabelValuesAreEscaped) {
   MetricsRegistry registry;
   registry.GetCounter("c_total", "h", {{"tenant", "a\"b\\c\nd"}, {"op", "select"}}).Add();
