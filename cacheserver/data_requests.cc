@@ -8,7 +8,6 @@
 #include "cacheserver/data_service.h"
 #include "common/checksum.h"
 #include "common/limits.h"
-#include "common/wire/select_batch_codec.h"
 #include "kernels/int8_rows.h"
 
 namespace icecache {
@@ -112,7 +111,6 @@ Status DataService::Build(Connection& connection, const InMessage& message) {
   build->connection = connection.id;
   build->request = message.id;
   build->heads_left = request.slices.heads.size();
-  ++requests_open_;
   const std::span<const float> energy(request.decoded_query_energy);
   for (size_t i = 0; i < request.slices.heads.size(); ++i) {
     const std::span<const float> of_head =
@@ -135,7 +133,6 @@ Status DataService::Build(Connection& connection, const InMessage& message) {
 }
 
 void DataService::FinishBuild(const BuildInFlight& build) {
-  --requests_open_;
   auto it = connections_.find(build.connection);
   if (it == connections_.end()) return;
   if (!build.status.ok()) {
@@ -297,8 +294,8 @@ Status DataService::Select(Connection& connection, const InMessage& message) {
   const TimePoint appended = reactor_.clock().Now();
   Misses misses;
   KV_RETURN_IF_ERROR(SelectHeads(context, request, &misses));
-  if (!misses.empty()) return WaitForPages(connection, message, misses);
-  (current_ == nullptr ? selections_warm_ : selections_cold_).Add();
+  if (!misses.empty()) return WaitForPages(misses);
+  (requests_.at(current_)->give_up ? selections_cold_ : selections_warm_).Add();
   const TimePoint selected = reactor_.clock().Now();
 
   OutMessage reply;
@@ -328,13 +325,6 @@ Status DataService::Select(Connection& connection, const InMessage& message) {
   return OkStatus();
 }
 
-Status DataService::SelectBatch(Connection& connection, const InMessage& message) {
-  KV_ASSIGN_OR_RETURN(const std::vector<InMessage> selects, wire::SplitSelects(message));
-  Count(message.kind, StatusCode::kOk);
-  for (const InMessage& select : selects) Handle(connection, select);
-  return OkStatus();
-}
-
 Status DataService::FetchRows(Connection& connection, const InMessage& message) {
   KV_ASSIGN_OR_RETURN(const Fenced fenced, Fence(connection, message, false));
   const ModelShape& shape = fenced.context->spec().shape;
@@ -349,7 +339,7 @@ Status DataService::FetchRows(Connection& connection, const InMessage& message) 
   for (size_t i = 0; i < request.slices.heads.size(); ++i) {
     KV_RETURN_IF_ERROR(CopyRows(*fenced.context, request, i, &header, body.get(), &misses));
   }
-  if (!misses.empty()) return WaitForPages(connection, message, misses);
+  if (!misses.empty()) return WaitForPages(misses);
   header.checksum = Checksum64(*body);
   OutMessage reply;
   wire::Encode(header, &reply);
@@ -407,7 +397,7 @@ Status DataService::FetchPages(Connection& connection, const InMessage& message)
   Misses misses;
   KV_RETURN_IF_ERROR(fenced.context->FetchPages(request.layer, request.head, request.pages,
                                                 &scratch_.heads[0], &misses));
-  if (!misses.empty()) return WaitForPages(connection, message, misses);
+  if (!misses.empty()) return WaitForPages(misses);
   if ((request.flags & wire::kSelectMapped) != 0) NameByExtent(&scratch_.heads[0]);
   OutMessage reply;
   KV_RETURN_IF_ERROR(GatherPages(&reply));

@@ -5,6 +5,8 @@
 
 #include "common/limits.h"
 #include "common/log.h"
+#include "common/message_header.h"
+#include "common/wire/select_batch_codec.h"
 
 namespace icecache {
 namespace {
@@ -33,6 +35,24 @@ Counter& BytesOf(MetricsRegistry& metrics, const char* name, const char* transpo
                             "Bytes of data-plane messages, by the transport of their connection; "
                             "mapped: named to be read in the tenant's extents.",
                             {{"transport", transport}});
+}
+
+// Makes the message outlive its handler: without a copy where the transport can spare the memory.
+std::shared_ptr<const void> TakeMemory(InMessage* message) {
+  if (message->buffer != nullptr) {
+    auto taken = std::make_shared<ReceiveBuffers::Buffer>(std::move(*message->buffer));
+    message->buffer = nullptr;
+    return taken;
+  }
+  const size_t meta_bytes = message->meta.size(), body_bytes = message->body.size();
+  const size_t body_at = PaddedMetaBytes(meta_bytes);
+  auto words = std::make_shared_for_overwrite<uint64_t[]>((body_at + body_bytes + 7) / 8);
+  auto* const copy = reinterpret_cast<std::byte*>(words.get());
+  std::copy(message->meta.begin(), message->meta.end(), copy);
+  std::copy(message->body.begin(), message->body.end(), copy + body_at);
+  message->meta = {copy, meta_bytes};
+  message->body = {copy + body_at, body_bytes};
+  return words;
 }
 
 // What UCX has chosen for a connection, in few words; "unknown" as long as it connects.
@@ -113,7 +133,7 @@ void DataService::Accept(std::unique_ptr<Endpoint> endpoint) {
       std::max(2, static_cast<int>(options_.peer_timeout / options_.heartbeat_interval));
   connection->channel = std::make_unique<Channel>(reactor_, std::move(endpoint), options);
   Connection& c = *connection;
-  c.channel->SetHandler([this, &c](const InMessage& message) { Handle(c, message); });
+  c.channel->SetHandler([this, &c](const InMessage& message) { Receive(c, message); });
   c.channel->SetOnClosed([this, id = c.id](const Status& status) {
     LogDebug("data connection closed", {{"reason", status.ToString()}});
     Close(id);
@@ -175,23 +195,51 @@ void DataService::CountBytes(Connection& connection, uint64_t sent, uint64_t rec
   connection.bytes_received->Add(received);
 }
 
+void DataService::Receive(Connection& connection, InMessage message) {
+  CountBytes(connection, 0, message.meta.size() + message.body.size());
+  std::shared_ptr<const void> memory;
+  if (connection.tenant) memory = TakeMemory(&message);
+  if (message.kind != wire::kSelectBatch) return Enqueue(connection, message, memory);
+  const Result<std::vector<InMessage>> selects = wire::SplitSelects(message);
+  if (!selects.ok()) return Refuse(connection, message, selects.status());
+  Count(message.kind, StatusCode::kOk);
+  for (const InMessage& select : *selects) Enqueue(connection, select, memory);
+}
+
+void DataService::Enqueue(Connection& connection, const InMessage& message,
+                          const std::shared_ptr<const void>& memory) {
+  if (!connection.tenant) return Handle(connection, message);
+  TenantWork::Task task;
+  task.bytes = message.meta.size() + message.body.size();
+  if (message.patience > Duration(0)) task.deadline = reactor_.clock().Now() + message.patience;
+  const RequestId id = next_request_++;
+  task.run = [this, id, alive = std::weak_ptr<int>(alive_)](const Status& status) {
+    if (!alive.expired()) Serve(id, status);
+  };
+  const Status status = shard_.work().Submit(*connection.tenant, std::move(task));
+  if (!status.ok()) return Refuse(connection, message, status);
+  requests_.emplace(id, std::make_shared<Request>(Request{connection.id, message, memory, {}}));
+}
+
+void DataService::Refuse(Connection& connection, const InMessage& message, const Status& status) {
+  Count(message.kind, status.code());
+  connection.channel->ReplyError(message.id, status);
+}
+
 void DataService::Handle(Connection& connection, const InMessage& message) {
   Status status;
-  if (current_ == nullptr) CountBytes(connection, 0, message.meta.size() + message.body.size());
   if (connection.channel->endpoint().bytes_queued() > limits::kReplyBytesQueuedMax) {
     status = ResourceExhausted("the peer takes its replies too slowly: " +
                                std::to_string(connection.channel->endpoint().bytes_queued()) +
                                " bytes wait for it; read replies before sending more requests");
   } else {
     status = Dispatch(connection, message);
+    if (status.code() == StatusCode::kResourceExhausted &&
+        (message.kind == wire::kPutRows || message.kind == wire::kSelect)) {
+      status = WaitForRoom(status);
+    }
   }
-  if (status.code() == StatusCode::kResourceExhausted &&
-      (message.kind == wire::kPutRows || message.kind == wire::kSelect)) {
-    status = WaitForRoom(connection, message, status);
-  }
-  if (status.ok()) return;  // answered, or will be
-  Count(message.kind, status.code());
-  connection.channel->ReplyError(message.id, status);
+  if (!status.ok()) Refuse(connection, message, status);  // else it is answered, or will be
 }
 
 Status DataService::Dispatch(Connection& connection, const InMessage& message) {
@@ -204,8 +252,6 @@ Status DataService::Dispatch(Connection& connection, const InMessage& message) {
       return Build(connection, message);
     case wire::kSelect:
       return Select(connection, message);
-    case wire::kSelectBatch:
-      return SelectBatch(connection, message);
     case wire::kFetchRows:
       return FetchRows(connection, message);
     case wire::kFetchPages:

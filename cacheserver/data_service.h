@@ -1,14 +1,18 @@
 // DataService: the data plane of one shard. Accepts connections, admits them by ticket, fences
 // every request, and answers.
 //
+// Requests of a connection that has attached something wait for their turn among the tenants of the
+// shard (TenantWork), in the order they came in; those of others can do no more than attach, and
+// are answered at once.
+//
 // A request passes, in this order: its connection has attached the context (Attach, with a ticket
 // of the control plane); the lease is alive on this shard; the tenant is the connection's; the
 // message decodes against the context's shape; its epoch is the lease's; writing needs the writer's
 // lease. Only then is the context asked. Whatever fails answers with an error and leaves the
 // connection open: the peer's next request may be fine.
 //
-// A batch of Selects is nothing but its Selects, one after the other: each is fenced, may wait and is
-// answered by itself, so that one sequence's error is not another's.
+// A batch of Selects is nothing but its Selects, one after the other: each takes its turn, is
+// fenced, may wait and is answered by itself, so that one sequence's error is not another's.
 //
 // A request that misses something in memory, or finds no memory, waits and is made again
 // (data_waiting.cc).
@@ -55,7 +59,6 @@ class DataService {
   void StopAccepting() { accepting_ = false; }
 
   size_t connection_count() const { return connections_.size(); }
-  uint64_t requests_open() const { return requests_open_ + requests_waiting_; }  // not yet answered
 
  private:
   struct Connection {
@@ -75,8 +78,20 @@ class DataService {
     const Lease* lease = nullptr;
   };
   struct BuildInFlight;
-  struct Waiting;
+  // A request that waits, for its turn or for what it lacks.
+  struct Request {
+    uint64_t connection = 0;
+    InMessage message;
+    std::shared_ptr<const void> memory;  // of the message; goes before the transport
+    std::optional<TimePoint> give_up;    // set when it first waits for pages or room
+    bool waits = false;                  // for pages or room
+  };
+  using RequestId = uint64_t;
 
+  void Receive(Connection& connection, InMessage message);
+  void Enqueue(Connection& connection, const InMessage& message,
+               const std::shared_ptr<const void>& memory);
+  void Refuse(Connection& connection, const InMessage& message, const Status& status);
   void Handle(Connection& connection, const InMessage& message);
   Status Dispatch(Connection& connection,
                   const InMessage& message);  // an error is not yet answered
@@ -87,7 +102,6 @@ class DataService {
   Status PutRows(Connection& connection, const InMessage& message);
   Status Build(Connection& connection, const InMessage& message);
   Status Select(Connection& connection, const InMessage& message);
-  Status SelectBatch(Connection& connection, const InMessage& message);
   Status FetchRows(Connection& connection, const InMessage& message);
   Status FetchPages(Connection& connection, const InMessage& message);
   Status GiveExtentKeys(Connection& connection, const InMessage& message);
@@ -106,12 +120,13 @@ class DataService {
   Status GatherPages(OutMessage* out) const;
 
   // OK: the request is answered later.
-  Status WaitForPages(const Connection& connection, const InMessage& message, const Misses& misses);
+  Status WaitForPages(const Misses& misses);
   // As above; `status`, why there is no room, where waiting is of no use.
-  Status WaitForRoom(const Connection& connection, const InMessage& message, const Status& status);
-  Result<std::shared_ptr<Waiting>> Keep(const Connection& connection, const InMessage& message);
-  void WaitForFrames(const std::shared_ptr<Waiting>& kept, const Status& status);
-  void Again(const std::shared_ptr<Waiting>& kept, Status status);
+  Status WaitForRoom(const Status& status);
+  Result<RequestId> KeepCurrent();
+  void WaitForFrames(RequestId kept, const Status& status);
+  void Again(RequestId kept, const Status& status);
+  void Serve(RequestId id, const Status& status);
 
   void Reply(Connection& connection, const InMessage& request, OutMessage reply);
   void FinishBuild(const BuildInFlight& build);
@@ -146,9 +161,11 @@ class DataService {
   std::vector<std::unique_ptr<Connection>>
       closed_;  // until the next turn: not inside their own callbacks
   uint64_t next_connection_ = 1;
-  uint64_t requests_open_ = 0;
-  uint32_t requests_waiting_ = 0;
-  std::shared_ptr<Waiting> current_;  // while a request that waited is made again
+  // Not yet answered, but for Builds. Others name them by id, so that they end with this object.
+  std::unordered_map<RequestId, std::shared_ptr<Request>> requests_;
+  RequestId next_request_ = 1;
+  uint32_t requests_waiting_ = 0;  // for pages or room
+  RequestId current_ = 0;          // while it is served; 0: of a connection without a tenant
   bool accepting_ = true;
   Reactor::TimerId sweep_ = 0;
   wire::SelectReply scratch_;  // reused by every Select: its vectors keep their memory

@@ -1,5 +1,5 @@
 // Requests that wait: for pages or indexes that are in the cold store, or for memory that becomes
-// free when sealed segments have been stored. A request is kept as it came and made again from the
+// free when sealed segments have been stored. A request stays as it came and is made again from the
 // start, which its position, epoch and lease make harmless.
 #include <utility>
 
@@ -14,55 +14,42 @@ constexpr Duration kFramesPause = std::chrono::milliseconds(2);
 
 }  // namespace
 
-struct DataService::Waiting {
-  uint64_t connection = 0;
-  InMessage message;  // of these bytes
-  std::vector<std::byte> meta, body;
-  TimePoint deadline;
-};
-
-Result<std::shared_ptr<DataService::Waiting>> DataService::Keep(const Connection& connection,
-                                                                const InMessage& message) {
-  if (current_ != nullptr) {  // it has waited before
-    if (reactor_.clock().Now() < current_->deadline) return current_;
+Result<DataService::RequestId> DataService::KeepCurrent() {
+  Request& request = *requests_.at(current_);  // without a tenant nothing is asked of a context
+  const TimePoint now = reactor_.clock().Now();
+  if (request.give_up && now >= *request.give_up) {
     return DeadlineExceeded("what the request needs could not be brought into memory within " +
                             std::to_string(limits::kPromotionTime.count()) +
                             " ms; the disk is slow or memory is short");
   }
-  if (requests_waiting_ >= limits::kPromotionsMax) {
-    return ResourceExhausted(std::to_string(requests_waiting_) +
-                             " requests of this shard wait for the disk, the maximum");
+  if (!request.give_up) {
+    if (requests_waiting_ >= limits::kPromotionsMax) {
+      return ResourceExhausted(std::to_string(requests_waiting_) +
+                               " requests of this shard wait for the disk, the maximum");
+    }
+    request.give_up = now + limits::kPromotionTime;
   }
-  auto kept = std::make_shared<Waiting>();
-  kept->connection = connection.id;
-  kept->meta.assign(message.meta.begin(), message.meta.end());
-  kept->body.assign(message.body.begin(), message.body.end());
-  kept->message = message;
-  kept->message.meta = kept->meta;
-  kept->message.body = kept->body;
-  kept->deadline = reactor_.clock().Now() + limits::kPromotionTime;
-  return kept;
+  request.waits = true;
+  return current_;
 }
 
-Status DataService::WaitForPages(const Connection& connection, const InMessage& message,
-                                 const Misses& misses) {
-  KV_ASSIGN_OR_RETURN(const std::shared_ptr<Waiting> kept, Keep(connection, message));
+Status DataService::WaitForPages(const Misses& misses) {
+  KV_ASSIGN_OR_RETURN(const RequestId kept, KeepCurrent());
   ++requests_waiting_;
-  shard_.tier().Load(misses, [this, kept, alive = std::weak_ptr<int>(alive_)](Status status) {
+  shard_.tier().Load(misses, [this, kept, alive = std::weak_ptr<int>(alive_)](const Status& s) {
     if (alive.expired()) return;
     --requests_waiting_;
-    if (status.code() == StatusCode::kResourceExhausted) {
-      WaitForFrames(kept, status);
+    if (s.code() == StatusCode::kResourceExhausted) {
+      WaitForFrames(kept, s);
     } else {
-      Again(kept, status);
+      Again(kept, s);
     }
   });
   return OkStatus();
 }
 
-Status DataService::WaitForRoom(const Connection& connection, const InMessage& message,
-                                const Status& status) {
-  const Result<std::shared_ptr<Waiting>> kept = Keep(connection, message);
+Status DataService::WaitForRoom(const Status& status) {
+  const Result<RequestId> kept = KeepCurrent();
   if (!kept.ok()) return status;
   ++requests_waiting_;
   shard_.tier().WaitForRoom(
@@ -74,32 +61,48 @@ Status DataService::WaitForRoom(const Connection& connection, const InMessage& m
   return OkStatus();
 }
 
-void DataService::WaitForFrames(const std::shared_ptr<Waiting>& kept, const Status& status) {
+void DataService::WaitForFrames(RequestId kept, const Status& status) {
   ++requests_waiting_;
   const auto again = [this, kept, alive = std::weak_ptr<int>(alive_)](const Status& s) {
     if (alive.expired()) return;
     --requests_waiting_;
     Again(kept, s);
   };
-  shard_.tier().WaitForRoom([this, again, kept, status](bool room) {
-    if (room) return again(OkStatus());
-    const bool late = reactor_.clock().Now() >= kept->deadline;
-    if (late) return again(status);
-    (void)reactor_.After(kFramesPause, [again] { again(OkStatus()); });
-  });
+  shard_.tier().WaitForRoom(
+      [this, again, kept, status, alive = std::weak_ptr<int>(alive_)](bool room) {
+        if (alive.expired()) return;
+        if (room) return again(OkStatus());
+        const bool late = reactor_.clock().Now() >= *requests_.at(kept)->give_up;
+        if (late) return again(status);
+        (void)reactor_.After(kFramesPause, [again] { again(OkStatus()); });
+      });
 }
 
-void DataService::Again(const std::shared_ptr<Waiting>& kept, Status status) {
-  const auto it = connections_.find(kept->connection);
-  if (it == connections_.end()) return;
-  if (status.ok()) {
-    current_ = kept;
-    Handle(*it->second, kept->message);
-    current_.reset();
+// At once, not when its turn comes again: pages that were brought for it are held no longer than
+// this call. Its tenant pays for it.
+void DataService::Again(RequestId kept, const Status& status) {
+  const auto it = connections_.find(requests_.at(kept)->connection);
+  if (it == connections_.end()) {
+    requests_.erase(kept);
     return;
   }
-  Count(kept->message.kind, status.code());
-  it->second->channel->ReplyError(kept->message.id, status);
+  const TenantWork::Meter meter(shard_.work(), *it->second->tenant);
+  Serve(kept, status);
+}
+
+void DataService::Serve(RequestId id, const Status& status) {
+  const std::shared_ptr<Request> request = requests_.at(id);
+  request->waits = false;
+  const auto it = connections_.find(request->connection);
+  if (it != connections_.end() && !status.ok()) {
+    Refuse(*it->second, request->message, status);
+  } else if (it != connections_.end()) {
+    const RequestId outer = std::exchange(current_, id);
+    Handle(*it->second, request->message);
+    current_ = outer;
+  }
+  // Where it waited and all was there at once, it has been answered inside of Handle.
+  if (!request->waits) requests_.erase(id);
 }
 
 }  // namespace icecache

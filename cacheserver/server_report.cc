@@ -1,6 +1,7 @@
 #include "cacheserver/server_report.h"
 
 #include <algorithm>
+#include <chrono>
 #include <nlohmann/json.hpp>
 
 #include "cacheserver/server_config.h"
@@ -58,7 +59,10 @@ struct TenantSum {
   uint64_t held = 0;
   uint64_t refused_by_quota = 0;
   uint64_t refused_by_memory = 0;
+  TenantLoad load;
 };
+
+double Seconds(Duration d) { return std::chrono::duration<double>(d).count(); }
 
 std::vector<TenantSum> SumTenants(const std::vector<ShardStatus>& shards,
                                   const TenantTable& tenants) {
@@ -69,6 +73,14 @@ std::vector<TenantSum> SumTenants(const std::vector<ShardStatus>& shards,
       sums[id.value].held += usage.held_bytes();
       sums[id.value].refused_by_quota += usage.refused_by_quota;
       sums[id.value].refused_by_memory += usage.refused_by_memory;
+    }
+    for (const auto& [id, load] : shard.loads) {
+      TenantLoad& sum = sums[id.value].load;
+      sum.queued += load.queued;
+      sum.queued_bytes += load.queued_bytes;
+      sum.refused += load.refused;
+      sum.expired += load.expired;
+      sum.service += load.service;
     }
   }
   return sums;
@@ -99,7 +111,12 @@ std::string StatusJson(const ServerReport& report, const TenantTable& tenants) {
                          {"active", tenant.active},
                          {"used_bytes", sums[tenant.id.value].used},
                          {"held_bytes", sums[tenant.id.value].held},
-                         {"quota_bytes", tenant.quota_bytes}});
+                         {"quota_bytes", tenant.quota_bytes},
+                         {"weight", tenant.weight},
+                         {"requests_queued", sums[tenant.id.value].load.queued},
+                         {"requests_refused", sums[tenant.id.value].load.refused},
+                         {"requests_expired", sums[tenant.id.value].load.expired},
+                         {"service_seconds", Seconds(sums[tenant.id.value].load.service)}});
   }
   const json status = {
       {"version", kServerVersion},
@@ -168,6 +185,9 @@ std::string TenantsJson(const Viewer& viewer, const TenantTable& tenants,
                    {"active", tenant.active},
                    {"rights", RightsJson(tenant.rights)},
                    {"weight", tenant.weight},
+                   {"service_seconds", Seconds(sums[tenant.id.value].load.service)},
+                   {"requests_queued", sums[tenant.id.value].load.queued},
+                   {"requests_refused", sums[tenant.id.value].load.refused},
                    {"quota_bytes", tenant.quota_bytes},
                    {"held_bytes", sums[tenant.id.value].held},
                    {"used_bytes", sums[tenant.id.value].used},
@@ -290,6 +310,31 @@ std::string VerifyJson(const std::vector<VerifyResult>& shards, uint64_t context
                {"damage", std::move(damage)}});
 }
 
+namespace {
+
+void SetLoadMetrics(const std::string& tenant, const TenantLoad& load, MetricsRegistry& metrics) {
+  const MetricLabels labels = {{"tenant", tenant}};
+  metrics
+      .GetGauge("icecache_tenant_requests_queued", "Data-plane requests that wait for their turn.",
+                labels)
+      .Set(static_cast<int64_t>(load.queued));
+  metrics
+      .GetCounter("icecache_tenant_requests_refused_total",
+                  "Data-plane requests refused because too much of their tenant waited.", labels)
+      .Set(load.refused);
+  metrics
+      .GetCounter("icecache_tenant_requests_expired_total",
+                  "Data-plane requests whose deadline passed before their turn came.", labels)
+      .Set(load.expired);
+  metrics
+      .GetCounter("icecache_tenant_service_seconds_total",
+                  "Time that shards have worked for a tenant: what is shared out by weight.",
+                  labels)
+      .Set(static_cast<uint64_t>(load.service.count()));
+}
+
+}  // namespace
+
 void SetMemoryGauges(const std::vector<ShardStatus>& shards, const TenantTable& tenants,
                      uint64_t memory_size, MetricsRegistry& metrics) {
   metrics
@@ -338,6 +383,7 @@ void SetMemoryGauges(const std::vector<ShardStatus>& shards, const TenantTable& 
     refused("icecache_memory_refusals_total",
             "Reservations refused because --memory-size is used up; each try of one that waits counts.",
             sums[tenant.id.value].refused_by_memory);
+    SetLoadMetrics(tenant.name, sums[tenant.id.value].load, metrics);
   }
 }
 

@@ -45,6 +45,7 @@ Shard::Shard(const ShardOptions& options, Reactor& reactor, BuildPool& builds,
       build_seconds_(metrics.GetHistogram(
           "icecache_cluster_job_seconds",
           "From the submission of a build or re-clustering to its installation.")),
+      work_(reactor),
       pool_(options.memory_bytes),
       tier_(reactor, pool_, cold, metrics),
       attention_(MakeCpuAttention()),
@@ -168,6 +169,7 @@ ShardStatus Shard::status() {
   status.pool = pool_.usage();
   status.tier = tier_.usage();
   for (TenantId tenant : pool_.tenants()) status.tenants[tenant] = pool_.usage(tenant);
+  status.loads = work_.loads();
   status.contexts = contexts_.size();
   status.leases = leases_.size();
   status.jobs = jobs_.size();
@@ -193,9 +195,10 @@ void Shard::Build(ContextId id, LayerId layer, KvHeadId head, uint32_t token_cou
                   std::span<const float> query_energy, BuildDone done) {
   Context* context = FindContext(id);
   if (context == nullptr) return done(Gone(id));
-  if (jobs_.size() >= limits::kBuildsQueuedMax) {
-    return done(ResourceExhausted("build: " + std::to_string(jobs_.size()) +
-                                  " builds wait on this shard, the maximum; retry later"));
+  if (jobs_of_[context->spec().tenant] >= limits::kBuildsQueuedMax) {
+    return done(ResourceExhausted("build: " + std::to_string(limits::kBuildsQueuedMax) +
+                                  " builds of this tenant wait on this shard, the maximum; "
+                                  "retry later"));
   }
   Result<std::unique_ptr<SliceJob>> work =
       context->PrepareBuild(layer, head, token_count, query_energy);
@@ -211,16 +214,19 @@ void Shard::Build(ContextId id, LayerId layer, KvHeadId head, uint32_t token_cou
   }
   if (!work.ok()) return done(work.status());
   if (*work == nullptr) return done(context->PageCount(layer, head));
-  Submit({id, layer, head}, std::move(*work), std::move(done));
+  Submit(*context, {id, layer, head}, std::move(*work), std::move(done));
 }
 
-void Shard::Submit(SliceName slice, std::unique_ptr<SliceJob> work, BuildDone done) {
+void Shard::Submit(const Context& context, SliceName slice, std::unique_ptr<SliceJob> work,
+                   BuildDone done) {
   const uint64_t id = next_job_++;
-  auto job =
-      std::make_unique<Job>(Job{slice, std::move(work), std::move(done), reactor_.clock().Now()});
+  const TenantId tenant = context.spec().tenant;
+  auto job = std::make_unique<Job>(
+      Job{slice, tenant, std::move(work), std::move(done), reactor_.clock().Now()});
   SliceJob* lent = job->work.get();
   jobs_.emplace(id, std::move(job));
-  builds_.Submit([this, lent, id, &reactor = reactor_, alive = std::weak_ptr<int>(alive_)] {
+  ++jobs_of_[tenant];
+  builds_.Submit(tenant, [this, lent, id, &reactor = reactor_, alive = std::weak_ptr<int>(alive_)] {
     lent->Run();
     reactor.Post([this, id, alive] {
       if (!alive.expired()) Finish(id);
@@ -232,6 +238,8 @@ void Shard::Finish(uint64_t id) {
   auto node = jobs_.extract(id);
   KV_CHECK(!node.empty());
   std::unique_ptr<Job> job = std::move(node.mapped());
+  --jobs_of_[job->tenant];
+  const TenantWork::Meter meter(work_, job->tenant);
   const bool recluster = !job->done;
   if (recluster) --reclusters_running_;
   const SliceName slice = job->slice;
@@ -279,6 +287,7 @@ void Shard::IndexSome() {
   to_index_.pop_front();
   Context* context = FindContext(slice.context);
   if (context != nullptr && !context->sealed()) {
+    const TenantWork::Meter meter(work_, context->spec().tenant);
     rows_indexed_.Add();
     Result<bool> more = context->IndexPending(slice.layer, slice.head, kIndexRowsPerTurn);
     if (!more.ok()) {
@@ -304,7 +313,7 @@ void Shard::MaybeRecluster(Context& context, const SliceName& slice) {
   // Without memory for a second index the first one goes on serving; the next append asks again.
   if (!work.ok() || *work == nullptr) return;
   ++reclusters_running_;
-  Submit(slice, std::move(*work), {});
+  Submit(context, slice, std::move(*work), {});
 }
 
 }  // namespace icecache

@@ -30,6 +30,7 @@
 #include "cacheserver/context_store.h"
 #include "cacheserver/shard_report.h"
 #include "cacheserver/store/page_pool.h"
+#include "cacheserver/tenant_work.h"
 #include "cacheserver/tier.h"
 #include "common/metrics.h"
 #include "common/reactor.h"
@@ -67,6 +68,7 @@ struct ShardStatus {
   PoolUsage pool;
   TierUsage tier;
   std::map<TenantId, TenantUsage> tenants;
+  std::map<TenantId, TenantLoad> loads;
   uint64_t contexts = 0;
   uint64_t leases = 0;
   uint64_t jobs = 0;         // clustering: running or waiting for a thread
@@ -126,13 +128,14 @@ class Shard {
   void IndexLater(ContextId context, LayerId layer, std::span<const KvHeadId> heads);
 
   void Remember(ContextId context, const SelectionRecord& selection);
-  // A tenant's share of this shard under load, relative to others'; 1 unless set.
-  void SetWeight(TenantId tenant, uint32_t weight) { weights_[tenant] = weight; }
-  uint32_t weight(TenantId tenant) const {
-    const auto it = weights_.find(tenant);
-    return it == weights_.end() ? 1 : it->second;
+  // A tenant's share of this shard and of the build threads under load, relative to others'; 1
+  // unless set.
+  void SetWeight(TenantId tenant, uint32_t weight) {
+    work_.SetWeight(tenant, weight);
+    builds_.SetWeight(tenant, weight);
   }
 
+  TenantWork& work() { return work_; }
   PagePool& pool() { return pool_; }
   Tier& tier() { return tier_; }
   const ShardOptions& options() const { return options_; }
@@ -146,11 +149,13 @@ class Shard {
   };
   struct Job {
     SliceName slice;
+    TenantId tenant;
     std::unique_ptr<SliceJob> work;
     BuildDone done;  // empty: re-clustering
     TimePoint started;
   };
-  void Submit(SliceName slice, std::unique_ptr<SliceJob> work, BuildDone done);
+  void Submit(const Context& context, SliceName slice, std::unique_ptr<SliceJob> work,
+              BuildDone done);
   void Finish(uint64_t job);
   void IndexSome();
   struct ForkJob;
@@ -168,6 +173,7 @@ class Shard {
   Counter& jobs_failed_;
   Histogram& build_seconds_;
 
+  TenantWork work_;
   PagePool pool_;
   Tier tier_;
   std::unique_ptr<AttentionBackend> attention_;
@@ -175,9 +181,9 @@ class Shard {
   std::unordered_map<Epoch, Lease> leases_;
   std::unordered_map<std::string, Epoch> tickets_;
   std::unordered_map<uint64_t, std::unique_ptr<Job>> jobs_;
+  std::unordered_map<TenantId, uint32_t> jobs_of_;                 // how many of jobs_
   std::unordered_map<ContextId, std::shared_ptr<ForkJob>> forks_;  // being cut, by child
   std::unordered_map<ContextId, std::deque<SelectionRecord>> selections_;
-  std::unordered_map<TenantId, uint32_t> weights_;
   Counter& checksum_failures_;
   uint64_t next_job_ = 1;
   uint32_t reclusters_running_ = 0;

@@ -35,6 +35,7 @@ class Worker {
       rows_.emplace_back(seed + i * 1000003, kShape.dtype, kShape.head_dim);
   }
   ControlClient& control() { return control_; }
+  Reactor& reactor() { return reactor_; }
   TestRows& rows(uint16_t layer, uint16_t head) { return rows_[layer * kShape.kv_heads + head]; }
   DataClient& shard_of(uint16_t layer, uint16_t head) {
     return *data_[ShardOf(LayerId(layer), KvHeadId(head), kShape, kShards).value];

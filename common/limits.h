@@ -103,12 +103,16 @@ inline constexpr uint32_t kMemoryReadsMax = 1024;   // in flight on one connecti
 // Server: connections, leases, work in flight.
 inline constexpr uint32_t kLeasesMax = 1u << 16;
 inline constexpr uint32_t kTenantsMax = 1024;
+inline constexpr uint32_t kTenantWeightMax = 100;
+inline constexpr uint32_t kTenantRequestsQueuedMax = 4096;      // of a tenant, per shard; above: refused
+inline constexpr size_t kTenantBytesQueuedMax = 1u << 30;       // likewise
+inline constexpr microseconds kServiceTurn{20};                 // a shard serves so long, then looks for what has come
 inline constexpr size_t kTokenFileBytesMax = 1u << 20;
 inline constexpr uint32_t kControlRequestsInFlightMax = 32;     // per control connection
 inline constexpr size_t kControlReplyBytesQueuedMax = 8u << 20; // per control connection; above: closed
 inline constexpr uint32_t kAttachmentsPerConnectionMax = 256;   // contexts attached on one data connection
 inline constexpr size_t kReplyBytesQueuedMax = 256u << 20;      // per data connection; above: refused
-inline constexpr uint32_t kBuildsQueuedMax = 4096;              // per shard: running or waiting for a thread
+inline constexpr uint32_t kBuildsQueuedMax = 4096;              // per shard and tenant: running or waiting for a thread
 inline constexpr uint32_t kReclustersInFlightMax = 4;           // per shard
 inline constexpr milliseconds kHelloTimeout{5000};              // a control connection must say Hello within
 inline constexpr milliseconds kAttachTimeout{10000};            // a data connection must attach within

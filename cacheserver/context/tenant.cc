@@ -128,7 +128,7 @@ Status SetKey(Tenant& tenant, std::string_view key, std::string_view value) {
   if (key == "weight") {
     auto [end, error] = std::from_chars(value.data(), value.data() + value.size(), tenant.weight);
     if (error != std::errc() || end != value.data() + value.size() || tenant.weight < 1 ||
-        tenant.weight > 100) {
+        tenant.weight > limits::kTenantWeightMax) {
       return InvalidArgument("expected a whole number from 1 to 100");
     }
     return OkStatus();

@@ -43,8 +43,8 @@ struct Command {
 constexpr Command kCommands[] = {
     {"contexts", "Contexts: state, tokens, segments, bytes", "icecachectl contexts --json", false,
      false},
-    {"tenants", "Tenants: rights, weight, quota, memory, contexts", "icecachectl tenants", false,
-     false},
+    {"tenants", "Tenants: rights, weight, service, quota, memory, contexts", "icecachectl tenants",
+     false, false},
     {"leases", "Leases: who uses which context until when", "icecachectl leases", false, false},
     {"memory", "Memory by shard and tenant", "icecachectl memory", false, false},
     {"explain",

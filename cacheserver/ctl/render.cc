@@ -20,10 +20,11 @@ std::string Words(const json& list) {
   for (const json& word : list) out += (out.empty() ? "" : ",") + word.get<std::string>();
   return out;
 }
-std::string Percent(double part) {
-  std::string text = std::to_string(part * 100);
-  return text.substr(0, text.find('.') + 2) + "%";
+std::string Fixed(double value) {  // one digit
+  const std::string text = std::to_string(value);
+  return text.substr(0, text.find('.') + 2);
 }
+std::string Percent(double part) { return Fixed(part * 100) + "%"; }
 
 std::string State(const json& context) {
   if (context.value("durable", false)) return "durable";
@@ -51,10 +52,12 @@ std::string Contexts(const json& document) {
 }
 
 std::string Tenants(const json& document) {
-  Table table(
-      {"TENANT", "RIGHTS", "WEIGHT", "QUOTA", "HELD", "USED", "CONTEXTS", "LEASES", "ACTIVE"});
+  Table table({"TENANT", "RIGHTS", "WEIGHT", "SERVICE_S", "QUEUED", "REFUSED", "QUOTA", "HELD",
+               "USED", "CONTEXTS", "LEASES", "ACTIVE"});
   for (const json& tenant : document.at("tenants")) {
     table.Add({tenant.at("name"), Words(tenant.at("rights")), Number(tenant.at("weight")),
+               Fixed(tenant.at("service_seconds").get<double>()),
+               Number(tenant.at("requests_queued")), Number(tenant.at("requests_refused")),
                Quota(tenant.at("quota_bytes")), Bytes(tenant.at("held_bytes")),
                Bytes(tenant.at("used_bytes")), Number(tenant.at("contexts")),
                Number(tenant.at("leases")), tenant.at("active").get<bool>() ? "yes" : "no"});
