@@ -12,7 +12,8 @@
 // in which logits vary most inside pages.
 //
 // Costs: about 55 bytes a key with sketch and 22 without at head_dim 128; build a few us per key; a
-// query reads 128 bytes per page, 512 more with the sketch, then 256 per token re-ranked. Bad at:
+// query reads 128 bytes per page, with the sketch 512 more of half of them, then 256 per token
+// re-ranked. Bad at:
 // keys whose logits vary in many dimensions at once (broad spectra), where pages are impure and
 // only exact reads help; slices under a few pages, where a plain scan is as fast. Thread and
 // lifecycle: as SelectionPolicy says. Details: docs/index.md.
@@ -49,7 +50,9 @@ struct ClusterTreeOptions {
   // sketched besides those named.
   uint32_t near_scan_pages = 4096;
   uint32_t near_sketch_pages = 256;
-  uint32_t sketch_pages = 4096;   // pages whose sketches one query reads; half more if that is all
+  // Pages whose sketches one query reads at most: of large slices it reads half, the more
+  // promising.
+  uint32_t sketch_pages = 4096;
   float token_threshold = 7e-4f;  // estimated weight above which a single token is read exactly
   float insert_slack =
       0.5f;  // mean page variances an inserted token may go beyond its nearest page

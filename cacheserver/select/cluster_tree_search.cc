@@ -16,6 +16,9 @@ constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 constexpr float kOptimism = 3.0f;  // standard deviations granted to an unseen page or super
 // A token's share of the mass below which its page's summary will do; at 3e-5 errors were the same.
 constexpr float kNegligibleToken = 1e-5f;
+// Half of the pages are sketched, or so many if that is more: errors of all classes of heads are
+// those of sketching all (docs/index.md), and sketches are four times the bytes of the page means.
+constexpr uint32_t kSketchedPart = 2, kSketchedPagesMin = 1024;
 constexpr float kNegligibleShare = 2e-4f;  // of the mass: not worth a sketch even if optimistic
 
 // Sum over j of use[j] * x[j] * y[j]; dim is a multiple of 16.
@@ -242,7 +245,9 @@ void Search::ScanPages() {
 // The pages to sketch, by scanned slot: all when they are few, else the best under an optimistic
 // estimate, and those that are near.
 void Search::ChooseSketched() {
-  uint32_t wanted = options_->sketch_pages, all = slots_ * 2 / 3;
+  uint32_t wanted =
+      std::min(options_->sketch_pages, std::max(kSketchedPagesMin, scanned_pages_ / kSketchedPart));
+  uint32_t all = slots_ * 2 / 3;
   if (narrow_) {
     FindNear();
     wanted = options_->near_sketch_pages + static_cast<uint32_t>(found_.size());

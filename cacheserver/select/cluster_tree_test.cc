@@ -97,6 +97,30 @@ TEST(ClusterTree, ExactReadsStayWithinTheCap) {
   }
 }
 
+// Of a slice of so many pages half are sketched: those that tell.
+TEST(ClusterTree, TheMostPromisingPagesAreSketched) {
+  double errors[2] = {};
+  int at = 0;
+  for (uint32_t sketch_pages : {1u, ClusterTreeOptions().sketch_pages}) {
+    ClusterTreeOptions options;
+    options.sketch = Sketch::kOn;
+    options.sketch_pages = sketch_pages;
+    Slice slice(64, options);
+    slice.Draw(40000);
+    ASSERT_TRUE(slice.Build().ok());
+    for (int i = 0; i < 8; ++i) {
+      const std::vector<float> queries = slice.Queries(4, 4);
+      errors[at] += ErrorOf(slice.store().kv(), queries,
+                            Ask(slice.policy(), slice.store().kv(), queries, 8, 512))
+                        .output /
+                    8;
+    }
+    ++at;
+  }
+  EXPECT_LT(errors[1], 0.8 * errors[0]);
+  EXPECT_LT(errors[1], 0.1);
+}
+
 TEST(ClusterTree, MoreReadingMeansLessError) {
   Slice slice(128);
   slice.Draw(8000);
