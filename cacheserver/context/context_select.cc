@@ -1,9 +1,12 @@
 // Selection over a chain of segments: one ranking under one budget.
 //
-// Every segment selects as if it were alone; the best pages of all survive, the others are attended
-// exactly and join the residual. A chain of one segment pays nothing for this.
+// Segments select one after the other, the largest first. Each knows which pages it must beat
+// (SelectRequest::floor) and reads exactly within what the ones before have left of the budget. The
+// best pages of all survive, the others are attended exactly and join the residual. A chain of one
+// segment pays nothing for this.
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <limits>
 #include <string>
 
@@ -35,6 +38,8 @@ struct Scratch {
   std::vector<Link> links;
   std::vector<Selection> selections;
   std::vector<Candidate> candidates;
+  std::vector<uint32_t> order;  // of links, as they are asked
+  std::vector<float> best;  // log masses of the best candidates so far; a heap, the least on top
   std::vector<PageId> dropped;
   AttentionStates residual;
   std::vector<float> page_lse;  // [candidates, group]
@@ -67,15 +72,24 @@ void PageLogMass(const SelectRequest& request, const PagedKv& kv, PageId page, f
   }
 }
 
-// Every segment says what share of its own mass its pages cover; with the exact mass of those pages
-// that gives its total, and the totals give the share that the surviving pages cover of the whole
-// chain.
+// Whether the link's residual is all of its index that is in no page it returned.
+bool RestIsResidual(const SelectRequest& request, const Link& link, const Selection& selection) {
+  return request.residual && (link.slice->pending_count() == 0 || selection.pages.empty());
+}
+
+// Share of the chain's mass in the surviving pages; the rest is in the residuals. Where pending
+// rows are in them too, or nothing was asked for, the segment says what share of its own mass its
+// pages cover: with the exact mass of those pages that gives its total.
 float CoveredMass(const SelectRequest& request, Scratch& scratch, size_t kept) {
   const size_t count = scratch.candidates.size();
   const uint32_t group = request.group;
-  scratch.page_lse.resize(count * group);
+  scratch.page_lse.assign(count * group, kEmptyMax);
+  const auto by_residual = [&](uint32_t link) {
+    return RestIsResidual(request, scratch.links[link], scratch.selections[link]);
+  };
   for (size_t i = 0; i < count; ++i) {
     const Candidate& c = scratch.candidates[i];
+    if (i >= kept && by_residual(c.link)) continue;
     PageLogMass(request, scratch.links[c.link].slice->pages(), c.page,
                 scratch.page_lse.data() + i * group);
   }
@@ -83,10 +97,9 @@ float CoveredMass(const SelectRequest& request, Scratch& scratch, size_t kept) {
   for (uint32_t h = 0; h < group; ++h) {
     float max = kEmptyMax;
     for (size_t i = 0; i < count; ++i) max = std::max(max, scratch.page_lse[i * group + h]);
-    for (size_t link = 0; link < scratch.links.size(); ++link) {
-      Selection& s = scratch.selections[link];
-      if (s.pages.empty() && s.residual.heads() == group)
-        max = std::max(max, LogSumExp(s.residual.ref(), h));
+    for (uint32_t link = 0; link < scratch.links.size(); ++link) {
+      if (!by_residual(link)) continue;
+      max = std::max(max, LogSumExp(scratch.selections[link].residual.ref(), h));
     }
     double kept_mass = 0, total = 0;
     for (uint32_t link = 0; link < scratch.links.size(); ++link) {
@@ -98,11 +111,8 @@ float CoveredMass(const SelectRequest& request, Scratch& scratch, size_t kept) {
         mass += m;
         if (i < kept) kept_mass += m;
       }
-      if (!s.pages.empty()) {
-        total += mass / std::clamp(double{s.covered_mass}, 1e-6, 1.0);
-      } else if (s.residual.heads() == group) {
-        total += std::exp(double{LogSumExp(s.residual.ref(), h)} - max);
-      }
+      total += by_residual(link) ? mass + std::exp(double{LogSumExp(s.residual.ref(), h)} - max)
+                                 : mass / std::clamp(double{s.covered_mass}, 1e-6, 1.0);
     }
     covered += total > 0 ? kept_mass / total : 1;
   }
@@ -151,14 +161,26 @@ void FillPayload(SegmentId segment, PageId page, const PageContent& content, uin
   out->positions = content.positions.subspan(from * sizeof(uint32_t));
 }
 
-// The tokens that may be read exactly are one budget too. Every segment but one may read its best
-// pages for nothing but the residual; the rest is shared out by what each segment has indexed.
-uint32_t ReadShare(const SelectRequest& request, size_t links, uint64_t indexed,
-                   uint64_t indexed_total) {
-  if (links <= 1 || indexed_total == 0) return request.read_cap;
-  const uint64_t dropped = (links - 1) * uint64_t{request.max_pages} * limits::kPageTokens;
-  const uint64_t rest = request.read_cap > dropped ? request.read_cap - dropped : 0;
-  return static_cast<uint32_t>(rest * indexed / indexed_total);
+// Exact reads are one budget too, of the pages returned and what may be read beyond them. What is
+// left of it is shared out by what each segment that is still to be asked has indexed. The answer:
+// what this one may read beyond the pages it returns.
+uint32_t ReadShare(const SelectRequest& request, uint64_t left, uint64_t indexed,
+                   uint64_t indexed_left, uint64_t indexed_all) {
+  const uint64_t pages = uint64_t{request.max_pages} * limits::kPageTokens;
+  const uint64_t share = indexed_left == 0 ? left : left * indexed / indexed_left;
+  const uint64_t most = request.read_cap * indexed / std::max<uint64_t>(1, indexed_all);
+  return static_cast<uint32_t>(std::min<uint64_t>(most, share - std::min(share, pages)));
+}
+
+// Keeps the `count` largest of what it has been given.
+void KeepBest(float value, size_t count, std::vector<float>* best) {
+  if (best->size() == count) {
+    if (value <= best->front()) return;
+    std::pop_heap(best->begin(), best->end(), std::greater<>());
+    best->pop_back();
+  }
+  best->push_back(value);
+  std::push_heap(best->begin(), best->end(), std::greater<>());
 }
 
 // Policies that fill Selection::read and take pages that are not in memory. All others are asked when
@@ -168,18 +190,30 @@ bool ReadsWhatItSays(PolicyKind kind) {
          kind == PolicyKind::kExact || kind == PolicyKind::kSequential;
 }
 
-// Every link selects as if it were alone; its pages are candidates.
+// The pages that links select are candidates.
 void SelectLinks(const SelectRequest& request, std::span<const uint32_t> near,
                  AttentionBackend& attention, Scratch& scratch, uint32_t* tokens_read) {
-  uint64_t indexed = 0;
-  for (const Link& link : scratch.links) indexed += link.slice->indexed_count();
+  const auto indexed = [&](uint32_t i) { return scratch.links[i].slice->indexed_count(); };
+  uint64_t indexed_left = 0;
+  scratch.order.clear();
+  for (uint32_t i = 0; i < scratch.links.size(); ++i) {
+    indexed_left += indexed(i);
+    scratch.order.push_back(i);
+  }
+  std::sort(scratch.order.begin(), scratch.order.end(), [&](uint32_t a, uint32_t b) {
+    return indexed(a) != indexed(b) ? indexed(a) > indexed(b) : a < b;
+  });
   if (scratch.selections.size() < scratch.links.size())
     scratch.selections.resize(scratch.links.size());
   scratch.candidates.clear();
-  for (uint32_t i = 0; i < scratch.links.size(); ++i) {
+  scratch.best.clear();
+  const uint64_t indexed_all = indexed_left;
+  uint64_t left = request.read_cap + uint64_t{request.max_pages} * limits::kPageTokens;
+  for (const uint32_t i : scratch.order) {
     SelectRequest part = request;
-    part.read_cap =
-        ReadShare(request, scratch.links.size(), scratch.links[i].slice->indexed_count(), indexed);
+    part.read_cap = ReadShare(request, left, indexed(i), indexed_left, indexed_all);
+    if (request.max_pages > 0 && scratch.best.size() == request.max_pages)
+      part.floor = scratch.best.front();
     if (!near.empty() && scratch.links[i].slice->page_count() >= kNearPagesMin) {
       scratch.links[i].slice->PagesAt(near, &scratch.near);
       part.near = scratch.near;
@@ -187,8 +221,12 @@ void SelectLinks(const SelectRequest& request, std::span<const uint32_t> near,
     Selection& selection = scratch.selections[i];
     scratch.links[i].slice->Select(part, attention, &selection);
     *tokens_read += selection.tokens_read;
-    for (const SelectedPage& p : selection.pages)
+    left -= std::min<uint64_t>(left, selection.tokens_read);
+    indexed_left -= indexed(i);
+    for (const SelectedPage& p : selection.pages) {
       scratch.candidates.push_back({p.log_mass, i, p.page});
+      KeepBest(p.log_mass, request.max_pages, &scratch.best);
+    }
   }
 }
 

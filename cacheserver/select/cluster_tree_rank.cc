@@ -14,6 +14,7 @@ namespace {
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 constexpr float kWorthReading = 1e-4f;  // estimated share (of its best token) to re-rank a page
 constexpr double kRerankGrowth = 4.0;   // more pages are re-ranked when a slice has doubled
+constexpr float kFloorSlack = 0.15f;    // how far a page's log mass may be above its estimate
 constexpr float kTopOfPage = 1.5f;  // standard deviations of the best of 16 above the mean, about
 
 size_t CountAtLeast(const float* x, size_t count, float bound) {
@@ -143,8 +144,23 @@ uint32_t Search::PagesWorthReading() const {
                                                   least, options_->rerank_pages_max));
 }
 
+// How many pages may pass SelectRequest::floor by estimate, max_pages_ at most.
+uint32_t Search::PagesAboveFloor() const {
+  float least[limits::kGroupMax];
+  for (uint32_t g = 0; g < group_; ++g)
+    least[g] = std::exp(std::min(request_->floor - kFloorSlack - ref_[g], 80.0f));
+  uint32_t above = 0;
+  for (uint32_t i = 0; i < slots_ && above < max_pages_; ++i) {
+    bool passes = false;
+    for (uint32_t g = 0; g < group_; ++g) passes |= mass_[size_t{g} * slots_ + i] >= least[g];
+    above += passes ? 1 : 0;
+  }
+  return above;
+}
+
 void Search::Candidates() {
   Rank();
+  if (request_->floor > kMinusInfinity) max_pages_ = PagesAboveFloor();
   uint32_t extra = tree_->basis.sketched() ? options_->rerank_pages_sketch : PagesWorthReading();
   extra = read_all_ ? tree_->page_count() : std::min(extra, request_->read_cap / kPageRows);
   TopSlots(rank_, std::min(tree_->page_count(), max_pages_ + extra));

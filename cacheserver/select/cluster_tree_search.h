@@ -61,6 +61,7 @@ class Search {
   void Candidates();
   uint32_t PagesWorthReading() const;
   uint32_t PagesByEstimate() const;
+  uint32_t PagesAboveFloor() const;
   float BoundOfTop(const float* rank, size_t blocks, uint32_t count);
   void TopSlots(const std::vector<float>& rank, uint32_t count);
 

@@ -18,6 +18,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <span>
@@ -71,6 +72,9 @@ struct SelectRequest {
   // know pages far from all of these by coarser summaries only, in ranking and in the residual; the
   // pages named are ranked as without this. A hint: ids out of range are ignored.
   std::span<const PageId> near{};
+  // Pages whose SelectedPage::log_mass is below have no chance: other segments hold better ones. A
+  // policy may leave such pages in the residual without looking closer. A hint.
+  float floor = -std::numeric_limits<float>::infinity();
 };
 
 struct SelectedPage {
