@@ -28,5 +28,6 @@ std::unique_ptr<BenchCommand> MakeDecodeCommand();
 std::unique_ptr<BenchCommand> MakeBatchCommand();
 std::unique_ptr<BenchCommand> MakeTierCommand();
 std::unique_ptr<BenchCommand> MakeGrowthCommand();
+std::unique_ptr<BenchCommand> MakeChainCommand();
 
 }  // namespace icecache

@@ -12,6 +12,7 @@ int main(int argc, char** argv) {
   commands.push_back(icecache::MakeAccuracyCommand());
   commands.push_back(icecache::MakeSelectCommand());
   commands.push_back(icecache::MakeGrowthCommand());
+  commands.push_back(icecache::MakeChainCommand());
   commands.push_back(icecache::MakeFetchCommand());
   commands.push_back(icecache::MakeAttentionCommand());
   commands.push_back(icecache::MakeGatherCommand());
