@@ -57,13 +57,7 @@ void ScoreHeads(const QuantizedQueries& q, uint32_t head, const uint8_t* const* 
                 size_t out_stride) {
   constexpr int kTogether = kBlocksTogether<kHeads * kDigits>;
   uint32_t i = 0;
-  const size_t block_bytes = size_t{q.dim()} * kBlockRows;
   for (; i + kTogether <= count; i += kTogether) {
-    // One head is done with a block before memory has answered; a group has work for the meantime.
-    for (uint32_t ahead = i + kTogether; kHeads > 1 && ahead < std::min(count, i + 2 * kTogether);
-         ++ahead) {
-      for (size_t line = 0; line < block_bytes; line += 64) hwy::Prefetch(blocks[ahead] + line);
-    }
     ScoreTile<kHeads, kDigits, kTogether>(q, head, blocks + i, scales + i, base,
                                           out + size_t{i} * kBlockRows, out_stride);
   }
@@ -134,10 +128,6 @@ void AddInt8RowsImpl(const float* weights, size_t stride, uint32_t group, const 
   for (uint32_t first = 0; first < count; first += kTile) {
     const uint32_t n = std::min(kTile, count - first);
     const int8_t* const* tile = rows + first;
-    // Rows lie anywhere: the next tile's are fetched while this one is added up.
-    for (uint32_t i = first + n; i < std::min(first + n + kTile, count); ++i) {
-      for (uint32_t line = 0; line < dim; line += 64) hwy::Prefetch(rows[i] + line);
-    }
     uint32_t head = 0;
     for (; head + 4 <= group; head += 4) {
       const float* w = weights + head * stride + first;
