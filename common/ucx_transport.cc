@@ -294,7 +294,15 @@ bool UcxTransport::Progress() {
   if (requests_.empty()) return any;
   KV_CHECK(!core_.delivering);
   core_.delivering = true;
-  for (const ucp_conn_request_h request : std::exchange(requests_, {})) Accept(request);
+  for (const ucp_conn_request_h request : std::exchange(requests_, {})) {
+    // UCX 1.13 notes what happens on a descriptor while its worker is blocked, by the number, and
+    // ends the process (async.c, "handler->async == async") when that number is another worker's by
+    // the time it looks. Accepting one connection blocks this worker and hands a number on: let it
+    // look before the next.
+    ucp_worker_progress(worker_);
+    Accept(request);
+  }
+  ucp_worker_progress(worker_);
   core_.delivering = false;
   return true;
 }
