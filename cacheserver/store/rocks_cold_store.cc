@@ -2,10 +2,9 @@
 //
 // Facts behind the settings (feasibility notes, section 5; Debian's 7.8): BlobDB gains nothing at 8
 // KiB values; MultiGet is serial without io_uring, so parallelism comes from calling Get on many
-// threads; flushing instead of a write-ahead log is 1.7x faster for bulk data. Pages hold floats, so
-// they are not compressed. Records are deleted one by one: where a column has range tombstones, an
-// iterator may pass a table that it cannot read and end without an error (before 8.5.2), and a start
-// would take the contexts in it for dropped, and delete their segments.
+// threads; flushing instead of a write-ahead log is 1.7x faster for bulk data. Pages hold floats,
+// so they are not compressed. Iterators may pass a table that they cannot read and end without an
+// error (until 8.5.2, beside range tombstones and at the first block of a file of a lower level).
 #include <fcntl.h>
 #include <rocksdb/db.h>
 #include <rocksdb/env.h>
@@ -13,6 +12,7 @@
 #include <rocksdb/listener.h>
 #include <rocksdb/rate_limiter.h>
 #include <rocksdb/slice_transform.h>
+#include <rocksdb/sst_file_reader.h>
 #include <rocksdb/statistics.h>
 #include <rocksdb/table.h>
 #include <unistd.h>
@@ -83,8 +83,7 @@ class Watcher final : public rocksdb::EventListener {
       last_ = *s;
     }
     stopped = true;
-    if (errors++ == 0)
-      LogError("cold store background error", {{"status", s->ToString()}});
+    if (errors++ == 0) LogError("cold store background error", {{"status", s->ToString()}});
   }
   void OnStallConditionsChanged(const rocksdb::WriteStallInfo& info) override {
     if (info.condition.cur != rocksdb::WriteStallCondition::kNormal) stalls.fetch_add(1);
@@ -93,7 +92,8 @@ class Watcher final : public rocksdb::EventListener {
     std::lock_guard lock(mutex_);
     return last_;
   }
-  std::atomic<bool> stopped{false};  // a write has failed, or a flush: the store is to be opened again
+  std::atomic<bool> stopped{
+      false};  // a write has failed, or a flush: the store is to be opened again
   std::atomic<uint64_t> errors{0};
   std::atomic<uint64_t> stalls{0};
 
@@ -123,9 +123,9 @@ std::string PrefixEnd(std::string_view prefix) {
   return end;
 }
 
-// An open store. Unlogged: there is no log. Flushes are atomic over the columns, so the disk always has
-// everything up to some write and nothing of what came after it; a log would be a second way to be
-// durable.
+// An open store. Unlogged: there is no log. Flushes are atomic over the columns, so the disk always
+// has everything up to some write and nothing of what came after it; a log would be a second way to
+// be durable.
 class Opened {
  public:
   static Result<std::unique_ptr<Opened>> Open(const ColdStoreOptions& options,
@@ -141,9 +141,26 @@ class Opened {
   rocksdb::ColumnFamilyHandle* column(ColdColumn c) const {
     return columns_[static_cast<size_t>(c)];
   }
+  // Reads every block of the column's tables against its checksum. Without it a damaged table of
+  // records could look like an empty one: contexts would be gone, and their segments deleted.
+  Status VerifyTables(ColdColumn c) const {
+    rocksdb::ColumnFamilyMetaData column_files;
+    db_->GetColumnFamilyMetaData(column(c), &column_files);
+    rocksdb::Options options = db_->GetOptions(column(c));
+    options.info_log = nullptr;  // a reader of one file warns that it cannot tell whose it is
+    for (const auto& level : column_files.levels) {
+      for (const auto& file : level.files) {
+        rocksdb::SstFileReader reader(options);
+        rocksdb::Status s = reader.Open(file.db_path + file.name);
+        if (s.ok()) s = reader.VerifyChecksum();
+        KV_RETURN_IF_ERROR(FromOpen(s, file.db_path + file.name));
+      }
+    }
+    return OkStatus();
+  }
   rocksdb::Status Flush() {
-    return db_->Flush({}, std::vector<rocksdb::ColumnFamilyHandle*>(columns_.begin(),
-                                                                    columns_.end()));
+    return db_->Flush({},
+                      std::vector<rocksdb::ColumnFamilyHandle*>(columns_.begin(), columns_.end()));
   }
 
  private:
@@ -157,6 +174,7 @@ class RocksColdStore final : public ColdStore {
 
   Status Open() {
     KV_ASSIGN_OR_RETURN(opened_, Opened::Open(options_, watcher_));
+    KV_RETURN_IF_ERROR(opened_->VerifyTables(ColdColumn::kRecords));
     return CheckFormat().WithContext(options_.directory);
   }
 
@@ -202,7 +220,15 @@ class RocksColdStore final : public ColdStore {
   Status Scan(ColdColumn c, std::string_view prefix, const Visitor& visit) const override {
     const std::shared_lock lock(reopening_);
     KV_RETURN_IF_ERROR(CheckOpen());
-    return Visit(c, prefix, visit);
+    const std::unique_ptr<rocksdb::Iterator> it(
+        opened_->db().NewIterator(ReadHow(), opened_->column(c)));
+    for (it->Seek(rocksdb::Slice(prefix.data(), prefix.size())); it->Valid(); it->Next()) {
+      const std::string_view key(it->key().data(), it->key().size());
+      if (!key.starts_with(prefix)) break;
+      if (key == kFormatKey) continue;
+      if (!visit(key, {it->value().data(), it->value().size()})) break;
+    }
+    return FromRocks(it->status(), "scan");
   }
 
   Status DeletePrefix(ColdColumn c, std::string_view prefix) override {
@@ -214,16 +240,9 @@ class RocksColdStore final : public ColdStore {
     KV_RETURN_IF_ERROR(GoOn());
     const std::shared_lock lock(reopening_);
     KV_RETURN_IF_ERROR(CheckOpen());
-    rocksdb::WriteBatch deletes;
-    if (c == ColdColumn::kRecords) {
-      KV_RETURN_IF_ERROR(Visit(c, prefix, [&](std::string_view key, std::string_view) {
-        return deletes.Delete(opened_->column(c), {key.data(), key.size()}).ok();
-      }));
-    } else {
-      KV_RETURN_IF_ERROR(FromRocks(
-          deletes.DeleteRange(opened_->column(c), {prefix.data(), prefix.size()}, end), "delete"));
-    }
-    return Wrote(opened_->db().Write(Unlogged(), &deletes), "delete");
+    return Wrote(opened_->db().DeleteRange(Unlogged(), opened_->column(c),
+                                           rocksdb::Slice(prefix.data(), prefix.size()), end),
+                 "delete");
   }
 
   Status Sync() override {
@@ -274,18 +293,7 @@ class RocksColdStore final : public ColdStore {
     if (opened_ != nullptr) return OkStatus();
     return Unavailable("cold store: it failed and could not be opened again; see the log");
   }
-  // REQUIRES of these: reopening_ is held, shared.
-  Status Visit(ColdColumn c, std::string_view prefix, const Visitor& visit) const {
-    const std::unique_ptr<rocksdb::Iterator> it(
-        opened_->db().NewIterator(ReadHow(), opened_->column(c)));
-    for (it->Seek(rocksdb::Slice(prefix.data(), prefix.size())); it->Valid(); it->Next()) {
-      const std::string_view key(it->key().data(), it->key().size());
-      if (!key.starts_with(prefix)) break;
-      if (key == kFormatKey) continue;
-      if (!visit(key, {it->value().data(), it->value().size()})) break;
-    }
-    return FromRocks(it->status(), "scan");
-  }
+  // REQUIRES: reopening_ is held, shared.
   Status Flush() {
     const uint64_t errors = watcher_->errors;
     rocksdb::Status s = opened_->Flush();
@@ -385,7 +393,7 @@ Result<std::unique_ptr<Opened>> Opened::Open(const ColdStoreOptions& options,
   rocksdb::DBOptions db;
   db.create_if_missing = true;
   db.create_missing_column_families = true;
-  db.atomic_flush = true;  // Unlogged
+  db.atomic_flush = true;                 // Unlogged
   db.avoid_flush_during_shutdown = true;  // what nobody has synced nobody needs
   db.max_bgerror_resume_count = 0;        // GoOn does it
   db.use_direct_reads = options.direct_io;
