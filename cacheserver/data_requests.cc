@@ -104,7 +104,7 @@ struct DataService::BuildInFlight {
 Status DataService::Build(Connection& connection, const InMessage& message) {
   KV_ASSIGN_OR_RETURN(const Fenced fenced, Fence(connection, message, true));
   const ModelShape& shape = fenced.context->spec().shape;
-  KV_ASSIGN_OR_RETURN(const wire::BuildRequest request, wire::DecodeBuildRequest(message, shape));
+  KV_ASSIGN_OR_RETURN(wire::BuildRequest request, wire::DecodeBuildRequest(message, shape));
   KV_RETURN_IF_ERROR(CheckEpoch(fenced, request.slices.epoch));
   if (request.slices.heads.empty()) return InvalidArgument("build: no heads");
   auto build = std::make_shared<BuildInFlight>();
@@ -115,10 +115,14 @@ Status DataService::Build(Connection& connection, const InMessage& message) {
   for (size_t i = 0; i < request.slices.heads.size(); ++i) {
     const std::span<const float> of_head =
         energy.empty() ? energy : energy.subspan(i * shape.head_dim, shape.head_dim);
+    std::shared_ptr<const Packing> proposed;
+    if (!request.layouts.empty()) {
+      proposed = std::make_shared<Packing>(std::move(request.layouts[i]));
+    }
     // A head that fails does not stop the others: they were asked for too, and a repeated Build
     // finds them done.
     shard_.Build(request.slices.context, request.slices.layer, request.slices.heads[i],
-                 request.token_count, of_head,
+                 request.token_count, of_head, std::move(proposed),
                  [this, build, alive = std::weak_ptr<int>(alive_)](Result<uint32_t> pages) {
                    if (alive.expired()) return;
                    if (pages.ok()) {

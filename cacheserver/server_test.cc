@@ -9,6 +9,7 @@
 #include <thread>
 
 #include "cacheserver/test_worker.h"
+#include "kernels/packing.h"
 
 namespace icecache {
 namespace {
@@ -226,6 +227,34 @@ TEST(Server, DropWhileABuildRunsIsClean) {
     ASSERT_TRUE(worker.Create("doc", "cluster_tree").ok());
     ASSERT_TRUE(worker.control().Do(wire::Drop{"doc"}).ok());
   }
+}
+
+// What a worker proposes is checked before it is believed; then the right one is taken.
+TEST(Server, AProposedLayoutThatIsNoneIsRefusedAndNothingElseHappens) {
+  RunningServer server;
+  Worker worker(server.address(), 14);
+  ASSERT_TRUE(worker.Create("doc", "cluster_tree").ok());
+  constexpr uint32_t kTokens = 512, kIndexed = kTokens - kSinks - kWindow;
+  ASSERT_TRUE(worker.PutRows(0, 0, 0, kTokens).ok());
+  Packing sound = packing::PackSequential(kIndexed);
+  const auto build = [&](const Packing& layout) {
+    OutMessage out;
+    wire::Encode(wire::BuildRequest{.slices = worker.Slices(0, 0),
+                                    .token_count = kTokens,
+                                    .layouts = {layout}},
+                 &out);
+    return worker.shard_of(0, 0).Call(std::move(out)).status();
+  };
+  Packing twice = sound, many = sound, loose = sound;
+  twice.layout.tokens[5] = 6;
+  many.layout = packing::PackSequential(kTokens).layout;
+  loose.super_begin = {0, 65};
+  for (const Packing& broken : {twice, many, loose}) {
+    const Status refused = build(broken);
+    EXPECT_EQ(refused.code(), StatusCode::kInvalidArgument) << refused.ToString();
+    EXPECT_NE(refused.message().find("layer 0 kv head 0"), std::string::npos) << refused.message();
+  }
+  EXPECT_TRUE(build(sound).ok());
 }
 
 TEST(Server, TwoWorkersAtOnce) {

@@ -192,7 +192,8 @@ Context* Shard::FindContext(ContextId id) {
 }
 
 void Shard::Build(ContextId id, LayerId layer, KvHeadId head, uint32_t token_count,
-                  std::span<const float> query_energy, BuildDone done) {
+                  std::span<const float> query_energy, std::shared_ptr<const Packing> proposed,
+                  BuildDone done) {
   Context* context = FindContext(id);
   if (context == nullptr) return done(Gone(id));
   if (jobs_of_[context->spec().tenant] >= limits::kBuildsQueuedMax) {
@@ -201,7 +202,7 @@ void Shard::Build(ContextId id, LayerId layer, KvHeadId head, uint32_t token_cou
                                   "retry later"));
   }
   Result<std::unique_ptr<SliceJob>> work =
-      context->PrepareBuild(layer, head, token_count, query_energy);
+      context->PrepareBuild(layer, head, token_count, query_energy, proposed);
   if (work.status().code() == StatusCode::kResourceExhausted) {
     // Ends: every wait that is worth it has stored a segment.
     const std::vector<float> energy(query_energy.begin(), query_energy.end());
@@ -209,7 +210,7 @@ void Shard::Build(ContextId id, LayerId layer, KvHeadId head, uint32_t token_cou
                               alive = std::weak_ptr<int>(alive_)](bool room) {
       if (alive.expired()) return;
       if (!room) return done(status);
-      Build(id, layer, head, token_count, energy, done);
+      Build(id, layer, head, token_count, energy, proposed, done);
     });
   }
   if (!work.ok()) return done(work.status());

@@ -119,10 +119,11 @@ class Shard {
   const Lease* FindLease(Epoch epoch) const;
   Context* FindContext(ContextId context);
   // Clusters one slice and calls done on a later turn or, when the build stands already, at once.
-  // The answer is the slice's page count.
+  // The answer is the slice's page count. `proposed`: BuildHints', or null.
   using BuildDone = std::function<void(Result<uint32_t>)>;
   void Build(ContextId context, LayerId layer, KvHeadId head, uint32_t token_count,
-             std::span<const float> query_energy, BuildDone done);
+             std::span<const float> query_energy, std::shared_ptr<const Packing> proposed,
+             BuildDone done);
   // Moves pending rows of these slices into the index on later turns, a few at a time, and starts a
   // re-clustering where one is due.
   void IndexLater(ContextId context, LayerId layer, std::span<const KvHeadId> heads);

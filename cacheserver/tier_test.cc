@@ -58,7 +58,7 @@ class TierTest : public ::testing::Test {
     Status status;
     uint32_t missing = kShape.kv_heads;
     for (uint16_t head = 0; head < kShape.kv_heads; ++head) {
-      shard_->Build(id, kLayer, KvHeadId(head), tokens, {}, [&](const Result<uint32_t>& pages) {
+      shard_->Build(id, kLayer, KvHeadId(head), tokens, {}, nullptr, [&](const Result<uint32_t>& pages) {
         if (!pages.ok()) status = pages.status();
         --missing;
       });

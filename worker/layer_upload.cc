@@ -19,6 +19,7 @@ struct Job {
   bool build = false;
   std::shared_ptr<const LayerRows> rows;
   std::vector<float> query_energy;  // of `heads`
+  std::vector<Packing> layouts;     // likewise
   uint64_t bytes = 0;
 };
 
@@ -50,6 +51,7 @@ struct LayerUpload::State : std::enable_shared_from_this<State> {
     request.slices = {context.id, context.epoch, job.layer, job.heads};
     request.token_count = job.count;
     request.query_energy = job.query_energy;
+    request.layouts = job.layouts;
     OutMessage message;
     wire::Encode(request, &message);
     return message;
@@ -117,7 +119,7 @@ LayerUpload::~LayerUpload() {
 }
 
 void LayerUpload::Start(LayerId layer, std::shared_ptr<const LayerRows> rows,
-                        std::vector<float> query_energy) {
+                        std::vector<float> query_energy, std::vector<Packing> layouts) {
   if (!state_->error.ok()) return;
   const ModelShape& shape = state_->context.shape;
   const CacheClient& client = *state_->client;
@@ -148,6 +150,11 @@ void LayerUpload::Start(LayerId layer, std::shared_ptr<const LayerRows> rows,
       if (query_energy.empty()) break;
       const float* const energy = query_energy.data() + size_t{head.value} * shape.head_dim;
       job.query_energy.insert(job.query_energy.end(), energy, energy + shape.head_dim);
+    }
+    for (const KvHeadId head : job.heads) {
+      if (layouts.empty()) break;
+      job.layouts.push_back(std::move(layouts[head.value]));
+      job.bytes += job.layouts.back().layout.tokens.size() * sizeof(uint32_t);
     }
     state_->queue.push_back(std::move(job));
   }

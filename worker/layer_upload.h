@@ -27,8 +27,9 @@ class LayerUpload {
   LayerUpload& operator=(const LayerUpload&) = delete;
 
   // Queues all rows of the layer and its Build; returns at once.
-  // query_energy: [kv_heads, head_dim] or empty.
-  void Start(LayerId layer, std::shared_ptr<const LayerRows> rows, std::vector<float> query_energy);
+  // query_energy: [kv_heads, head_dim] or empty. layouts: proposed, one per kv head, or none.
+  void Start(LayerId layer, std::shared_ptr<const LayerRows> rows, std::vector<float> query_energy,
+             std::vector<Packing> layouts = {});
 
   Status WaitRows();  // until every row is taken by its shard
   Status WaitAll();   // and every layer is indexed

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "common/limits.h"
+#include "worker/layer_packing.h"
 #include "worker/layer_upload.h"
 
 namespace icecache {
@@ -46,6 +47,10 @@ Result<ServedContext> PrefillToServer(ServerLink& link, Model& model,
   context.tokens = static_cast<uint32_t>(request.tokens.size());
 
   LayerUpload upload(link.cache(), context.handle);
+  std::optional<ComputeThreads> packers;
+  if (request.build_here) packers.emplace(request.prefill.threads);
+  LayerPackingOptions packing{LayerId(0),   request.sink_tokens,    request.window_tokens,
+                              request.seed, request.prefill.device, request.prefill.pump};
   KV_ASSIGN_OR_RETURN(
       context.last_hidden,
       Prefill(model, request.tokens, request.prefill, [&](FinishedLayer layer) -> Status {
@@ -53,7 +58,14 @@ Result<ServedContext> PrefillToServer(ServerLink& link, Model& model,
         if (request.on_layer) request.on_layer(layer);
         // At most this layer and the one on its way are in memory.
         KV_RETURN_IF_ERROR(upload.WaitRows());
-        upload.Start(layer.layer, std::move(layer.rows), std::move(layer.query_energy));
+        std::vector<Packing> layouts;
+        if (packers) {
+          packing.layer = layer.layer;
+          KV_ASSIGN_OR_RETURN(
+              layouts, ProposeLayouts(*layer.rows, layer.query_energy, packing, *packers));
+        }
+        upload.Start(layer.layer, std::move(layer.rows), std::move(layer.query_energy),
+                     std::move(layouts));
         return OkStatus();
       }));
   KV_RETURN_IF_ERROR(upload.WaitAll());

@@ -33,6 +33,7 @@ struct PrefillRequest {
   uint32_t window_tokens = 16;
   std::string policy = "cluster_tree";
   uint64_t seed = 1;
+  bool build_here = false;  // cluster layers here and propose the layouts; cluster_tree only
   PrefillOptions prefill;
   std::function<void(const FinishedLayer&)> on_layer;  // looks on, optional
 };

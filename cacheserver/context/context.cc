@@ -146,11 +146,13 @@ Status Context::PutRows(LayerId layer, KvHeadId head, uint32_t first, uint32_t t
 
 Result<std::unique_ptr<SliceJob>> Context::PrepareBuild(LayerId layer, KvHeadId head,
                                                         uint32_t token_count,
-                                                        std::span<const float> query_energy) {
+                                                        std::span<const float> query_energy,
+                                                        std::shared_ptr<const Packing> proposed) {
   KV_ASSIGN_OR_RETURN(HeadSlice * slice, MutableSlice(layer, head));
   const uint32_t sinks = chain_.empty() ? spec_.sink_tokens : 0;
   Result<std::unique_ptr<SliceJob>> job =
-      slice->PrepareBuild(token_count, sinks, spec_.window_tokens, query_energy);
+      slice->PrepareBuild(token_count, sinks, spec_.window_tokens, query_energy,
+                          std::move(proposed));
   if (!job.ok()) return job.status().WithContext(SliceName(layer, head));
   return job;
 }

@@ -97,7 +97,8 @@ class Context {
   // nullptr: this build stands already; answer at once. Sinks are split off in the first segment of
   // a chain only. query_energy: [head_dim] or empty.
   Result<std::unique_ptr<SliceJob>> PrepareBuild(LayerId layer, KvHeadId head, uint32_t token_count,
-                                                 std::span<const float> query_energy);
+                                                 std::span<const float> query_energy,
+                                                 std::shared_ptr<const Packing> proposed = nullptr);
   Result<std::unique_ptr<SliceJob>> PrepareRecluster(LayerId layer, KvHeadId head);
   bool WantsRecluster(LayerId layer, KvHeadId head) const;
   Status Install(LayerId layer, KvHeadId head, std::unique_ptr<SliceJob> job);

@@ -141,7 +141,8 @@ Result<std::unique_ptr<SliceJob>> HeadSlice::NewJob(SliceJob::Kind kind, uint32_
 Result<std::unique_ptr<SliceJob>> HeadSlice::PrepareBuild(uint32_t token_count,
                                                           uint32_t sink_tokens,
                                                           uint32_t window_tokens,
-                                                          std::span<const float> query_energy) {
+                                                          std::span<const float> query_energy,
+                                                          std::shared_ptr<const Packing> proposed) {
   if (built_count_ == token_count && job_ == Job::kNone) return std::unique_ptr<SliceJob>();
   KV_RETURN_IF_ERROR(CheckMutable("build"));
   if (built_count_ || next_append_ != options_.first_position) {
@@ -156,8 +157,14 @@ Result<std::unique_ptr<SliceJob>> HeadSlice::PrepareBuild(uint32_t token_count,
   }
   const uint32_t sinks = std::min(sink_tokens, token_count);
   const uint32_t window = std::min(window_tokens, token_count - sinks);
+  const uint32_t indexed = token_count - sinks - window;
+  if (proposed != nullptr) {
+    KV_RETURN_IF_ERROR(CheckPacking(*proposed, indexed)
+                           .WithContext("build: proposed for all rows but sinks and window"));
+  }
   KV_ASSIGN_OR_RETURN(std::unique_ptr<SliceJob> job,
-                      NewJob(SliceJob::Kind::kBuild, token_count - sinks - window, query_energy));
+                      NewJob(SliceJob::Kind::kBuild, indexed, query_energy));
+  job->proposed_ = std::move(proposed);
   KV_RETURN_IF_ERROR(OwnTail());
   job->first_position_ = options_.first_position + sinks;
   job->first_row_ = sinks;

@@ -52,10 +52,12 @@ class HeadSlice {
 
   // Splits `token_count` staged rows into sinks, index and tail. nullptr: this very build stands
   // already. FAILED_PRECONDITION when rows are missing or the slice has an index;
-  // RESOURCE_EXHAUSTED. Memory: the index exists twice (staged rows and pages) until Install.
+  // RESOURCE_EXHAUSTED; INVALID_ARGUMENT when `proposed` (BuildHints, or null) is no layout of the
+  // rows to index. Memory: the index exists twice (staged rows and pages) until Install.
   Result<std::unique_ptr<SliceJob>> PrepareBuild(uint32_t token_count, uint32_t sink_tokens,
                                                  uint32_t window_tokens,
-                                                 std::span<const float> query_energy);
+                                                 std::span<const float> query_energy,
+                                                 std::shared_ptr<const Packing> proposed = nullptr);
   // Re-clusters the index from a snapshot, for queries such as ObserveQueries has seen; queries and
   // appends go on meanwhile. Same errors.
   Result<std::unique_ptr<SliceJob>> PrepareRecluster();

@@ -10,15 +10,6 @@ std::string SliceName(LayerId layer, KvHeadId head) {
   return "layer " + std::to_string(layer.value) + " kv head " + std::to_string(head.value);
 }
 
-// Slices must not share a random sequence, or all heads would pick the same tokens as samples
-// (splitmix64).
-uint64_t SliceSeed(uint64_t seed, uint64_t flat_index) {
-  uint64_t x = seed + (flat_index + 1) * 0x9e3779b97f4a7c15ull;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
-  return x ^ (x >> 31);
-}
-
 }  // namespace
 
 SliceOptions Segment::OptionsOf(const SegmentSpec& spec, uint32_t flat_index) {

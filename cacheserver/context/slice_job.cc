@@ -5,38 +5,6 @@
 
 namespace icecache {
 
-namespace {
-
-// A layout that is not a permutation would lose or double tokens for good, so it is checked before
-// it is believed.
-Status CheckLayout(const PageLayout& layout, uint32_t token_count) {
-  const auto broken = [&](const std::string& what) {
-    return Internal("page layout of a build: " + what);
-  };
-  if (token_count == 0 && layout.page_count() == 0) return OkStatus();
-  if (layout.tokens.size() != token_count || layout.page_begin.empty() ||
-      layout.page_begin.front() != 0 || layout.page_begin.back() != token_count) {
-    return broken("covers " + std::to_string(layout.tokens.size()) + " of " +
-                  std::to_string(token_count) + " tokens");
-  }
-  for (uint32_t p = 0; p < layout.page_count(); ++p) {
-    const uint32_t begin = layout.page_begin[p], end = layout.page_begin[p + 1];
-    if (begin >= end || end - begin > limits::kPageTokens) {
-      return broken("page " + std::to_string(p) + " spans [" + std::to_string(begin) + ", " +
-                    std::to_string(end) + ")");
-    }
-  }
-  std::vector<bool> seen(token_count, false);
-  for (uint32_t token : layout.tokens) {
-    if (token >= token_count || seen[token])
-      return broken("token " + std::to_string(token) + " twice or out of range");
-    seen[token] = true;
-  }
-  return OkStatus();
-}
-
-}  // namespace
-
 void SliceJob::Run() {
   KV_CHECK(!done_);
   if (kind_ == Kind::kRecluster) GatherSnapshot();
@@ -44,8 +12,14 @@ void SliceJob::Run() {
   BuildHints hints;
   hints.query_energy = query_energy_;
   hints.seed = policy_options_.seed;
+  hints.proposed = proposed_.get();
   Result<PageLayout> layout = policy_->Build(rows, hints);
-  status_ = layout.ok() ? CheckLayout(*layout, token_count_) : layout.status();
+  status_ = layout.status();
+  if (status_.ok()) {
+    // A layout that is not a permutation would lose or double tokens for good.
+    const Status sound = CheckLayout(*layout, token_count_);
+    if (!sound.ok()) status_ = Internal("a build answers with a broken " + sound.message());
+  }
   if (status_.ok()) {
     layout_ = std::move(*layout);
     table_->ReservePages(layout_.page_count());

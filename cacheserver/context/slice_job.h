@@ -46,6 +46,7 @@ class SliceJob {
   uint64_t generation_ = 0;  // Install refuses a job of another generation of the slice
   PolicyOptions policy_options_;
   std::vector<float> query_energy_;
+  std::shared_ptr<const Packing> proposed_;  // kBuild: a layout to consider, or none
   uint32_t token_count_ = 0;         // rows to cluster
   uint32_t first_position_ = 0;      // of the first of them
   uint32_t first_row_ = 0;           // its row in rows_

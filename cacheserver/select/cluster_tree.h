@@ -22,6 +22,7 @@
 #include <memory>
 
 #include "cacheserver/select/selection_policy.h"
+#include "kernels/packing.h"
 
 namespace icecache {
 
@@ -37,7 +38,7 @@ struct ClusterTreeOptions {
     kContentValue = 3,
     kRandom = 4,  // an ablation: no layout at all
   };
-  enum class Sketch : uint8_t { kAuto = 0, kOn = 1, kOff = 2 };
+  using Sketch = packing::SketchUse;
 
   Layout layout = Layout::kAuto;
   Sketch sketch = Sketch::kAuto;

@@ -14,17 +14,30 @@
 #include <vector>
 
 #include "cacheserver/select/cluster_tree.h"
+#include "kernels/packing.h"
 #include "kernels/quantized.h"
 
 namespace icecache::cluster_tree {
 
+using packing::Basis;
+using packing::BasisOf;
+using packing::kCoordinateMax;
+using packing::kPageRows;
+using packing::kSketchDims;
+using packing::kValueShare;
+using packing::LearnBasis;
+using packing::LearnPages;
+using packing::Moments;
+using packing::PackContent;
+using packing::PackSequential;
+using packing::ToCoordinates;
+using packing::ValueSpread;
+
 inline constexpr uint32_t kNone = ~0u;
-inline constexpr uint32_t kPageRows = limits::kPageTokens;
-inline constexpr uint32_t kSketchDims = 32;
 inline constexpr uint32_t kSuperPages = 32;      // pages of a super after Build
 inline constexpr uint32_t kSuperBlocksMax = 4;   // a super splits before it needs a fifth block
-inline constexpr float kCoordinateMax = 100.0f;  // |z| saturates; the rows themselves stay exact
-inline constexpr float kValueMax = 1e30f;        // so do mean values
+inline constexpr float kValueMax = 1e30f;  // mean values saturate
+static_assert(kSuperBlocksMax * kBlockRows == kSuperPagesMax);
 
 // Growable array of rows of bytes that never moves them: growing costs one small allocation.
 class ChunkedRows {
@@ -47,21 +60,6 @@ class ChunkedRows {
   };
   size_t row_bytes_, shift_ = 0, mask_ = 0, row_count_ = 0;
   std::vector<std::unique_ptr<uint8_t[], Free>> chunks_;
-};
-
-// What a build learns about the slice; fixed until the next build (or rebase of a young slice).
-struct Basis {
-  uint64_t tokens = 0;                // rows it was derived from
-  std::vector<float> energy;          // [dim] of the queries, from BuildHints; empty when unknown
-  std::vector<float> mean, scale;     // [dim]
-  std::vector<float> inverse;         // [dim] of scale
-  std::vector<float> weight;          // [dim], of the metric
-  std::vector<float> value_mean;      // [dim]
-  std::vector<float> page_variance;   // [dim], of z within a page, mean over pages
-  std::vector<uint32_t> sketch_dims;  // kSketchDims dimensions, or none: no sketch
-  float page_spread = 0;  // mean over pages of sum_j weight_j var_j: the unit of insert_slack
-
-  bool sketched() const { return !sketch_dims.empty(); }
 };
 
 // Summaries of nodes in slots, 16 to a block. An empty slot has log_count -infinity.
@@ -141,9 +139,6 @@ struct PageRows {
 };
 
 // nodes.cc: summaries.
-void ToCoordinates(const Basis& basis, const float* k, float* z);
-// mean[j] over rows[count, dim] and, unless null, deviation[j] = sum of (x - mean)^2.
-void Moments(const float* rows, uint32_t count, uint32_t dim, float* mean, float* deviation);
 void WritePage(Tree& tree, uint32_t page, const PageRows& rows);  // pages[page].slot must be set
 void WriteSuper(Tree& tree, uint32_t super);
 uint32_t TakeBlock(Tree& tree, uint32_t super);                // adds an empty block to a super
@@ -153,22 +148,7 @@ void FreeSuper(Tree& tree, uint32_t super);                    // REQUIRES: no p
 void AddPages(Tree& tree, uint32_t page_count);                // appends pages without slots
 void DecodeMean(const NodeTable& nodes, uint32_t dim, uint32_t slot, float* z);
 
-// pack.cc: which tokens share a page, and which pages a super.
-struct Packing {
-  PageLayout layout;
-  std::vector<uint32_t> super_begin;  // first page of each super, then page_count
-};
-Packing PackSequential(uint32_t count);
-// value_share > 0: distances also count values, scaled to that share of the keys' variance.
-Packing PackContent(const TokenRows& rows, const Basis& basis, float value_share, uint64_t seed);
-
 // build.cc
-// Mean, scale and metric from sample rows k[count, dim], v[count, dim].
-void LearnBasis(const float* k, const float* v, uint32_t count, uint32_t dim, Basis* basis);
-// page_variance, page_spread and the sketch's dimensions from the pages of a layout (a sample of
-// them).
-void LearnPages(const TokenRows& rows, const Packing& packing, ClusterTreeOptions::Sketch sketch,
-                Basis* basis);
 Result<PageLayout> Build(const TokenRows& rows, const BuildHints& hints,
                          const ClusterTreeOptions& options, uint64_t seed, Tree* tree);
 

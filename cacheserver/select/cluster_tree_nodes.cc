@@ -68,16 +68,6 @@ size_t Tree::index_bytes() const {
          basis.mean.size() * 6 * sizeof(float);
 }
 
-void ToCoordinates(const Basis& basis, const float* k, float* z) {
-  const size_t dim = basis.mean.size();
-  const float* mean = basis.mean.data();
-  const float* inverse = basis.inverse.data();
-  for (size_t j = 0; j < dim; ++j) {
-    const float x = (k[j] - mean[j]) * inverse[j];
-    z[j] = std::min(std::max(x, -kCoordinateMax), kCoordinateMax);
-  }
-}
-
 void PageRows::Add(const Basis& basis, DType dtype, const std::byte* k, const std::byte* v_row) {
   KV_CHECK(count < kPageRows);
   float* to = z.data() + size_t{count} * dim;
@@ -98,27 +88,6 @@ void DecodeMean(const NodeTable& nodes, uint32_t dim, uint32_t slot, float* z) {
   int8_t row[limits::kHeadDimMax];
   UnpackBlockRow(nodes.keys.row(slot / kBlockRows), dim, slot % kBlockRows, row);
   for (uint32_t j = 0; j < dim; ++j) z[j] = nodes.scale[slot] * row[j];
-}
-
-void Moments(const float* rows, uint32_t count, uint32_t dim, float* mean, float* deviation) {
-  constexpr uint32_t kBlock = 16;  // sums of as many dimensions stay in registers
-  const float share = 1.0f / static_cast<float>(count);
-  for (uint32_t j = 0; j < dim; j += kBlock) {
-    float sum[kBlock] = {}, square[kBlock] = {};
-    for (uint32_t r = 0; r < count; ++r) {
-      for (uint32_t i = 0; i < kBlock; ++i) sum[i] += rows[size_t{r} * dim + j + i];
-    }
-    for (float& x : sum) x *= share;
-    for (uint32_t i = 0; i < kBlock; ++i) mean[j + i] = sum[i];
-    if (deviation == nullptr) continue;
-    for (uint32_t r = 0; r < count; ++r) {
-      for (uint32_t i = 0; i < kBlock; ++i) {
-        const float x = rows[size_t{r} * dim + j + i] - sum[i];
-        square[i] += x * x;
-      }
-    }
-    for (uint32_t i = 0; i < kBlock; ++i) deviation[j + i] = square[i];
-  }
 }
 
 namespace {

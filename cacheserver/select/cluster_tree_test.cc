@@ -263,6 +263,40 @@ TEST(ClusterTree, SequentialPagesWinWhereNeighboursAreAlike) {
   EXPECT_FALSE(is_identity(*scattered.policy().Build(scattered.rows(), {})));
 }
 
+// A worker's proposal is a candidate like the tree's own: the same one gives the same tree, byte for
+// byte; a bad one loses against the order of the text.
+TEST(ClusterTree, AProposedLayoutIsACandidateLikeItsOwn) {
+  for (const uint32_t run : {1u, 40u}) {
+    SCOPED_TRACE(run);
+    Slice slice(64);
+    slice.Draw(3000, run);
+    const TokenRows rows = slice.rows();
+    const auto build = [&](const Packing* proposed, std::string* image) {
+      const auto policy = slice.Make();
+      BuildHints hints;
+      hints.seed = 3;  // the policy's, as in a head slice
+      hints.proposed = proposed;
+      const auto layout = policy->Build(rows, hints);
+      KV_CHECK(layout.ok());
+      policy->Save(image);
+      return *layout;
+    };
+    const Packing proposed = packing::Propose(rows, {}, 3, *MakeCpuAssigner()).value();
+    EXPECT_TRUE(CheckPacking(proposed, 3000).ok()) << CheckPacking(proposed, 3000).ToString();
+    std::string own, given;
+    const PageLayout layout = build(nullptr, &own);
+    EXPECT_EQ(build(&proposed, &given).tokens, layout.tokens);
+    EXPECT_TRUE(own == given);
+
+    Packing shuffled = proposed;
+    std::mt19937_64 rng(5);
+    std::shuffle(shuffled.layout.tokens.begin(), shuffled.layout.tokens.end(), rng);
+    const PageLayout kept = build(&shuffled, &given);
+    EXPECT_TRUE(run == 1 || std::is_sorted(kept.tokens.begin(), kept.tokens.end()));
+    EXPECT_TRUE(CheckLayout(kept, 3000).ok());
+  }
+}
+
 TEST(ClusterTree, EveryLayoutFillsItsPages) {
   for (Layout layout : {Layout::kContent, Layout::kSequential, Layout::kContentValue}) {
     ClusterTreeOptions options;

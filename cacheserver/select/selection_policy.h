@@ -27,19 +27,12 @@
 #include <vector>
 
 #include "common/ids.h"
+#include "common/page_layout.h"
 #include "common/status.h"
 #include "kernels/attention_state.h"
 #include "kernels/paged_kv.h"
 
 namespace icecache {
-
-// How tokens of a build are laid out: page p holds tokens[page_begin[p] .. page_begin[p + 1]) in
-// that row order. tokens is a permutation of [0, count); page_begin has page_count + 1 entries.
-struct PageLayout {
-  std::vector<uint32_t> tokens;
-  std::vector<uint32_t> page_begin;
-  uint32_t page_count() const { return page_begin.empty() ? 0 : static_cast<uint32_t>(page_begin.size() - 1); }
-};
 
 // What the owner does after Insert, in this order:
 //   split: rows of `split_page` whose bit is set in split_mask move, keeping their order, to a new page
@@ -105,6 +98,10 @@ struct BuildHints {
   std::span<const float> queries;
   uint32_t query_group = 0;
   uint64_t seed = 0;
+  // A layout by content that somebody else has made of these rows (kernels/packing.h); passes
+  // CheckPacking. A candidate like one's own, for policies that choose among layouts by purity; all
+  // others ignore it.
+  const Packing* proposed = nullptr;
 };
 
 class SelectionPolicy {

@@ -33,13 +33,20 @@ struct PutRowsRequest {
 struct PutRowsReply { nextPosition @0 :UInt32; }
 
 # All rows of the layer in [0, tokenCount) are there: index them. Sinks and the unindexed tail stay apart.
-# Body: query energy, f32 [kvHeads, headDim], or empty.
+# Body: query energy, f32 [kvHeads, headDim], or empty; then for each of `layouts` its tokens u32 (row indices of the
+# index, page by page), tokens of each page u8, pages of each group u8.
+struct BuildLayout {
+  tokens @0 :UInt32;
+  pages @1 :UInt32;
+  groups @2 :UInt32;
+}
 struct BuildRequest {
   context @0 :UInt64;
   epoch @1 :UInt64;
   layer @2 :UInt16;
   kvHeads @3 :List(UInt16);
   tokenCount @4 :UInt32;      # tokens of the tail segment that must have arrived
+  layouts @5 :List(BuildLayout);  # by content, computed by the worker: of every head, or none
 }
 struct BuildReply { pages @0 :UInt32; }
 

@@ -28,6 +28,41 @@ std::vector<float> Floats(std::span<const std::byte> bytes) {
   return out;
 }
 
+// Differences of neighbours, each in a byte: sizes of pages, and of groups of pages.
+void AppendSizes(const std::vector<uint32_t>& begin, std::vector<std::byte>* to) {
+  for (size_t i = 0; i + 1 < begin.size(); ++i) {
+    to->push_back(static_cast<std::byte>(begin[i + 1] - begin[i]));
+  }
+}
+
+void AppendLayout(const Packing& packing, std::vector<std::byte>* to) {
+  const auto tokens = std::as_bytes(std::span(packing.layout.tokens));
+  to->insert(to->end(), tokens.begin(), tokens.end());
+  AppendSizes(packing.layout.page_begin, to);
+  AppendSizes(packing.super_begin, to);
+}
+
+size_t LayoutBytes(schema::BuildLayout::Reader layout) {
+  return size_t{layout.getTokens()} * sizeof(uint32_t) + layout.getPages() + layout.getGroups();
+}
+
+// The bytes are there; what they say is the receiver's to check.
+Packing ReadLayout(schema::BuildLayout::Reader from, std::span<const std::byte> body) {
+  Packing packing;
+  const size_t token_bytes = size_t{from.getTokens()} * sizeof(uint32_t);
+  packing.layout.tokens.resize(from.getTokens());
+  if (token_bytes > 0) std::memcpy(packing.layout.tokens.data(), body.data(), token_bytes);
+  const auto read_sizes = [&](size_t first, uint32_t count, std::vector<uint32_t>* begin) {
+    begin->push_back(0);
+    for (uint32_t i = 0; i < count; ++i) {
+      begin->push_back(begin->back() + static_cast<uint8_t>(body[first + i]));
+    }
+  };
+  read_sizes(token_bytes, from.getPages(), &packing.layout.page_begin);
+  read_sizes(token_bytes + from.getPages(), from.getGroups(), &packing.super_begin);
+  return packing;
+}
+
 template <typename Builder>
 void WriteSlices(const SliceSet& slices, Builder root) {
   root.setContext(slices.context.value);
@@ -136,17 +171,25 @@ void Encode(const BuildRequest& in, OutMessage* out) {
   auto root = message.initRoot<schema::BuildRequest>();
   WriteSlices(in.slices, root);
   root.setTokenCount(in.token_count);
-  out->kind = kBuild;
-  out->meta = FlatBytes(message);
-  if (in.query_energy.empty()) return;
   struct Pinned {
-    std::vector<float> energy;
+    std::vector<std::byte> body;
     std::shared_ptr<const void> rest;  // what the caller has pinned before
   };
   auto pinned = std::make_shared<Pinned>();
-  pinned->energy.assign(in.query_energy.begin(), in.query_energy.end());
+  const auto energy = std::as_bytes(in.query_energy);
+  pinned->body.assign(energy.begin(), energy.end());
+  auto layouts = root.initLayouts(static_cast<unsigned>(in.layouts.size()));
+  for (unsigned i = 0; i < layouts.size(); ++i) {
+    layouts[i].setTokens(static_cast<uint32_t>(in.layouts[i].layout.tokens.size()));
+    layouts[i].setPages(in.layouts[i].layout.page_count());
+    layouts[i].setGroups(in.layouts[i].super_count());
+    AppendLayout(in.layouts[i], &pinned->body);
+  }
+  out->kind = kBuild;
+  out->meta = FlatBytes(message);
+  if (pinned->body.empty()) return;
   pinned->rest = std::move(out->pin);
-  out->body.push_back(std::as_bytes(std::span<const float>(pinned->energy)));
+  out->body.push_back(pinned->body);
   out->pin = std::move(pinned);
 }
 
@@ -281,11 +324,28 @@ Result<BuildRequest> DecodeBuildRequest(const InMessage& message, const ModelSha
         KV_ASSIGN_OR_RETURN(out.slices, ReadSlices(check, root, shape));
         out.token_count = root.getTokenCount();
         KV_RETURN_IF_ERROR(check.AtMost("tokenCount", out.token_count, limits::kContextTokensMax));
-        if (message.body.empty()) return out;
-        KV_RETURN_IF_ERROR(check.BodyBytes(
-            message.body.size(), out.slices.heads.size() * size_t{shape.head_dim} * sizeof(float)));
-        out.decoded_query_energy = Floats(message.body);
+        const auto layouts = root.getLayouts();
+        const size_t heads = out.slices.heads.size();
+        KV_RETURN_IF_ERROR(check.Between("layouts.size", layouts.size(),
+                                         layouts.size() == 0 ? 0 : heads, heads));
+        size_t layout_bytes = 0;
+        for (const auto layout : layouts) {
+          KV_RETURN_IF_ERROR(check.AtMost("layout.tokens", layout.getTokens(), out.token_count));
+          KV_RETURN_IF_ERROR(check.AtMost("layout.pages", layout.getPages(), layout.getTokens()));
+          KV_RETURN_IF_ERROR(check.AtMost("layout.groups", layout.getGroups(), layout.getPages()));
+          layout_bytes += LayoutBytes(layout);
+        }
+        const size_t energy_bytes = heads * size_t{shape.head_dim} * sizeof(float);
+        const bool energy = message.body.size() > layout_bytes;
+        KV_RETURN_IF_ERROR(check.BodyBytes(message.body.size(),
+                                           layout_bytes + (energy ? energy_bytes : 0)));
+        out.decoded_query_energy = Floats(message.body.first(energy ? energy_bytes : 0));
         KV_RETURN_IF_ERROR(check.Finite("queryEnergy", out.decoded_query_energy));
+        std::span<const std::byte> rest = message.body.subspan(energy ? energy_bytes : 0);
+        for (const auto layout : layouts) {
+          out.layouts.push_back(ReadLayout(layout, rest));
+          rest = rest.subspan(LayoutBytes(layout));
+        }
         return out;
       });
 }

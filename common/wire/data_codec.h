@@ -12,6 +12,7 @@
 
 #include "common/ids.h"
 #include "common/model_shape.h"
+#include "common/page_layout.h"
 #include "common/status.h"
 #include "common/transport.h"
 
@@ -67,10 +68,9 @@ struct BuildRequest {
   uint32_t token_count = 0;
   std::span<const float> query_energy;       // encode: [heads, head_dim] or empty
   std::vector<float> decoded_query_energy;   // decode: the same, copied (bodies are unaligned)
+  std::vector<Packing> layouts;  // proposed, per head, or none; decoded: not yet checked (CheckPacking)
 };
-struct BuildReply {
-  uint32_t pages = 0;
-};
+struct BuildReply { uint32_t pages = 0; };
 
 struct ResidentPage {
   SegmentId segment;
@@ -173,7 +173,7 @@ void Encode(const AttachRequest&, OutMessage* out);
 void Encode(const AttachReply&, OutMessage* out);
 void Encode(const PutRowsRequest&, OutMessage* out);
 void Encode(const PutRowsReply&, OutMessage* out);
-void Encode(const BuildRequest&, OutMessage* out);   // adds query_energy to the body, pinned by the message
+void Encode(const BuildRequest&, OutMessage* out);   // adds the body, pinned by the message
 void Encode(const BuildReply&, OutMessage* out);
 void Encode(const SelectRequest&, OutMessage* out);
 void Encode(const SelectReply&, OutMessage* out);    // kind kSelect; the caller sets kFetchPages for that reply

@@ -104,9 +104,47 @@ TEST_F(DataCodec, BuildComesBackAsSentAndOwnsItsEnergy) {
   in.query_energy = {};
   Encode(in, &bare);
   EXPECT_TRUE(DecodeBuildRequest(Received(bare), kShape)->decoded_query_energy.empty());
+  EXPECT_TRUE(DecodeBuildRequest(Received(bare), kShape)->layouts.empty());
   OutMessage reply;
   Encode(BuildReply{4321}, &reply);
   EXPECT_EQ(DecodeBuildReply(Received(reply))->pages, 4321u);
+}
+
+TEST_F(DataCodec, BuildsProposedLayoutsComeBackWithAndWithoutEnergy) {
+  BuildRequest in;
+  in.slices = random.Slices();
+  in.token_count = 777;
+  const std::vector<float> energy = random.Floats(in.slices.heads.size() * kShape.head_dim);
+  for (size_t h = 0; h < in.slices.heads.size(); ++h) {  // of different sizes; one has no tokens
+    const auto pages = static_cast<uint32_t>(h * 3);
+    Packing packing;
+    packing.layout.page_begin = packing.super_begin = {0};
+    for (uint32_t p = 0; p < pages; ++p) {
+      for (uint32_t i = 0; i <= p; ++i) packing.layout.tokens.push_back(1000 * p + i);
+      packing.layout.page_begin.push_back(static_cast<uint32_t>(packing.layout.tokens.size()));
+    }
+    if (pages > 0) packing.super_begin = {0, 1, pages};
+    in.layouts.push_back(packing);
+  }
+  for (const bool with_energy : {true, false}) {
+    OutMessage out;
+    in.query_energy = with_energy ? std::span<const float>(energy) : std::span<const float>();
+    Encode(in, &out);
+    const auto read = DecodeBuildRequest(Received(out), kShape);
+    ASSERT_TRUE(read.ok()) << read.status().ToString();
+    EXPECT_EQ(read->decoded_query_energy.size(), in.query_energy.size());
+    ASSERT_EQ(read->layouts.size(), in.layouts.size());
+    for (size_t h = 0; h < in.layouts.size(); ++h) {
+      EXPECT_EQ(read->layouts[h].layout.tokens, in.layouts[h].layout.tokens);
+      EXPECT_EQ(read->layouts[h].layout.page_begin, in.layouts[h].layout.page_begin);
+      EXPECT_EQ(read->layouts[h].super_begin, in.layouts[h].super_begin);
+    }
+  }
+  in.layouts.push_back({});  // of more heads than are named
+  OutMessage out;
+  Encode(in, &out);
+  EXPECT_EQ(DecodeBuildRequest(Received(out), kShape).status().code(),
+            StatusCode::kInvalidArgument);
 }
 
 TEST_F(DataCodec, SelectComesBackAsSent) {

@@ -91,6 +91,15 @@ std::vector<Case> Cases(Random& random) {
   AttachBody(random, 2 * 2 * 5 * kShape.row_bytes(), &rows);
   add("FetchRowsReply", rows,
       [](const InMessage& in) { return DecodeFetchRowsReply(in, kShape, 2); });
+  Sample built_here;
+  Packing packing;
+  packing.layout = {{2, 0, 1, 4, 3}, {0, 3, 5}};
+  packing.super_begin = {0, 2};
+  Encode(BuildRequest{.slices = {ContextId(1), Epoch(2), LayerId(0), {KvHeadId(0), KvHeadId(1)}},
+                      .token_count = 5,
+                      .layouts = {packing, packing}},
+         &built_here.out);
+  add("BuildHere", built_here, [](const InMessage& in) { return DecodeBuildRequest(in, kShape); });
   Sample build, fetch, pages, attach;
   const std::vector<float> energy(2 * kShape.head_dim, 1.0f);
   Encode(BuildRequest{.slices = {ContextId(1), Epoch(2), LayerId(0), {KvHeadId(0), KvHeadId(1)}},

@@ -4,6 +4,7 @@
 
 #include <variant>
 
+#include "kernels/gpu/assign.h"
 #include "kernels/gpu/attend_mma-inl.h"
 #include "kernels/gpu/attend_scalar.h"
 #include "kernels/gpu/copy_spans.h"
@@ -15,7 +16,7 @@
 namespace icecache::gpu {
 
 using KernelCall = std::variant<AttendArgs, MergeArgs, MergeHeadsArgs, CopyArgs, NormArgs, RopeArgs,
-                                SwiGluArgs, ConvertArgs, GemmArgs, SampleArgs>;
+                                SwiGluArgs, ConvertArgs, GemmArgs, SampleArgs, AssignArgs>;
 
 inline constexpr uint32_t kGemvTokensMax = 8;  // more go through tiles, or a library
 
@@ -111,6 +112,15 @@ void Dispatch(Runner& runner, const GemmArgs& args) {
 template <typename Runner>
 void Dispatch(Runner& runner, const SampleArgs& args) {
   runner.template Run<SampleKernel>({args.rows, 1}, SampleKernel::kSharedBytes, args);
+}
+
+template <typename Runner>
+void Dispatch(Runner& runner, const AssignArgs& args) {
+  const GridSize grid{args.tile_count, 1};
+  if (args.few == 1) {
+    return runner.template Run<AssignKernel<1>>(grid, AssignKernel<1>::kSharedBytes, args);
+  }
+  runner.template Run<AssignKernel<16>>(grid, AssignKernel<16>::kSharedBytes, args);
 }
 
 }  // namespace icecache::gpu

@@ -11,6 +11,7 @@
 #include "cacheserver/select/dci_tree.h"
 #include "kernels/attention.h"
 #include "kernels/distance.h"
+#include "kernels/gpu/assigner_gpu.h"
 #include "tests/bench/command.h"
 #include "tests/bench/measure.h"
 #include "tests/bench/select_flags.h"
@@ -71,6 +72,7 @@ class SelectBench {
     hints.seed = flags_.seed;
     return hints;
   }
+  Result<Packing> Propose(const TokenRows& rows, const BuildHints& hints) const;
   Result<Slice> BuildSlice(uint32_t tokens) const;
   Status CheckAnswers(const Slice& slice) const;
   static uint32_t TokensOf(const Slice& slice, const Selection& got);
@@ -105,12 +107,31 @@ class SelectBench {
   CacheSweep sweep_;
 };
 
+// As a worker does, with the seeds of this build.
+Result<Packing> SelectBench::Propose(const TokenRows& rows, const BuildHints& hints) const {
+  std::unique_ptr<gpu::Device> device;
+  if (flags_.proposed == "cuda") {
+    KV_ASSIGN_OR_RETURN(device, gpu::MakeCudaDevice({}));
+  } else if (flags_.proposed == "emulated") {
+    device = gpu::MakeEmulatedDevice({});
+  } else if (flags_.proposed != "cpu") {
+    return InvalidArgument("--proposed '" + flags_.proposed + "': use none, cpu, emulated or cuda");
+  }
+  const auto assigner = device != nullptr ? gpu::MakeGpuAssigner(*device) : MakeCpuAssigner();
+  return packing::Propose(rows, hints.query_energy, flags_.seed, *assigner);
+}
+
 Result<SelectBench::Slice> SelectBench::BuildSlice(uint32_t tokens) const {
   Slice slice;
   slice.policy = NewPolicy(flags_.seed);
   slice.store = std::make_unique<PageStore>(trace_.dtype, trace_.dim);
-  const BuildHints hints = Hints();
+  BuildHints hints = Hints();
   const TokenRows rows = trace_.Rows(0, tokens);
+  Packing proposed;
+  if (flags_.proposed != "none") {
+    KV_ASSIGN_OR_RETURN(proposed, Propose(rows, hints));
+    hints.proposed = &proposed;
+  }
   const double begin = ProcessCpuMicros();
   KV_ASSIGN_OR_RETURN(const PageLayout layout, slice.policy->Build(rows, hints));
   slice.build_us = ProcessCpuMicros() - begin;

@@ -33,6 +33,9 @@ void SelectFlags::AddTo(ConfigParser* parser) {
       "ask as a layer behind an anchor (--layer-reuse): near 4/5 of as many heaviest tokens", 0,
       limits::kNearPositionsMax);
   parser->Add("energy", &energy, "tell the build the mean squares of earlier queries");
+  parser->Add("proposed", &proposed,
+              "cluster_tree: build from a layout made before, as with --build-on worker: none | cpu "
+              "| emulated | cuda");
   parser->Add("layout", &layout, "cluster_tree: auto | content | sequential | content_value");
   parser->Add("sketch", &sketch, "cluster_tree: auto | on | off");
   parser->Add("dci_improved", &dci_improved,

@@ -15,7 +15,7 @@ struct SelectFlags {
   uint64_t seed = 1;
   double insert_fraction = 0, group_spread = -1, min_mass = 0;
   std::string policy = "cluster_tree", trace = "clustered", dtype = "f16", rank = "mass_sum";
-  std::string layout = "auto", sketch = "auto";
+  std::string layout = "auto", sketch = "auto", proposed = "none";
   bool energy = true, json = false, dci_improved = false, profile = false;
 
   void AddTo(ConfigParser* parser);

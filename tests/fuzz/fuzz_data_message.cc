@@ -48,6 +48,14 @@ void CheckSelectReply(const InMessage& m) {
   }
 }
 
+void CheckBuild(const InMessage& message) {
+  const auto request = wire::DecodeBuildRequest(message, kShape);
+  if (!request.ok()) return;
+  for (const Packing& packing : request->layouts) {
+    (void)CheckPacking(packing, static_cast<uint32_t>(packing.layout.tokens.size()));
+  }
+}
+
 void CheckPutRows(const InMessage& m) {
   const auto put = wire::DecodePutRowsRequest(m, kShape);
   if (!put.ok()) return;
@@ -155,6 +163,10 @@ std::vector<Target> Targets() {
   const wire::SliceSet slices{ContextId(1), Epoch(2), LayerId(1), {KvHeadId(0), KvHeadId(1)}};
   const size_t row = kShape.row_bytes();
   const SelectSeeds select = MakeSelectSeeds();
+  Packing packing;
+  packing.layout = {{2, 0, 1, 4, 3}, {0, 3, 5}};
+  packing.super_begin = {0, 2};
+  const std::vector<Packing> layouts(slices.heads.size(), packing);
   OutMessage refusal;
   wire::EncodeStatus(Unavailable("draining"), &refusal);
   return {
@@ -169,9 +181,9 @@ std::vector<Target> Targets() {
              2 * 2 * 3 * row)},
        Delivered(wire::kPutRows, CheckPutRows)},
       {"build",
-       {Seed(wire::BuildRequest{.slices = slices, .token_count = 40}, 0)},
-       Delivered(wire::kBuild,
-                 [](const InMessage& m) { (void)wire::DecodeBuildRequest(m, kShape); })},
+       {Seed(wire::BuildRequest{.slices = slices, .token_count = 40}, 0),
+        Seed(wire::BuildRequest{.slices = slices, .token_count = 40, .layouts = layouts}, 0)},
+       Delivered(wire::kBuild, CheckBuild)},
       {"select", select.requests, Delivered(wire::kSelect, CheckSelect)},
       {"select_reply", select.replies, Delivered(wire::kSelect, CheckSelectReply)},
       {"select_batch", select.batches, Delivered(wire::kSelectBatch, CheckBatch)},

@@ -42,6 +42,20 @@ void AddModelSection(ConfigParser& parser, WorkerOptions* o) {
                  "Most GPU memory for weights and pages; 0: nine tenths of what is free");
 }
 
+void AddIndexOptions(ConfigParser& parser, WorkerOptions* o) {
+  parser.Add("policy", &o->policy,
+             "How the server chooses: cluster_tree, or another of docs/policies.md, by name");
+  parser.Add("build_on", &o->build_on,
+             "Who clusters a prefilled layer: server, or worker, which takes that load off the "
+             "server and makes the prefill longer; cluster_tree only");
+  parser.AddCheck("build_on", [o] {
+    return o->build_on == "server" || o->build_on == "worker"
+               ? OkStatus()
+               : InvalidArgument("'" + o->build_on + "', expected server or worker");
+  });
+  parser.Add("index_seed", &o->index_seed, "Seed of the server's index");
+}
+
 }  // namespace
 
 void AddModelOptions(ConfigParser& parser, WorkerOptions* o) {
@@ -73,9 +87,7 @@ void AddWorkerOptions(ConfigParser& parser, WorkerOptions* o) {
              limits::kSinkTokensMax);
   parser.Add("window_tokens", &o->window_tokens, "Recent tokens that are always attended to", 0,
              limits::kWindowTokensMax);
-  parser.Add("policy", &o->policy,
-             "How the server chooses: cluster_tree, or another of docs/policies.md, by name");
-  parser.Add("index_seed", &o->index_seed, "Seed of the server's index");
+  AddIndexOptions(parser, o);
   parser.Add("read_cap", &o->read_cap,
              "Tokens the server may read exactly, beyond the pages, for its estimate of the rest",
              0, limits::kReadCapMax);
@@ -120,6 +132,10 @@ Status ApplyWorkerOptions(const WorkerOptions& options, const char* program) {
   KV_ASSIGN_OR_RETURN(const LogLevel level, ParseLogLevel(options.log_level));
   KV_ASSIGN_OR_RETURN(const LogFormat format, ParseLogFormat(options.log_format));
   InitLogging(level, format, program);
+  if (options.build_on == "worker" && options.policy != "cluster_tree") {
+    return InvalidArgument("--build-on worker: policy " + options.policy +
+                           " lays pages out by itself; use cluster_tree, or --build-on server");
+  }
   return OkStatus();
 }
 
@@ -168,6 +184,7 @@ PrefillRequest PrefillRequestOf(const WorkerOptions& options, std::string name,
   request.window_tokens = options.window_tokens;
   request.policy = options.policy;
   request.seed = options.index_seed;
+  request.build_here = options.build_on == "worker";
   return request;
 }
 

@@ -47,6 +47,7 @@ struct WorkerOptions {
   uint32_t layer_reuse = 1;
   std::string transfer = "native";
   std::string policy = "cluster_tree";
+  std::string build_on = "server";
   uint64_t index_seed = 1;
 
   bool progress = false;

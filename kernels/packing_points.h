@@ -1,14 +1,14 @@
-// Points and bisection: tools of content packing (cluster_tree_pack.cc), of no use outside it.
+// Points and bisection: tools of content packing (packing.cc), of no use outside it.
 #pragma once
 
 #include <random>
 #include <span>
 #include <vector>
 
-#include "cacheserver/select/cluster_tree_internal.h"
 #include "kernels/nearest.h"
+#include "kernels/packing.h"
 
-namespace icecache::cluster_tree {
+namespace icecache::packing {
 
 using Rng = std::mt19937_64;
 
@@ -70,4 +70,4 @@ class Bisector {
   std::vector<uint32_t> side_, order_, spare_;
 };
 
-}  // namespace icecache::cluster_tree
+}  // namespace icecache::packing

@@ -1,4 +1,4 @@
-#include "cacheserver/select/cluster_tree_points.h"
+#include "kernels/packing_points.h"
 
 #include <algorithm>
 #include <cmath>
@@ -6,7 +6,7 @@
 
 #include "kernels/distance.h"
 
-namespace icecache::cluster_tree {
+namespace icecache::packing {
 
 namespace {
 constexpr int kTrainPasses = 4;
@@ -214,4 +214,4 @@ uint32_t Bisector::Divide(std::span<uint32_t> rows, uint32_t align) {
   return cut;
 }
 
-}  // namespace icecache::cluster_tree
+}  // namespace icecache::packing

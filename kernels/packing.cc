@@ -12,9 +12,10 @@
 #include <limits>
 #include <numeric>
 
-#include "cacheserver/select/cluster_tree_points.h"
+#include "kernels/packing_points.h"
+#include "kernels/quantized.h"
 
-namespace icecache::cluster_tree {
+namespace icecache::packing {
 
 namespace {
 
@@ -31,6 +32,7 @@ constexpr uint32_t kSuperSeedsMax = 32;
 constexpr uint32_t kProbedSupers[] = {4, 6, 10};
 constexpr uint32_t kSuperTokensMin = 256;  // smaller supers join others
 constexpr uint32_t kSuperTokensMax = 48 * kPageRows;
+constexpr uint32_t kSequentialSuperPages = 32;
 constexpr uint32_t kFullEnough = 14;  // a page's worth: not mixed with strangers to fill up
 
 // Seeds of one part and the supers that group them.
@@ -76,44 +78,55 @@ void Regroup(Seeds* seeds, Rng& rng) {
 }
 
 // For each super the rows that have it among their nearest.
-std::vector<std::vector<uint32_t>> ProbedBy(const Points& points, std::span<const uint32_t> rows,
-                                            const Points& supers, uint32_t probes) {
-  CentroidPanels panels;
-  panels.Assign(supers.x.data(), supers.count(), supers.dim);
+Result<std::vector<std::vector<uint32_t>>> ProbedBy(std::span<const uint32_t> rows,
+                                                    const Points& supers, uint32_t probes,
+                                                    PointAssigner& assigner) {
   probes = std::min(probes, supers.count());
   std::vector<uint32_t> nearest(rows.size() * probes);
-  NearestFew(panels, points.table(rows.data()), rows.size(), probes, nearest.data());
+  const AssignTask task{rows, supers.x.data(), supers.count(), probes, nearest.data()};
+  KV_RETURN_IF_ERROR(assigner.Assign({&task, 1}));
   std::vector<std::vector<uint32_t>> probed(supers.count());
   for (size_t i = 0; i < nearest.size(); ++i) probed[nearest[i]].push_back(rows[i / probes]);
   return probed;
 }
 
 // seed_of[row] = the nearest seed of the row's `probes` nearest supers, for the rows given.
-void AssignSeeds(const Points& points, std::span<const uint32_t> rows, const Seeds& seeds,
-                 uint32_t probes, std::vector<uint32_t>* seed_of) {
+Status AssignSeeds(const Points& points, std::span<const uint32_t> rows, const Seeds& seeds,
+                   uint32_t probes, PointAssigner& assigner, std::vector<uint32_t>* seed_of) {
   const uint32_t dim = points.dim;
-  std::vector<float> best(points.count(), std::numeric_limits<float>::lowest()), score, centroids;
-  std::vector<uint32_t> nearest;
-  const auto probed = ProbedBy(points, rows, seeds.supers, probes);
+  KV_ASSIGN_OR_RETURN(const auto probed, ProbedBy(rows, seeds.supers, probes, assigner));
   const auto members = Group(seeds.super_of, seeds.supers.count());
-  CentroidPanels panels;
-  for (size_t s = 0; s < members.size(); ++s) {
+  // All supers' tasks at once; room first, since tasks point into it.
+  size_t probes_all = 0;
+  for (const auto& of_super : probed) probes_all += of_super.size();
+  std::vector<float> centroids, score(probes_all);
+  std::vector<uint32_t> nearest(probes_all);
+  centroids.reserve(seeds.means.x.size());
+  std::vector<AssignTask> tasks;
+  std::vector<size_t> super_of_task;
+  for (size_t s = 0, at = 0; s < members.size(); ++s) {
     if (members[s].empty() || probed[s].empty()) continue;
-    centroids.clear();
-    for (uint32_t seed : members[s]) {
+    tasks.push_back({probed[s], centroids.data() + centroids.size(),
+                     static_cast<uint32_t>(members[s].size()), 1, nearest.data() + at,
+                     score.data() + at});
+    super_of_task.push_back(s);
+    for (const uint32_t seed : members[s]) {
       centroids.insert(centroids.end(), seeds.means.row(seed), seeds.means.row(seed) + dim);
     }
-    panels.Assign(centroids.data(), static_cast<uint32_t>(members[s].size()), dim);
-    nearest.resize(probed[s].size());
-    score.resize(probed[s].size());
-    Nearest(panels, points.table(probed[s].data()), probed[s].size(), nearest.data(), score.data());
-    for (size_t i = 0; i < probed[s].size(); ++i) {
-      const uint32_t row = probed[s][i];
-      if (score[i] <= best[row]) continue;
-      best[row] = score[i];
-      (*seed_of)[row] = members[s][nearest[i]];
+    at += probed[s].size();
+  }
+  KV_RETURN_IF_ERROR(assigner.Assign(tasks));
+  std::vector<float> best(points.count(), std::numeric_limits<float>::lowest());
+  for (size_t t = 0; t < tasks.size(); ++t) {
+    const auto& of_super = members[super_of_task[t]];
+    for (size_t i = 0; i < tasks[t].rows.size(); ++i) {
+      const uint32_t row = tasks[t].rows[i];
+      if (tasks[t].score[i] <= best[row]) continue;
+      best[row] = tasks[t].score[i];
+      (*seed_of)[row] = of_super[tasks[t].best[i]];
     }
   }
+  return OkStatus();
 }
 
 // Moves every seed to the mean of its rows; one without rows stays.
@@ -135,7 +148,8 @@ void MoveSeeds(const Points& points, std::span<const uint32_t> rows,
 }
 
 // Clusters of a part: the rows of each seed.
-std::vector<std::vector<uint32_t>> Cluster(const Points& points, Rng& rng, Seeds* seeds) {
+Result<std::vector<std::vector<uint32_t>>> Cluster(const Points& points, PointAssigner& assigner,
+                                                   Rng& rng, Seeds* seeds) {
   const uint32_t n = points.count();
   const uint32_t count = std::max(1u, n / kSeedTokens);
   seeds->means.dim = points.dim;
@@ -149,10 +163,11 @@ std::vector<std::vector<uint32_t>> Cluster(const Points& points, Rng& rng, Seeds
   }
   for (uint32_t i = 0; i < n; i += 2) half.push_back(i);
   std::vector<uint32_t> seed_of(n, 0);
+  KV_RETURN_IF_ERROR(assigner.Load(points.x, points.dim));
   for (const uint32_t probes : kProbedSupers) {
     const std::vector<uint32_t>& rows = probes == kProbedSupers[0] ? half : all;
     Regroup(seeds, rng);
-    AssignSeeds(points, rows, *seeds, probes, &seed_of);
+    KV_RETURN_IF_ERROR(AssignSeeds(points, rows, *seeds, probes, assigner, &seed_of));
     MoveSeeds(points, rows, seed_of, seeds);
   }
   return Group(seed_of, count);
@@ -342,18 +357,20 @@ class Pager {
   std::vector<Rest> rest_;
 };
 
-void PackPart(std::vector<uint32_t> ids, Projection& projection, Rng& rng, Packing* out) {
+Status PackPart(std::vector<uint32_t> ids, Projection& projection, PointAssigner& assigner,
+                Rng& rng, Packing* out) {
   Points points;
   points.ids = std::move(ids);
   projection.Load(&points);
   Seeds seeds;
-  std::vector<std::vector<uint32_t>> clusters = Cluster(points, rng, &seeds);
+  KV_ASSIGN_OR_RETURN(auto clusters, Cluster(points, assigner, rng, &seeds));
   Pager pager(points, out);
   for (const std::vector<uint32_t>& group : SuperPlanner(seeds, clusters).Run()) {
     std::vector<std::vector<uint32_t>*> rows_of;
     for (uint32_t seed : group) rows_of.push_back(&clusters[seed]);
     pager.Run(std::move(rows_of));
   }
+  return OkStatus();
 }
 
 // Nearest coarse centroid of every token, a block of rows at a time.
@@ -412,17 +429,40 @@ std::vector<std::vector<uint32_t>> Parts(uint32_t count, Projection& projection,
 
 }  // namespace
 
-Packing PackContent(const TokenRows& rows, const Basis& basis, float value_share, uint64_t seed) {
+Packing PackSequential(uint32_t count) {
+  Packing packing;
+  packing.layout.tokens.resize(count);
+  std::iota(packing.layout.tokens.begin(), packing.layout.tokens.end(), 0u);
+  const uint32_t pages = (count + kPageRows - 1) / kPageRows;
+  for (uint32_t p = 0; p < pages; ++p) packing.layout.page_begin.push_back(p * kPageRows);
+  packing.layout.page_begin.push_back(count);
+  for (uint32_t p = 0; p < pages; p += kSequentialSuperPages) packing.super_begin.push_back(p);
+  packing.super_begin.push_back(pages);
+  return packing;
+}
+
+Result<Packing> PackContent(const TokenRows& rows, const Basis& basis, float value_share,
+                            uint64_t seed, PointAssigner& assigner) {
   Packing packing;
   Rng rng(seed);
   packing.layout.tokens.reserve(rows.count);
   Projection projection(rows, basis, value_share, rng);
   for (std::vector<uint32_t>& part : Parts(rows.count, projection, rng)) {
-    if (!part.empty()) PackPart(std::move(part), projection, rng, &packing);
+    if (part.empty()) continue;
+    KV_RETURN_IF_ERROR(PackPart(std::move(part), projection, assigner, rng, &packing));
   }
   packing.super_begin.push_back(static_cast<uint32_t>(packing.layout.page_begin.size()));
   packing.layout.page_begin.push_back(rows.count);
   return packing;
 }
 
-}  // namespace icecache::cluster_tree
+Result<Packing> Propose(const TokenRows& rows, std::span<const float> query_energy,
+                        uint64_t slice_seed, PointAssigner& assigner) {
+  if (rows.count == 0) return Packing();
+  Basis basis = BasisOf(rows, query_energy);
+  LearnPages(rows, PackSequential(rows.count), SketchUse::kAuto, &basis);
+  return PackContent(rows, basis, basis.sketched() ? kValueShare : 0.0f,
+                     BuildSeed(slice_seed, slice_seed), assigner);
+}
+
+}  // namespace icecache::packing
