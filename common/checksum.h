@@ -17,6 +17,7 @@ struct PageIdentity {
   uint32_t page = 0;
   uint32_t version = 0;
 };
+uint64_t PageNameSeed(const PageIdentity& identity);  // with which the rows are hashed in turn
 uint64_t PageChecksum(const PageIdentity& identity, std::span<const std::byte> k_rows,
                       std::span<const std::byte> v_rows, std::span<const std::byte> positions);
 

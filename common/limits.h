@@ -95,6 +95,11 @@ inline constexpr uint32_t kExtentSocketConnectionsMax = 256; // per shard
 inline constexpr milliseconds kExtentWaitMax{750};           // a worker's wait for extents; then pages come inline
 inline constexpr milliseconds kExtentIdleMax{10000};         // an extent that no page named for so long is unmapped
 
+// Pages on their way into a device's frames (kernels/gpu/page_intake.h).
+inline constexpr size_t kLandingBytes = 8u
+                                        << 20;  // of each of two halves, on either side of the bus
+inline constexpr uint32_t kIntakePagesMax = 128u << 10;  // whose verdicts are kept
+
 // One-sided reads of a peer's memory.
 inline constexpr size_t kMemoryKeyBytesMax = 512;
 inline constexpr uint32_t kMemoryKeysMax = 4096;    // known to one connection

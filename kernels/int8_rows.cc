@@ -8,6 +8,7 @@
 #include "common/limits.h"
 #include "common/status.h"
 #include "kernels/distance.h"
+#include "kernels/int8_layout.h"
 
 namespace icecache {
 namespace {
@@ -16,41 +17,6 @@ constexpr uint32_t kRowsMax = limits::kPageTokens;
 constexpr uint32_t kDimMax = limits::kHeadDimMax;
 constexpr float kOutlierFactor = 4;  // times the mean step (K) or largest value (V) of a channel
 constexpr float kLevels = 255;
-
-float LargestOf(DType dtype) {
-  return dtype == DType::kF16    ? 65504.0f
-         : dtype == DType::kBF16 ? 3.3895314e38f
-                                 : std::numeric_limits<float>::max();
-}
-
-// The parts of a code, in order. `out` is const std::byte* or std::byte*.
-template <typename Byte>
-struct Parts {
-  Byte* k_min;
-  Byte* k_step;
-  Byte* v_min;
-  Byte* v_step;
-  Byte* counts;   // K outliers, V outliers
-  Byte* channels;  // of both
-  Byte* columns;
-  Byte* k_codes;
-  Byte* v_codes;
-  size_t bytes;
-
-  Parts(Byte* code, DType dtype, uint32_t rows, uint32_t dim, uint32_t outliers) {
-    const size_t e = DTypeBytes(dtype);
-    k_min = code;
-    k_step = k_min + dim * e;
-    v_min = k_step + dim * e;
-    v_step = v_min + rows * e;
-    counts = v_step + rows * e;
-    channels = counts + 2;
-    columns = channels + outliers + outliers % 2;
-    k_codes = columns + size_t{outliers} * rows * e;
-    v_codes = k_codes + size_t{rows} * dim;
-    bytes = static_cast<size_t>(v_codes + size_t{rows} * dim - code);
-  }
-};
 
 // A step in the dtype that is not below range / kLevels. Halves, since a range can be twice the
 // largest float.
@@ -126,14 +92,14 @@ void DecodeRow(const std::byte* codes, const float* half_min, const float* half_
                float largest, float* x) {
   const auto* in = reinterpret_cast<const uint8_t*>(codes);
   for (uint32_t d = 0; d < dim; ++d) {
-    const float half = half_min[d] + static_cast<float>(in[d]) * half_step[d];
-    x[d] = std::clamp(2 * half, -largest, largest);
+    x[d] = DecodeInt8(half_min[d], half_step[d], in[d], largest);
   }
 }
 
 float Inverse(float step) { return step > 0 ? 2 / step : 0; }
 
-void EncodeKeys(Block& block, DType dtype, uint32_t rows, uint32_t dim, const Parts<std::byte>& to) {
+void EncodeKeys(Block& block, DType dtype, uint32_t rows, uint32_t dim,
+                const Int8Parts<std::byte>& to) {
   float half_min[kDimMax], inverse[kDimMax];
   const size_t e = DTypeBytes(dtype);
   FromF32(block.low, dim, dtype, to.k_min);  // an element's own value: exact
@@ -148,7 +114,7 @@ void EncodeKeys(Block& block, DType dtype, uint32_t rows, uint32_t dim, const Pa
 }
 
 void EncodeValues(Block& block, DType dtype, uint32_t rows, uint32_t dim,
-                  const Parts<std::byte>& to) {
+                  const Int8Parts<std::byte>& to) {
   float half_min[kDimMax], inverse[kDimMax];
   const size_t e = DTypeBytes(dtype);
   for (uint32_t r = 0; r < rows; ++r) {
@@ -174,7 +140,9 @@ void CopyColumn(const std::byte* rows, uint32_t row_count, size_t row_bytes, siz
 }  // namespace
 
 size_t Int8RowsBytesMax(DType dtype, uint32_t rows, uint32_t dim) {
-  return Parts<std::byte>(nullptr, dtype, rows, dim, 2 * kInt8OutliersMax).bytes;
+  std::byte start{};
+  return static_cast<size_t>(
+      Int8Parts<std::byte>(&start, dtype, rows, dim, 2 * kInt8OutliersMax).end - &start);
 }
 
 size_t EncodeInt8Rows(const TokenRows& rows, std::byte* code) {
@@ -191,7 +159,7 @@ size_t EncodeInt8Rows(const TokenRows& rows, std::byte* code) {
   for (uint32_t d = 0; d < dim; ++d) size[d] = std::max(values.high[d], -values.low[d]);
   const uint32_t v_count = FindOutliers(size, dim, values.outlier, channels + k_count);
   const uint32_t outliers = k_count + v_count;
-  const Parts<std::byte> to(code, rows.dtype, n, dim, outliers);
+  const Int8Parts<std::byte> to(code, rows.dtype, n, dim, outliers);
   to.counts[0] = static_cast<std::byte>(k_count);
   to.counts[1] = static_cast<std::byte>(v_count);
   std::copy_n(channels, outliers, to.channels);
@@ -202,21 +170,31 @@ size_t EncodeInt8Rows(const TokenRows& rows, std::byte* code) {
   }
   EncodeKeys(keys, rows.dtype, n, dim, to);
   EncodeValues(values, rows.dtype, n, dim, to);
-  return to.bytes;
+  return static_cast<size_t>(to.end - code);
+}
+
+bool CheckInt8Rows(std::span<const std::byte> code, DType dtype, uint32_t rows, uint32_t dim) {
+  if (rows == 0 || rows > kRowsMax || dim > kDimMax) return false;
+  const Int8Parts<const std::byte> none(code.data(), dtype, rows, dim, 0);
+  if (code.data() + code.size() < none.end) return false;
+  const auto k_count = std::to_integer<uint32_t>(none.counts[0]);
+  const auto v_count = std::to_integer<uint32_t>(none.counts[1]);
+  if (k_count > kInt8OutliersMax || v_count > kInt8OutliersMax) return false;
+  const Int8Parts<const std::byte> parts(code.data(), dtype, rows, dim, k_count + v_count);
+  if (code.data() + code.size() != parts.end) return false;
+  return std::all_of(parts.channels, parts.channels + k_count + v_count,
+                     [dim](std::byte channel) { return std::to_integer<uint32_t>(channel) < dim; });
 }
 
 bool DecodeInt8Rows(std::span<const std::byte> code, DType dtype, uint32_t rows, uint32_t dim,
                     std::byte* k, std::byte* v) {
-  if (rows == 0 || rows > kRowsMax || dim > kDimMax) return false;
+  if (!CheckInt8Rows(code, dtype, rows, dim)) return false;
   const size_t e = DTypeBytes(dtype), row_bytes = dim * e;
-  const Parts<const std::byte> none(code.data(), dtype, rows, dim, 0);
-  if (code.size() < none.bytes) return false;
-  const auto k_count = std::to_integer<uint32_t>(none.counts[0]);
-  const auto v_count = std::to_integer<uint32_t>(none.counts[1]);
-  if (k_count > kInt8OutliersMax || v_count > kInt8OutliersMax) return false;
-  const uint32_t outliers = k_count + v_count;
-  const Parts<const std::byte> from(code.data(), dtype, rows, dim, outliers);
-  if (code.size() != from.bytes) return false;
+  const std::byte* const counts =
+      Int8Parts<const std::byte>(code.data(), dtype, rows, dim, 0).counts;
+  const auto k_count = std::to_integer<uint32_t>(counts[0]);
+  const uint32_t outliers = k_count + std::to_integer<uint32_t>(counts[1]);
+  const Int8Parts<const std::byte> from(code.data(), dtype, rows, dim, outliers);
 
   float half_min[kDimMax], half_step[kDimMax], row[kDimMax];
   const float largest = LargestOf(dtype);
@@ -238,7 +216,6 @@ bool DecodeInt8Rows(std::span<const std::byte> code, DType dtype, uint32_t rows,
   }
   for (uint32_t i = 0; i < outliers; ++i) {
     const auto channel = std::to_integer<size_t>(from.channels[i]);
-    if (channel >= dim) return false;
     std::byte* to = (i < k_count ? k : v) + channel * e;
     const std::byte* column = from.columns + size_t{i} * rows * e;
     for (uint32_t r = 0; r < rows; ++r) std::memcpy(to + r * row_bytes, column + r * e, e);

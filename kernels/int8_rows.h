@@ -21,11 +21,10 @@
 #include <cstdint>
 #include <span>
 
+#include "kernels/int8_layout.h"
 #include "kernels/paged_kv.h"
 
 namespace icecache {
-
-inline constexpr uint32_t kInt8OutliersMax = 8;  // of K, and of V
 
 // Room that a code may need.
 size_t Int8RowsBytesMax(DType dtype, uint32_t rows, uint32_t dim);
@@ -34,8 +33,12 @@ size_t Int8RowsBytesMax(DType dtype, uint32_t rows, uint32_t dim);
 // step take more than the rows. REQUIRES: finite values.
 size_t EncodeInt8Rows(const TokenRows& rows, std::byte* code);
 
-// Writes k[rows, dim] and v[rows, dim]. False, and unspecified content, when `code` is not exactly
-// one that EncodeInt8Rows could have written for this many rows.
+// Whether `code` is, by its size, counts and channels, one that EncodeInt8Rows could have written
+// for this many rows. Then decoding reads and writes nothing beyond it and the rows.
+bool CheckInt8Rows(std::span<const std::byte> code, DType dtype, uint32_t rows, uint32_t dim);
+
+// Writes k[rows, dim] and v[rows, dim]. False, and nothing written, unless CheckInt8Rows. On a
+// device: kernels/gpu/copy_spans.h.
 bool DecodeInt8Rows(std::span<const std::byte> code, DType dtype, uint32_t rows, uint32_t dim,
                     std::byte* k, std::byte* v);
 

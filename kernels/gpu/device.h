@@ -12,6 +12,7 @@
 #include <cstddef>
 #include <functional>
 #include <memory>
+#include <span>
 #include <string>
 #include <utility>
 
@@ -30,6 +31,7 @@ struct DeviceInfo {
   std::string name;               // "cuda: NVIDIA H100 80GB HBM3" | "emulated"
   uint32_t processors = 1;        // streaming multiprocessors
   uint64_t memory_bytes_max = 0;  // what Allocate(kDevice) gives in all
+  bool registers = false;         // Register takes memory that is mapped for reading only
 };
 
 // Identifies recorded work.
@@ -47,6 +49,12 @@ class Device {
   virtual Result<std::byte*> Allocate(MemoryKind kind, size_t bytes) = 0;
   virtual void Free(MemoryKind kind, std::byte* memory) = 0;
   virtual uint64_t bytes_in_use(MemoryKind kind) const = 0;
+
+  // Lets kernels read host memory that this process has mapped, if only for reading: the address at
+  // which they find it, until Unregister (which waits for queued work, as Free does). Page-aligned.
+  // UNAVAILABLE, RESOURCE_EXHAUSTED with the reason. Memory that another process may change.
+  virtual Result<const std::byte*> Register(std::span<const std::byte> host) = 0;
+  virtual void Unregister(const std::byte* host) = 0;
 
   // Between any two kinds of memory, also pageable host memory (slower).
   virtual void Copy(void* to, const void* from, size_t bytes) = 0;
@@ -106,6 +114,7 @@ class DeviceMemory {
 struct EmulatedDeviceOptions {
   ThreadOrder order = ThreadOrder::kAscending;
   uint64_t memory_bytes_max = uint64_t{8} << 30;
+  bool registers = true;
 };
 
 // The CPU as a slow, strict GPU (emulator.h).

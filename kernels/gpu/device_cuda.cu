@@ -124,6 +124,27 @@ class CudaDevice final : public Device {
     return in_use_[static_cast<size_t>(kind)];
   }
 
+  Result<const std::byte*> Register(std::span<const std::byte> host) override {
+    if (!info_.registers) {
+      return Unavailable("this GPU or its driver registers no memory that is mapped read-only");
+    }
+    auto* const base = const_cast<std::byte*>(host.data());
+    KV_RETURN_IF_ERROR(StatusOf(
+        cudaHostRegister(base, host.size(), cudaHostRegisterMapped | cudaHostRegisterReadOnly),
+        "cudaHostRegister of " + std::to_string(host.size()) + " bytes"));
+    void* seen = nullptr;
+    if (const cudaError_t error = cudaHostGetDevicePointer(&seen, base, 0); error != cudaSuccess) {
+      (void)cudaHostUnregister(base);
+      return StatusOf(error, "cudaHostGetDevicePointer");
+    }
+    return static_cast<const std::byte*>(seen);
+  }
+
+  void Unregister(const std::byte* host) override {
+    status_.Add(cudaStreamSynchronize(stream_), "work before an end of registration");
+    status_.Add(cudaHostUnregister(const_cast<std::byte*>(host)), "cudaHostUnregister");
+  }
+
   void Copy(void* to, const void* from, size_t bytes) override {
     if (bytes == 0) return;
     status_.Add(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream_), "copy");
@@ -230,6 +251,11 @@ Result<std::unique_ptr<Device>> MakeCudaDevice(const CudaDeviceOptions& options)
   DeviceInfo info;
   info.name = "cuda: " + name;
   info.processors = static_cast<uint32_t>(properties.multiProcessorCount);
+  int registers = 0;
+  KV_RETURN_IF_ERROR(step(
+      cudaDeviceGetAttribute(&registers, cudaDevAttrHostRegisterReadOnlySupported, options.index),
+      "GPU properties"));
+  info.registers = registers != 0;
   const uint64_t most = free_bytes / 10 * 9;
   info.memory_bytes_max =
       options.memory_bytes_max == 0 ? most : std::min<uint64_t>(options.memory_bytes_max, most);

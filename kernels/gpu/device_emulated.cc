@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <map>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -29,8 +30,11 @@ class EmulatedDevice final : public Device {
     info_.name = "emulated";
     info_.processors = 4;  // small, so that tests see work being split
     info_.memory_bytes_max = options.memory_bytes_max;
+    info_.registers = options.registers;
   }
-  ~EmulatedDevice() override { KV_CHECK(sizes_[0].empty() && sizes_[1].empty()); }
+  ~EmulatedDevice() override {
+    KV_CHECK(sizes_[0].empty() && sizes_[1].empty() && registered_.empty());
+  }
 
   const DeviceInfo& info() const override { return info_; }
 
@@ -55,6 +59,17 @@ class EmulatedDevice final : public Device {
   }
 
   uint64_t bytes_in_use(MemoryKind kind) const override { return in_use(kind); }
+
+  Result<const std::byte*> Register(std::span<const std::byte> host) override {
+    if (!info_.registers) return Unavailable("this device reads no memory of the host's");
+    KV_CHECK(registered_.insert(host.data()).second);
+    return host.data();
+  }
+
+  void Unregister(const std::byte* host) override {
+    RunQueue();
+    KV_CHECK(registered_.erase(host) == 1);
+  }
 
   void Copy(void* to, const void* from, size_t bytes) override {
     target().push_back([=] { std::memcpy(to, from, bytes); });
@@ -103,6 +118,7 @@ class EmulatedDevice final : public Device {
   DeviceInfo info_;
   EmulatedRunner runner_;
   std::map<std::byte*, size_t> sizes_[2];  // by MemoryKind
+  std::set<const std::byte*> registered_;
   Steps queue_;
   uint64_t synchronize_count_ = 0;
   std::vector<Steps> recordings_;

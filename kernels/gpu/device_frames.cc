@@ -16,16 +16,27 @@ Result<std::byte*> DeviceFrames::AllocateChunk(size_t bytes) {
   return host;
 }
 
+Result<std::byte*> DeviceFrames::AllocateOnDevice(size_t bytes) {
+  Chunk chunk;
+  KV_ASSIGN_OR_RETURN(chunk.twin, DeviceMemory::Allocate(device_, MemoryKind::kDevice, bytes));
+  std::byte* const memory = chunk.twin.data();
+  chunks_.emplace(memory, std::move(chunk));
+  bytes_ += bytes;
+  return memory;
+}
+
 const DeviceFrames::Chunk* DeviceFrames::Find(const std::byte* host) const {
   auto it = chunks_.upper_bound(host);
   if (it == chunks_.begin()) return nullptr;
   --it;
-  return host < it->first + it->second.host.bytes() ? &it->second : nullptr;
+  return host < it->first + it->second.twin.bytes() ? &it->second : nullptr;
 }
 
 const std::byte* DeviceFrames::OnDevice(const std::byte* host) const {
   const Chunk* const chunk = Find(host);
-  return chunk == nullptr ? nullptr : chunk->twin.data() + (host - chunk->host.data());
+  if (chunk == nullptr) return nullptr;
+  const std::byte* const first = chunk->host.bytes() > 0 ? chunk->host.data() : chunk->twin.data();
+  return chunk->twin.data() + (host - first);
 }
 
 uint64_t DeviceFrames::MarkDirty(const std::byte* host, size_t bytes) {

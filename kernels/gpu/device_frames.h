@@ -1,6 +1,7 @@
-// DeviceFrames: page frames that exist twice, in pinned host memory and on the device, at the same
-// offsets. A page is verified in its host frame and then copied; attention on the device reads the
-// copy. So nothing unverified reaches attention, and a page that stays costs the bus nothing.
+// DeviceFrames: memory for page frames that attention on the device reads. Either on the device
+// alone, filled and verified there (PageIntake, page_intake.h), or twice, in pinned host memory and
+// on the device, at the same offsets: a page is verified in its host frame and then copied. Nothing
+// unverified reaches attention, and a page that stays costs the bus nothing.
 //
 //   1. AllocateChunk   host memory; the device's twin comes with it
 //   2. write a host frame that is not being copied (AwaitCopies), MarkDirty the bytes
@@ -24,6 +25,9 @@ class DeviceFrames {
   // Host memory that lives as long as this object. RESOURCE_EXHAUSTED when either side is full.
   Result<std::byte*> AllocateChunk(size_t bytes);
 
+  // Memory of the device that lives as long as this object: its own twin.
+  Result<std::byte*> AllocateOnDevice(size_t bytes);
+
   // Host bytes of a chunk were written. Spans of 16-byte aligned ends are fastest. The number of
   // the QueueCopies that will copy them.
   uint64_t MarkDirty(const std::byte* host, size_t bytes);
@@ -36,19 +40,20 @@ class DeviceFrames {
   // device was not synchronized since. An error comes out of the next QueueCopies.
   void AwaitCopies(uint64_t number);
 
-  // The device's twin of host memory; null when it is in no chunk.
+  // The device's twin of host memory, or memory of AllocateOnDevice itself; null when it is
+  // neither.
   const std::byte* OnDevice(const std::byte* host) const;
 
   uint64_t bytes() const { return bytes_; }
 
  private:
   struct Chunk {
-    DeviceMemory host, twin;
+    DeviceMemory host, twin;  // no host: on the device alone
   };
   const Chunk* Find(const std::byte* host) const;
 
   Device& device_;
-  std::map<const std::byte*, Chunk> chunks_;  // by first host byte
+  std::map<const std::byte*, Chunk> chunks_;  // by first host byte, or the device's
   uint64_t bytes_ = 0;
   std::vector<CopySpan> dirty_;
   uint64_t next_copies_ = 1;       // the number of the next QueueCopies

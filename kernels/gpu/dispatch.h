@@ -10,13 +10,15 @@
 #include "kernels/gpu/copy_spans.h"
 #include "kernels/gpu/gemm.h"
 #include "kernels/gpu/layer_ops.h"
+#include "kernels/gpu/page_checksum.h"
 #include "kernels/gpu/sample.h"
 #include "kernels/gpu/state_merge.h"
 
 namespace icecache::gpu {
 
-using KernelCall = std::variant<AttendArgs, MergeArgs, MergeHeadsArgs, CopyArgs, NormArgs, RopeArgs,
-                                SwiGluArgs, ConvertArgs, GemmArgs, SampleArgs, AssignArgs>;
+using KernelCall = std::variant<AttendArgs, MergeArgs, MergeHeadsArgs, CopyArgs, VerifyArgs,
+                                NormArgs, RopeArgs, SwiGluArgs, ConvertArgs, GemmArgs, SampleArgs,
+                                AssignArgs>;
 
 inline constexpr uint32_t kGemvTokensMax = 8;  // more go through tiles, or a library
 
@@ -67,6 +69,11 @@ void Dispatch(Runner& runner, const MergeHeadsArgs& args) {
 template <typename Runner>
 void Dispatch(Runner& runner, const CopyArgs& args) {
   runner.template Run<CopyKernel>({args.count, 1}, 0, args);
+}
+
+template <typename Runner>
+void Dispatch(Runner& runner, const VerifyArgs& args) {
+  runner.template Run<VerifyKernel>({args.count, 1}, VerifyKernel::kSharedBytes, args);
 }
 
 template <typename Runner>
