@@ -1,17 +1,25 @@
-// icecache-bench gather: how pages get into a device's frames. Ways:
+// icecache-bench gather: how pages get into a device's frames. Ways, as --page-way of the worker:
 //
-//   landing  contiguous in a pinned buffer, one copy to the device, one scatter into frames
-//   gather   from pinned frames at random places, by one kernel over the bus, without a copy
-//   device   already on the device (a peer's push over CUDA IPC ends like this): scatter alone
+//   frames      from pinned frames at random places, by one kernel over the bus (the host verifies)
+//   landing     contiguous in a pinned buffer, one copy to the device, one scatter into frames
+//   registered  as frames, from memory that is mapped and registered for reading only
+//   device      already on the device (a peer's push over CUDA IPC ends like this): scatter alone
 //
-// next to the bus's plain copy of as many bytes. Content is compared before anything is timed.
-// Latency: one call and one wait; bandwidth: calls queued one after the other.
+// next to the bus's plain copy of as many bytes. With int8 pages come coded and are decoded on the
+// way. All ways but the first end with the device's own check of the pages. Content is compared
+// before anything is timed. Latency: one call and one wait; bandwidth: calls queued one after the
+// other. What the host does before (receiving, copying into the buffer) is not in it.
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <nlohmann/json.hpp>
 #include <numeric>
 
+#include "common/checksum.h"
+#include "kernels/distance.h"
+#include "kernels/gpu/page_checksum.h"
+#include "kernels/int8_rows.h"
+#include "kernels/memory.h"
 #include "tests/bench/command.h"
 #include "tests/bench/device_timing.h"
 #include "tests/bench/measure.h"
@@ -24,12 +32,15 @@ using Json = nlohmann::ordered_json;
 using gpu::DeviceMemory;
 using gpu::MemoryKind;
 
-constexpr size_t kPageBytes = 8192;  // K and V of 16 tokens, head_dim 128, 16 bits
+constexpr uint32_t kDim = 128;
+constexpr size_t kRowsBytes = limits::kPageTokens * kDim * 2;  // of K, and of V
+constexpr size_t kPageBytes = 2 * kRowsBytes;
 
 struct Flags {
   std::string device = "cuda";
   std::vector<std::string> pages = {"16", "128", "1024", "4096"},
-                           way = {"landing", "gather", "device"};
+                           way = {"frames", "landing", "registered", "device"},
+                           transfer = {"native", "int8"};
   uint32_t rounds = 100;
   uint64_t seed = 1;
   bool json = false;
@@ -38,18 +49,25 @@ struct Flags {
 // Pages on their way into frames at random places.
 class Move {
  public:
-  Move(gpu::Device& device, std::string way, uint32_t pages, uint64_t seed)
-      : device_(device), way_(std::move(way)), pages_(pages), random_(seed) {}
+  Move(gpu::Device& device, std::string way, bool int8, uint32_t pages, uint64_t seed)
+      : device_(device), way_(std::move(way)), int8_(int8), pages_(pages), random_(seed) {}
+  ~Move() {
+    if (registered_.bytes() > 0) device_.Unregister(registered_.data());
+  }
+  Move(const Move&) = delete;
+  Move& operator=(const Move&) = delete;
 
   Status Prepare();
   void Queue() {
-    if (way_ == "landing") device_.Copy(landing_.data(), source_.data(), bytes());
+    if (way_ == "landing") QueuePlainCopy();
     device_.Launch(gpu::CopyArgs{spans_.data<gpu::CopySpan>(), pages_});
+    if (way_ == "frames") return;
+    device_.Launch(gpu::VerifyArgs{verify_.data<gpu::PageToVerify>(), pages_});
   }
   void QueuePlainCopy() { device_.Copy(landing_.data(), source_.data(), bytes()); }
-  // DATA_LOSS when a frame does not hold its page.
+  // DATA_LOSS when a frame does not hold its page, or its check says so.
   Status Check();
-  size_t bytes() const { return pages_ * kPageBytes; }
+  size_t bytes() const { return pages_ * stride_; }
 
  private:
   std::vector<uint32_t> Shuffled() {
@@ -58,45 +76,124 @@ class Move {
     for (uint32_t i = 0; i < pages_; ++i) std::swap(order[i], order[i + random_.Below(pages_ - i)]);
     return order;
   }
+  void MakePages();
+  Status AllocateAll();
+  // Where the device finds what is at the start of the source.
+  Result<const std::byte*> Base();
 
   gpu::Device& device_;
   const std::string way_;
+  const bool int8_;
   const uint32_t pages_;
   TraceRandom random_;
   std::vector<uint32_t> from_, to_;  // places of page i
-  DeviceMemory source_;              // pinned
-  DeviceMemory landing_, frames_, spans_;
+  std::vector<std::byte> travels_;   // pages as they travel, one every stride_ bytes
+  std::vector<size_t> travel_bytes_;
+  std::vector<std::byte> rows_;  // and as they end
+  size_t stride_ = kPageBytes;
+  DeviceMemory source_;    // pinned
+  HostBuffer registered_;  // or this
+  DeviceMemory landing_, frames_, spans_, verify_;
+  DeviceMemory verdicts_;  // pinned
 };
 
+// Normal rows: random bits are no numbers that a code is of.
+void Move::MakePages() {
+  if (int8_) stride_ = (Int8RowsBytesMax(DType::kF16, limits::kPageTokens, kDim) + 15) / 16 * 16;
+  travels_.resize(pages_ * stride_);
+  rows_.resize(pages_ * kPageBytes);
+  std::vector<float> x(2 * limits::kPageTokens * kDim);
+  for (uint32_t i = 0; i < pages_; ++i) {
+    for (float& e : x) e = static_cast<float>(random_.Normal());
+    std::byte* const rows = rows_.data() + i * kPageBytes;
+    std::byte* const travels = travels_.data() + i * stride_;
+    FromF32(x.data(), x.size(), DType::kF16, rows);
+    if (!int8_) {
+      std::memcpy(travels, rows, kPageBytes);
+      travel_bytes_.push_back(kPageBytes);
+      continue;
+    }
+    travel_bytes_.push_back(
+        EncodeInt8Rows({DType::kF16, kDim, limits::kPageTokens, rows, rows + kRowsBytes}, travels));
+    KV_CHECK(DecodeInt8Rows({travels, travel_bytes_.back()}, DType::kF16, limits::kPageTokens, kDim,
+                            rows, rows + kRowsBytes));
+  }
+}
+
+Status Move::AllocateAll() {
+  const auto allocate = [&](MemoryKind kind, size_t bytes) {
+    return DeviceMemory::Allocate(device_, kind, bytes);
+  };
+  KV_ASSIGN_OR_RETURN(source_, allocate(MemoryKind::kPinned, bytes()));
+  KV_ASSIGN_OR_RETURN(landing_, allocate(MemoryKind::kDevice, bytes()));
+  KV_ASSIGN_OR_RETURN(frames_, allocate(MemoryKind::kDevice, pages_ * kPageBytes));
+  KV_ASSIGN_OR_RETURN(spans_, allocate(MemoryKind::kDevice, pages_ * sizeof(gpu::CopySpan)));
+  KV_ASSIGN_OR_RETURN(verify_, allocate(MemoryKind::kDevice, pages_ * sizeof(gpu::PageToVerify)));
+  KV_ASSIGN_OR_RETURN(verdicts_, allocate(MemoryKind::kPinned, pages_ * sizeof(uint32_t)));
+  std::memcpy(source_.data(), travels_.data(), bytes());
+  return OkStatus();
+}
+
+Result<const std::byte*> Move::Base() {
+  if (way_ == "frames") return source_.data();
+  if (way_ != "registered") return landing_.data();
+  KV_ASSIGN_OR_RETURN(HostBuffer mapped, HostBuffer::Allocate(bytes()));
+  std::memcpy(mapped.data(), travels_.data(), bytes());
+  KV_ASSIGN_OR_RETURN(const std::byte* const base, device_.Register(mapped.span()));
+  registered_ = std::move(mapped);
+  return base;
+}
+
 Status Move::Prepare() {
-  KV_ASSIGN_OR_RETURN(source_, DeviceMemory::Allocate(device_, MemoryKind::kPinned, bytes()));
-  KV_ASSIGN_OR_RETURN(landing_, DeviceMemory::Allocate(device_, MemoryKind::kDevice, bytes()));
-  KV_ASSIGN_OR_RETURN(frames_, DeviceMemory::Allocate(device_, MemoryKind::kDevice, bytes()));
-  KV_ASSIGN_OR_RETURN(
-      spans_, DeviceMemory::Allocate(device_, MemoryKind::kDevice, pages_ * sizeof(gpu::CopySpan)));
-  for (size_t i = 0; i < bytes() / 8; ++i) source_.data<uint64_t>()[i] = random_.Bits();
+  MakePages();
+  KV_RETURN_IF_ERROR(AllocateAll());
+  KV_ASSIGN_OR_RETURN(const std::byte* const base, Base());
   from_ = Shuffled();
   to_ = Shuffled();
   if (way_ == "landing") std::iota(from_.begin(), from_.end(), 0u);
-  const std::byte* const base = way_ == "gather" ? source_.data() : landing_.data();
   std::vector<gpu::CopySpan> spans;
+  std::vector<gpu::PageToVerify> verify;
   for (uint32_t i = 0; i < pages_; ++i) {
-    spans.push_back({base + from_[i] * kPageBytes, frames_.data(to_[i] * kPageBytes), kPageBytes});
+    const size_t travelled = travel_bytes_[from_[i]];
+    std::byte* const frame = frames_.data(to_[i] * kPageBytes);
+    spans.push_back({base + from_[i] * stride_, frame, static_cast<uint32_t>(travelled)});
+    gpu::PageToVerify page;
+    page.k = frame;
+    page.v = frame + kRowsBytes;
+    page.k_bytes = page.v_bytes = kRowsBytes;
+    page.verdict = verdicts_.data<uint32_t>() + i;
+    if (int8_) {
+      spans.back().rows = limits::kPageTokens;
+      spans.back().dim = kDim;
+      page.k = spans.back().from;
+      page.k_bytes = static_cast<uint32_t>(travelled);
+      page.v_bytes = 0;
+    }
+    const std::span<const std::byte> all(travels_.data() + from_[i] * stride_, travelled);
+    page.seed = PageNameSeed({1, i, 1});
+    page.expected = PageChecksum({1, i, 1}, all.first(page.k_bytes), all.last(page.v_bytes), {});
+    verify.push_back(page);
   }
   device_.Copy(spans_.data(), spans.data(), spans.size() * sizeof(gpu::CopySpan));
-  device_.Copy(landing_.data(), source_.data(), bytes());
+  device_.Copy(verify_.data(), verify.data(), verify.size() * sizeof(gpu::PageToVerify));
+  QueuePlainCopy();
   return device_.Synchronize();
 }
 
 Status Move::Check() {
-  std::vector<std::byte> found(bytes());
+  std::vector<std::byte> found(pages_ * kPageBytes);
+  std::fill_n(verdicts_.data<uint32_t>(), pages_, 0u);
   Queue();
-  device_.Copy(found.data(), frames_.data(), bytes());
+  device_.Copy(found.data(), frames_.data(), found.size());
   KV_RETURN_IF_ERROR(device_.Synchronize());
   for (uint32_t i = 0; i < pages_; ++i) {
-    if (std::memcmp(found.data() + to_[i] * kPageBytes, source_.data(from_[i] * kPageBytes),
+    if (std::memcmp(found.data() + to_[i] * kPageBytes, rows_.data() + from_[i] * kPageBytes,
                     kPageBytes) != 0) {
       return DataLoss("page " + std::to_string(i) + " did not arrive by way of " + way_);
+    }
+    if (way_ != "frames" && verdicts_.data<uint32_t>()[i] != gpu::kPageIntact) {
+      return DataLoss("page " + std::to_string(i) + " came by way of " + way_ +
+                      " and the device calls it damaged");
     }
   }
   return OkStatus();
@@ -108,12 +205,13 @@ class GatherCommand final : public BenchCommand {
   const char* description() const override { return "Ways of pages into a GPU's frames"; }
   const char* examples() const override {
     return "icecache-bench gather --device cuda --json\n"
-           "icecache-bench gather --pages 128 --way gather";
+           "icecache-bench gather --pages 128 --way registered --transfer int8";
   }
   void AddFlags(ConfigParser* parser) override {
     parser->Add("device", &flags_.device, "cuda, or emulated (checks; times mean nothing)");
-    parser->AddList("pages", &flags_.pages, "Pages of 8 KiB per move");
-    parser->AddList("way", &flags_.way, "landing, gather, device");
+    parser->AddList("pages", &flags_.pages, "Pages of 16 tokens and 8 KiB per move");
+    parser->AddList("way", &flags_.way, "frames, landing, registered, device");
+    parser->AddList("transfer", &flags_.transfer, "native, int8 (0.57 of the bytes)");
     parser->Add("rounds", &flags_.rounds, "Timed rounds per point", 1, 100000);
     parser->Add("seed", &flags_.seed, "Seed of contents and places");
     parser->Add("json", &flags_.json, "One JSON object per line instead of a table");
@@ -121,12 +219,14 @@ class GatherCommand final : public BenchCommand {
   Status Run() override;
 
  private:
-  Status RunPoint(gpu::Device& device, const std::string& way, uint32_t pages);
+  Status RunPoint(gpu::Device& device, const std::string& way, const std::string& transfer,
+                  uint32_t pages);
   Flags flags_;
 };
 
-Status GatherCommand::RunPoint(gpu::Device& device, const std::string& way, uint32_t pages) {
-  Move move(device, way, pages, flags_.seed);
+Status GatherCommand::RunPoint(gpu::Device& device, const std::string& way,
+                               const std::string& transfer, uint32_t pages) {
+  Move move(device, way, transfer == "int8", pages, flags_.seed);
   KV_RETURN_IF_ERROR(move.Prepare());
   KV_RETURN_IF_ERROR(move.Check());
   KV_ASSIGN_OR_RETURN(const DeviceTimes waited,
@@ -137,13 +237,15 @@ Status GatherCommand::RunPoint(gpu::Device& device, const std::string& way, uint
                       TimeQueued(device, flags_.rounds, [&] { move.QueuePlainCopy(); }));
   const auto gbs = [&](double micros) { return static_cast<double>(move.bytes()) / micros / 1e3; };
   if (!flags_.json) {
-    std::printf("%-8s %6u %10.1f %10.1f %9.2f %9.2f %7.2f\n", way.c_str(), pages, waited.p50_us,
-                waited.p99_us, gbs(queued.p50_us), gbs(copy.p50_us), copy.p50_us / queued.p50_us);
+    std::printf("%-10s %-8s %6u %10.1f %10.1f %9.2f %9.2f %7.2f\n", way.c_str(), transfer.c_str(),
+                pages, waited.p50_us, waited.p99_us, gbs(queued.p50_us), gbs(copy.p50_us),
+                copy.p50_us / queued.p50_us);
     return OkStatus();
   }
   const Json point = {{"bench", "gather"},
                       {"device", device.info().name},
                       {"way", way},
+                      {"transfer", transfer},
                       {"pages", pages},
                       {"bytes", move.bytes()},
                       {"latency_p50_us", waited.p50_us},
@@ -161,13 +263,18 @@ Status GatherCommand::RunPoint(gpu::Device& device, const std::string& way, uint
 
 Status GatherCommand::Run() {
   for (const std::string& way : flags_.way) {
-    if (way != "landing" && way != "gather" && way != "device") {
-      return InvalidArgument("way '" + way + "', expected landing, gather or device");
+    if (way != "frames" && way != "landing" && way != "registered" && way != "device") {
+      return InvalidArgument("way '" + way + "', expected frames, landing, registered or device");
+    }
+  }
+  for (const std::string& transfer : flags_.transfer) {
+    if (transfer != "native" && transfer != "int8") {
+      return InvalidArgument("transfer '" + transfer + "', expected native or int8");
     }
   }
   KV_ASSIGN_OR_RETURN(const auto device, BenchDevice(flags_.device));
   if (!flags_.json) {
-    std::printf("%s\nway       pages     p50 us     p99 us      GB/s copy GB/s  ratio\n",
+    std::printf("%s\nway        transfer  pages     p50 us     p99 us      GB/s copy GB/s  ratio\n",
                 device->info().name.c_str());
   }
   for (const std::string& text : flags_.pages) {
@@ -175,7 +282,11 @@ Status GatherCommand::Run() {
     if (pages == 0 || pages > (1u << 20)) {
       return InvalidArgument("pages '" + text + "', expected 1 to 1048576");
     }
-    for (const std::string& way : flags_.way) KV_RETURN_IF_ERROR(RunPoint(*device, way, pages));
+    for (const std::string& way : flags_.way) {
+      for (const std::string& transfer : flags_.transfer) {
+        KV_RETURN_IF_ERROR(RunPoint(*device, way, transfer, pages));
+      }
+    }
   }
   return OkStatus();
 }
