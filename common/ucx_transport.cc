@@ -152,9 +152,14 @@ Status UcxTransport::Start(const UcxOptions& options) {
         ("transports '" + transports + "' (see ucx_info -d for those of this host)").c_str(),
         status);
   }
+  ucp_context_attr_t attributes{};
+  attributes.field_mask = UCP_ATTR_FIELD_MEMORY_TYPES;
+  const bool cuda = ucp_context_query(core_.context, &attributes) == UCS_OK &&
+                    (attributes.memory_types & UCS_BIT(UCS_MEMORY_TYPE_CUDA)) != 0;
   description_ = std::string("ucx ") + ucp_get_version_string() + ": transports " + transports +
                  (core_.shared_memory ? ", shared memory on one host and tcp between hosts"
-                                      : ", no shared memory");
+                                      : ", no shared memory") +
+                 (cuda ? ", built with CUDA" : ", without CUDA");
   return OkStatus();
 }
 

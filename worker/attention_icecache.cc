@@ -24,7 +24,7 @@ AttentionIceCache::AttentionIceCache(const ModelShape& shape, CacheClient& clien
       client_(client),
       backend_(backend),
       options_(options),
-      arena_(shape.page_bytes(), options.frames),
+      arena_(shape.page_bytes(), options.frames, options.intake),
       appender_(shape),
       token_(shape, TokenPos(0), 1),
       left_(shape, TokenPos(0), 1) {
@@ -44,7 +44,7 @@ AttentionIceCache::AttentionIceCache(const ModelShape& shape, CacheClient& clien
         shape,
         caches_.empty() ? std::span<PageCache>()
                         : std::span(caches_).subspan(size_t{l} * shape.kv_heads, shape.kv_heads),
-        &stats_);
+        options.intake, &stats_);
   }
 }
 

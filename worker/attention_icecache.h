@@ -34,7 +34,8 @@ namespace icecache {
 struct TokenCall;
 namespace gpu {
 class DeviceFrames;
-}
+class PageIntake;
+}  // namespace gpu
 
 struct IceCacheOptions {
   SparseBudget budget;
@@ -53,6 +54,7 @@ struct IceCacheOptions {
   uint32_t layer_reuse = 1;      // layers per anchor, itself included; 1: every layer is one
   bool int8 = false;  // for pages in replies (reply mode inline); others are read as they are
   gpu::DeviceFrames* frames = nullptr;  // of the backend's device: pages are kept there, too
+  gpu::PageIntake* intake = nullptr;    // of the same device: they are kept there alone
 
   uint32_t max_pages() const;        // of the budget
   uint32_t max_grown_pages() const;  // of a head that min_mass makes grow
@@ -96,8 +98,9 @@ class AttentionIceCache final : public DecodeAttention {
 
  private:
   struct Layer {
-    Layer(const ModelShape& shape, std::span<PageCache> caches, AttentionStats* stats)
-        : selection(shape, caches, stats) {}
+    Layer(const ModelShape& shape, std::span<PageCache> caches, gpu::PageIntake* intake,
+          AttentionStats* stats)
+        : selection(shape, caches, intake, stats) {}
     LayerSelection selection;
     SelectCall ahead;                 // the question of the token to come, or none
     uint32_t ahead_end = 0;           // of the appended tokens that it carries

@@ -5,6 +5,9 @@
 #include <numeric>
 #include <set>
 
+#include "kernels/gpu/attention_gpu.h"
+#include "kernels/gpu/device_frames.h"
+#include "kernels/gpu/page_intake.h"
 #include "worker/attention_exact.h"
 #include "worker/attention_full.h"
 #include "worker/attention_icecache.h"
@@ -173,6 +176,8 @@ class ServedMethod : public ::testing::Test {
     options.budget = {budget, kSinks, kWindow};
     options.residual = residual;
     options.select_deadline = std::chrono::milliseconds(300);
+    options.frames = frames_.get();
+    options.intake = intake_.get();
     auto attention =
         std::make_unique<AttentionIceCache>(served_.shape, *served_.client, *backend_, options);
     attention->Begin(served_.handle, served_.window_state, served_.grant.context.segments);
@@ -187,6 +192,7 @@ class ServedMethod : public ::testing::Test {
     for (uint16_t l = 0; l < served_.shape.layers; ++l) {
       const std::vector<float> q = Query();
       const std::vector<float> out = Step(attention, served_.layers[l], LayerId(l), token, q);
+      if (device_ != nullptr) EXPECT_TRUE(device_->Synchronize().ok());  // it is written by then
       for (uint32_t h = 0; h < served_.shape.query_heads; ++h) {
         worst = std::max(worst, MaxDifference(out.data() + h * 16,
                                               AttendReference(served_.layers[l], h, q.data(),
@@ -198,8 +204,67 @@ class ServedMethod : public ::testing::Test {
 
   ServedDocument served_;
   std::mt19937_64 rng_;
-  const std::unique_ptr<AttentionBackend> backend_;
+  // Of a device, where a test has one.
+  std::unique_ptr<gpu::Device> device_;
+  std::unique_ptr<gpu::DeviceFrames> frames_;
+  std::unique_ptr<gpu::PageIntake> intake_;
+  std::unique_ptr<AttentionBackend> backend_;
 };
+
+// What becomes of pages, in frames of the host's and in frames of a device's, which verifies them.
+class ServedPages : public ServedMethod, public ::testing::WithParamInterface<bool> {
+ protected:
+  void SetUp() override {
+    if (!GetParam()) return;
+    if (gpu::kEmulatorIsSlow) GTEST_SKIP() << "kernels are not emulated under ThreadSanitizer";
+    device_ = gpu::MakeEmulatedDevice({});
+    frames_ = std::make_unique<gpu::DeviceFrames>(*device_);
+    intake_ = gpu::PageIntake::Make(*device_).value();
+    backend_ = gpu::MakeGpuAttention(*device_, frames_.get());
+  }
+};
+
+INSTANTIATE_TEST_SUITE_P(Frames, ServedPages, ::testing::Bool(),
+                         [](const auto& i) { return i.param ? "Device" : "Host"; });
+
+TEST_P(ServedPages, ADamagedPageIsFetchedAgainAndNothingIsLost) {
+  auto attention = Make(100);
+  const uint32_t steps = GetParam() ? 4 : 40;  // the emulator takes its time
+  for (uint32_t t = kTokens; t < kTokens + steps; ++t) {
+    served_.shards[t % 2]->corrupt_pages = 1;
+    EXPECT_LT(StepError(*attention, t), kTolerance);
+  }
+  EXPECT_GT(attention->stats().bad_pages, steps / 4);
+  EXPECT_EQ(attention->stats().degraded_steps, 0u);
+}
+
+TEST_P(ServedPages, APageThatStaysDamagedIsLeftOutAndCounted) {
+  auto attention = Make(100);
+  served_.shards[0]->corrupt_pages = 1;
+  served_.shards[0]->corrupt_refetches = 1;
+  const double error = StepError(*attention, kTokens);
+  EXPECT_GT(error, kTolerance);  // its tokens are missing
+  EXPECT_LT(error, 5);           // and its damaged bytes are not attended to
+  EXPECT_EQ(attention->stats().degraded_steps, 1u);
+  EXPECT_EQ(attention->stats().bad_pages, 2u);
+  EXPECT_LT(StepError(*attention, kTokens + 1), kTolerance);
+}
+
+TEST_P(ServedPages, APositionOutsideTheIndexIsNotBelieved) {
+  auto attention = Make(60);
+  served_.shards[0]->wrong_positions = 1;
+  EXPECT_LT(StepError(*attention, kTokens), kTolerance);
+  EXPECT_GT(attention->stats().bad_pages, 0u);
+}
+
+TEST_P(ServedPages, APageNamedTwiceIsAttendedOnce) {
+  auto attention = Make(100);
+  StepError(*attention, kTokens);
+  served_.shards[0]->repeat_pages = 1;
+  StepError(*attention, kTokens + 1);
+  EXPECT_GT(attention->stats().bad_pages, 0u);
+  EXPECT_LT(StepError(*attention, kTokens + 2), kTolerance);
+}
 
 TEST_F(ServedMethod, EveryTokenCountsOnceWhateverTheBudget) {
   for (const uint32_t budget : {12u, 30u, 100u, 100000u}) {
@@ -241,44 +306,6 @@ TEST_F(ServedMethod, ResidentPagesAreNotSentAgain) {
   EXPECT_EQ(sent,
             2 * 2 * 19);  // each token that left the window travels back once, in a grown page
   EXPECT_GT(attention->stats().hit_rate(), 0.8);
-}
-
-TEST_F(ServedMethod, ADamagedPageIsFetchedAgainAndNothingIsLost) {
-  auto attention = Make(100);
-  for (uint32_t t = kTokens; t < kTokens + 40; ++t) {
-    served_.shards[t % 2]->corrupt_pages = 1;
-    EXPECT_LT(StepError(*attention, t), kTolerance);
-  }
-  EXPECT_GT(attention->stats().bad_pages, 10u);
-  EXPECT_EQ(attention->stats().degraded_steps, 0u);
-}
-
-TEST_F(ServedMethod, APageThatStaysDamagedIsLeftOutAndCounted) {
-  auto attention = Make(100);
-  served_.shards[0]->corrupt_pages = 1;
-  served_.shards[0]->corrupt_refetches = 1;
-  const double error = StepError(*attention, kTokens);
-  EXPECT_GT(error, kTolerance);  // its tokens are missing
-  EXPECT_LT(error, 5);           // and its damaged bytes are not attended to
-  EXPECT_EQ(attention->stats().degraded_steps, 1u);
-  EXPECT_EQ(attention->stats().bad_pages, 2u);
-  EXPECT_LT(StepError(*attention, kTokens + 1), kTolerance);
-}
-
-TEST_F(ServedMethod, APositionOutsideTheIndexIsNotBelieved) {
-  auto attention = Make(60);
-  served_.shards[0]->wrong_positions = 1;
-  EXPECT_LT(StepError(*attention, kTokens), kTolerance);
-  EXPECT_GT(attention->stats().bad_pages, 0u);
-}
-
-TEST_F(ServedMethod, APageNamedTwiceIsAttendedOnce) {
-  auto attention = Make(100);
-  StepError(*attention, kTokens);
-  served_.shards[0]->repeat_pages = 1;
-  StepError(*attention, kTokens + 1);
-  EXPECT_GT(attention->stats().bad_pages, 0u);
-  EXPECT_LT(StepError(*attention, kTokens + 2), kTolerance);
 }
 
 TEST_F(ServedMethod, ASilentShardDegradesTheStepAndLosesNoToken) {

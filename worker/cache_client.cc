@@ -42,6 +42,7 @@ Result<std::unique_ptr<CacheClient>> CacheClient::Connect(Reactor& reactor, Tran
   link.request_deadline = options.request_deadline;
   link.mode = options.reply_mode;
   link.leases_alive = options.leases_alive;
+  link.device = options.device;
   const auto count = static_cast<uint32_t>(shards.size());
   for (uint16_t i = 0; i < count; ++i) {
     link.jitter_seed = options.jitter_seed == 0 ? 0 : options.jitter_seed + i;
@@ -217,6 +218,10 @@ Result<SelectOutcome> CacheClient::FinishSelect(const SelectCall& state, Duratio
   Status waited = Wait([&] { return state->open == 0; },
                        state->deadline - std::min(wait_start, state->deadline) + kGrace);
   if (waited.ok() && state->error.ok() && !state->lost.empty()) waited = RetryLost(state);
+  if (waited.code() != StatusCode::kCancelled && state->error.ok()) {
+    const Status settled = Settle(state);
+    if (waited.ok()) waited = settled;
+  }
   AbandonSelect(state);
   if (waited.code() == StatusCode::kCancelled) return waited;
   if (!waited.ok()) state->outcome.complete = state->outcome.confirmed = false;
@@ -292,6 +297,24 @@ Status CacheClient::RetryLost(const SelectCall& state) {
   return Wait([&] { return state->open == 0; }, left() + kGrace);
 }
 
+// Errors of the sink are the call's; what is returned is that of waiting.
+Status CacheClient::Settle(const SelectCall& state) {
+  std::vector<HeadPages> damaged;
+  state->error = state->sink->Settle(&damaged);
+  if (!state->error.ok() || damaged.empty()) return OkStatus();
+  for (HeadPages& head : damaged) {
+    const ShardId shard = ShardOf(state->layer, head.head, state->context.shape, shard_count());
+    Refetch(state, shard,
+            {state->context.id, state->context.epoch, state->layer, head.head, head.pages});
+  }
+  const TimePoint now = reactor_.clock().Now();
+  const Status waited = Wait([&] { return state->open == 0; },
+                             state->deadline - std::min(now, state->deadline) + kGrace);
+  damaged.clear();  // what is damaged again is done without
+  if (state->error.ok()) state->error = state->sink->Settle(&damaged);
+  return waited;
+}
+
 void CacheClient::ResolveMapped(const SelectState& state, ShardId shard, wire::SelectReply* reply) {
   for (wire::HeadSelection& head : reply->heads) {
     for (wire::PagePayload& page : head.pages) {
@@ -362,6 +385,7 @@ void CacheClient::TakeSelectReply(const SelectCall& state, ShardId shard,
   std::vector<wire::FetchPagesRequest> refetches;
   const Status status = ApplySelection(*state, heads, decoded, &refetches);
   if (!status.ok()) state->error = status.WithContext(links_[shard.value]->Name());
+  if (const Status taken = state->sink->OnReplyTaken(); state->error.ok()) state->error = taken;
   const Duration took = reactor_.clock().Now() - start;
   state->outcome.handling += took;
   handling_ += took;
@@ -426,6 +450,7 @@ void CacheClient::Refetch(const SelectCall& state, ShardId shard,
          for (const wire::PagePayload& page : decoded->heads[0].pages) {
            state->sink->OnRefetched(head, page);
          }
+         state->error = state->sink->OnReplyTaken();
          const Duration took = reactor_.clock().Now() - start;
          state->outcome.bytes_moved += reply->meta.size() + reply->body.size();
          state->outcome.handling += took;

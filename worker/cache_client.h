@@ -44,6 +44,12 @@ struct CacheClientOptions {
   ReplyMode reply_mode = ReplyMode::kAuto;
   std::function<Status()> leases_alive;  // as ShardLinkOptions
   uint64_t jitter_seed = 0;              // likewise
+  DevicePages device;                    // likewise
+};
+
+struct HeadPages {
+  KvHeadId head;
+  std::vector<wire::ResidentPage> pages;
 };
 
 // Who a Select is for: says what it holds and takes what arrives. Lives until FinishSelect or
@@ -58,6 +64,11 @@ class SelectionSink {
   virtual void OnSelection(const wire::HeadSelection& selection,
                            std::vector<wire::ResidentPage>* refetch) = 0;
   virtual void OnRefetched(KvHeadId head, const wire::PagePayload& page) = 0;
+  // A message was handed over as a whole. What it points to ends now, but for mapped memory.
+  virtual Status OnReplyTaken() = 0;
+  // Everything has come, or will not be waited for. Pages that only now turn out to be damaged:
+  // those named the first time arrive through OnRefetched, and it is called once more.
+  virtual Status Settle(std::vector<HeadPages>* damaged) = 0;
 };
 
 // Pointers and spans are borrowed until FinishSelect or AbandonSelect.
@@ -163,6 +174,7 @@ class CacheClient {
   void TakeSelectReply(const SelectCall& state, ShardId shard, const std::vector<KvHeadId>& heads,
                        const wire::SelectReply& decoded, TimePoint start);
   Status RetryLost(const SelectCall& state);
+  Status Settle(const SelectCall& state);
   void ResolveMapped(const SelectState& state, ShardId shard, wire::SelectReply* reply);
   Status ApplySelection(SelectState& state, const std::vector<KvHeadId>& heads,
                         const wire::SelectReply& reply,

@@ -33,6 +33,8 @@ class RecordingSink final : public SelectionSink {
     ++refetched;
     EXPECT_EQ(page.from, 0);
   }
+  Status OnReplyTaken() override { return OkStatus(); }
+  Status Settle(std::vector<HeadPages>*) override { return OkStatus(); }
   std::vector<KvHeadId> heads;
   int pages = 0, refetched = 0, call_bad = 0;
 };

@@ -7,6 +7,8 @@
 #include <utility>
 
 #include "common/limits.h"
+#include "common/log.h"
+#include "kernels/gpu/page_intake.h"
 
 namespace icecache {
 
@@ -21,18 +23,22 @@ void PointRowsAtFrame(const ModelShape& shape, std::span<const std::byte> frame,
 }
 
 Result<std::unique_ptr<ExtentMap>> ExtentMap::Open(const Clock& clock, const std::string& name,
-                                                   std::span<const std::byte> ticket) {
+                                                   std::span<const std::byte> ticket,
+                                                   gpu::PageIntake* intake) {
   KV_ASSIGN_OR_RETURN(OwnedFd socket, ConnectExtents(name));
-  std::unique_ptr<ExtentMap> map(new ExtentMap(clock, std::move(socket)));
+  std::unique_ptr<ExtentMap> map(new ExtentMap(clock, std::move(socket), intake));
   KV_RETURN_IF_ERROR(map->Fetch(ticket, {}));
   map->last_drop_ = clock.Now();
   return map;
 }
 
 ExtentMap::~ExtentMap() {
-  for (const auto& [serial, extent] : extents_) {
-    ::munmap(const_cast<std::byte*>(extent.base), limits::kExtentBytes);
-  }
+  for (const auto& [serial, extent] : extents_) Unmap(extent.base);
+}
+
+void ExtentMap::Unmap(const std::byte* base) {
+  if (intake_ != nullptr) intake_->Forget(base);  // after what still reads it
+  ::munmap(const_cast<std::byte*>(base), limits::kExtentBytes);
 }
 
 Status ExtentMap::Fetch(std::span<const std::byte> ticket, std::vector<uint64_t> serials) {
@@ -50,6 +56,11 @@ Status ExtentMap::Fetch(std::span<const std::byte> ticket, std::vector<uint64_t>
                                std::strerror(errno));
     }
     extents_[extent.serial] = {static_cast<const std::byte*>(base), clock_.Now()};
+    if (intake_ == nullptr || !registration_.ok()) continue;
+    registration_ = intake_->Register({static_cast<const std::byte*>(base), limits::kExtentBytes});
+    if (registration_.ok() || !intake_->device().registers) continue;
+    LogWarn("the device does not register the server's memory; pages there are landed",
+            {{"reason", registration_.ToString()}});
   }
   return OkStatus();
 }
@@ -76,7 +87,7 @@ void ExtentMap::DropIdle() {
       ++it;
       continue;
     }
-    ::munmap(const_cast<std::byte*>(it->second.base), limits::kExtentBytes);
+    Unmap(it->second.base);
     it = extents_.erase(it);
   }
 }

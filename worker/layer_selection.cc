@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "kernels/gpu/page_intake.h"
+
 namespace icecache {
 
 void LayerSelection::Begin(std::span<const KvHeadId> heads, const Range& range,
@@ -13,6 +15,7 @@ void LayerSelection::Begin(std::span<const KvHeadId> heads, const Range& range,
     head.arrived = false;
     head.residual.clear();
     head.missing.clear();
+    if (!caches_.empty()) caches_[h.value].DropUnsettled();
   }
 }
 
@@ -99,6 +102,25 @@ void LayerSelection::OnRefetched(KvHeadId head, const wire::PagePayload& page) {
   } else {
     ++stats_->bad_pages;
   }
+}
+
+Status LayerSelection::OnReplyTaken() { return intake_ == nullptr ? OkStatus() : intake_->Flush(); }
+
+Status LayerSelection::Settle(std::vector<HeadPages>* damaged) {
+  std::vector<PageCache::Damaged> found;
+  for (uint16_t h = 0; h < caches_.size(); ++h) {
+    found.clear();
+    KV_RETURN_IF_ERROR(caches_[h].Settle(&found));
+    if (found.empty()) continue;
+    HeadPages& pages = damaged->emplace_back(HeadPages{KvHeadId(h), {}});
+    for (const PageCache::Damaged& d : found) {
+      --stats_->page_misses;
+      ++(d.mapped ? stats_->mapped_gone : stats_->bad_pages);
+      pages.pages.push_back(d.page);
+      heads_[h].missing.push_back(d.page);
+    }
+  }
+  return OkStatus();
 }
 
 }  // namespace icecache

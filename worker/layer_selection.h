@@ -33,9 +33,11 @@ class LayerSelection final : public SelectionSink {
     uint32_t covered_end = 0;
   };
 
-  // `caches`: one per kv head, or empty when no pages are kept. Borrows all; `stats` too.
-  LayerSelection(const ModelShape& shape, std::span<PageCache> caches, AttentionStats* stats)
-      : shape_(shape), caches_(caches), stats_(stats), heads_(shape.kv_heads) {}
+  // `caches`: one per kv head, or empty when no pages are kept. `intake`: of their arena, if it has
+  // one. Borrows all; `stats` too.
+  LayerSelection(const ModelShape& shape, std::span<PageCache> caches, gpu::PageIntake* intake,
+                 AttentionStats* stats)
+      : shape_(shape), caches_(caches), intake_(intake), stats_(stats), heads_(shape.kv_heads) {}
 
   // `anchor`: the layer in whose pages to look first, or nullptr: look everywhere.
   void Begin(std::span<const KvHeadId> heads, const Range& range, const LayerSelection* anchor);
@@ -53,10 +55,13 @@ class LayerSelection final : public SelectionSink {
   void OnSelection(const wire::HeadSelection& selection,
                    std::vector<wire::ResidentPage>* refetch) override;
   void OnRefetched(KvHeadId head, const wire::PagePayload& page) override;
+  Status OnReplyTaken() override;
+  Status Settle(std::vector<HeadPages>* damaged) override;
 
  private:
   const ModelShape shape_;
   const std::span<PageCache> caches_;
+  gpu::PageIntake* const intake_;
   AttentionStats* const stats_;
   std::vector<Head> heads_;  // [kv_heads]
   Range range_;

@@ -8,6 +8,7 @@
 #include "common/log.h"
 #include "common/status.h"
 #include "kernels/gpu/device_frames.h"
+#include "kernels/gpu/page_intake.h"
 #include "kernels/int8_rows.h"
 
 namespace icecache {
@@ -25,7 +26,8 @@ std::byte* PageArena::Allocate() {
 
 std::byte* PageArena::AllocateChunk(size_t bytes) {
   if (room_) {
-    const Result<std::byte*> chunk = twins_->AllocateChunk(bytes);
+    const Result<std::byte*> chunk =
+        intake_ != nullptr ? frames_->AllocateOnDevice(bytes) : frames_->AllocateChunk(bytes);
     if (chunk.ok()) return *chunk;
     room_ = false;
     LogWarn("further pages are kept on the host only", {{"reason", chunk.status().ToString()}});
@@ -34,13 +36,17 @@ std::byte* PageArena::AllocateChunk(size_t bytes) {
   return chunks_.back().get();
 }
 
+bool PageArena::on_device(const std::byte* frame) const {
+  return intake_ != nullptr && frames_->OnDevice(frame) != nullptr;
+}
+
 uint64_t PageArena::Written(const std::byte* at, size_t bytes) {
-  if (twins_ == nullptr || twins_->OnDevice(at) == nullptr) return 0;
-  return twins_->MarkDirty(at, bytes);
+  if (frames_ == nullptr || frames_->OnDevice(at) == nullptr) return 0;
+  return frames_->MarkDirty(at, bytes);
 }
 
 void PageArena::AwaitCopies(uint64_t written) {
-  if (twins_ != nullptr) twins_->AwaitCopies(written);
+  if (frames_ != nullptr) frames_->AwaitCopies(written);
 }
 
 PageCache::PageCache(const ModelShape& shape, uint32_t capacity_pages, PageArena& arena)
@@ -52,13 +58,9 @@ std::byte* PageCache::v_rows(const Slot& slot) const {
   return slot.frame + limits::kPageTokens * shape_.row_bytes();
 }
 
-std::byte* PageCache::positions(const Slot& slot) const {
-  return slot.frame + limits::kPageTokens * 2 * shape_.row_bytes();
-}
-
 void PageCache::ListResident(std::vector<wire::ResidentPage>* pages) const {
   for (const Slot& slot : slots_) {
-    if (slot.fill == 0) continue;
+    if (slot.fill == 0 || slot.ticket != 0) continue;
     pages->push_back({SegmentId(slot.key.segment), PageId(slot.key.page), slot.version, slot.fill});
   }
 }
@@ -69,6 +71,37 @@ void PageCache::BeginStep() {
     views_[id.value].fill = slots_[id.value].fill;
   }
   selected_.clear();
+  DropUnsettled();
+}
+
+void PageCache::DropUnsettled() {
+  for (const uint32_t index : unsettled_) {
+    if (slots_[index].ticket != 0) Discard(index);
+  }
+  unsettled_.clear();
+}
+
+// Although it was selected in this step.
+void PageCache::Discard(uint32_t index) {
+  std::erase(selected_, PageId(index));
+  slots_[index].pinned = false;
+  Drop(index);
+}
+
+Status PageCache::Settle(std::vector<Damaged>* damaged) {
+  if (unsettled_.empty()) return OkStatus();
+  KV_RETURN_IF_ERROR(arena_.intake().Settle(slots_[unsettled_.back()].ticket));
+  for (const uint32_t index : unsettled_) {
+    Slot& slot = slots_[index];
+    const uint64_t ticket = std::exchange(slot.ticket, 0);
+    if (ticket == 0 || arena_.intake().intact(ticket)) continue;
+    damaged->push_back(
+        {{SegmentId(slot.key.segment), PageId(slot.key.page), slot.version, slot.fill},
+         slot.mapped});
+    Discard(index);
+  }
+  unsettled_.clear();
+  return OkStatus();
 }
 
 void PageCache::RetainSegments(std::span<const SegmentId> segments) {
@@ -84,13 +117,16 @@ void PageCache::Drop(uint32_t index) {
   Slot& slot = slots_[index];
   slot_of_.erase(slot.key);
   slot.fill = 0;
+  slot.ticket = 0;
   views_[index] = PageView{};
   free_slots_.push_back(index);
 }
 
 uint32_t PageCache::TakeSlot() {
   if (free_slots_.empty() && slots_.size() < capacity_) {
-    slots_.emplace_back().frame = arena_.Allocate();
+    Slot& slot = slots_.emplace_back();
+    slot.frame = arena_.Allocate();
+    slot.on_device = arena_.on_device(slot.frame);
     views_.emplace_back();
     free_slots_.push_back(static_cast<uint32_t>(slots_.size() - 1));
   }
@@ -111,50 +147,62 @@ uint32_t PageCache::TakeSlot() {
 
 bool PageCache::PlaceRows(const wire::PagePayload& page, const Slot& slot) const {
   const size_t row_bytes = shape_.row_bytes();
-  const size_t rows = size_t{page.fill} - page.from;
-  if (page.k_rows.size() != rows * row_bytes || page.v_rows.size() != rows * row_bytes ||
-      page.positions.size() != rows * sizeof(uint32_t)) {
-    return false;  // named by extent, and the extent could not be read
-  }
   std::memcpy(k_rows(slot) + page.from * row_bytes, page.k_rows.data(), page.k_rows.size());
   std::memcpy(v_rows(slot) + page.from * row_bytes, page.v_rows.data(), page.v_rows.size());
-  std::memcpy(positions(slot) + page.from * sizeof(uint32_t), page.positions.data(),
-              page.positions.size());
   return page.checksum == PageChecksum({page.segment.value, page.page.value, page.version},
                                        {k_rows(slot), page.fill * row_bytes},
                                        {v_rows(slot), page.fill * row_bytes},
-                                       {positions(slot), page.fill * sizeof(uint32_t)});
+                                       positions(slot, page.fill));
 }
 
 // Verified as it travelled: the rows that it decodes to have no checksum of their own.
 bool PageCache::PlaceCoded(const wire::PagePayload& page, const Slot& slot) const {
-  if (page.from != 0 || page.positions.size() != page.fill * sizeof(uint32_t)) return false;
   if (page.coded_checksum != PageChecksum({page.segment.value, page.page.value, page.version},
-                                          page.coded, {}, page.positions)) {
+                                          page.coded, {}, positions(slot, page.fill))) {
     return false;
   }
-  std::memcpy(positions(slot), page.positions.data(), page.positions.size());
   return DecodeInt8Rows(page.coded, shape_.dtype, page.fill, shape_.head_dim, k_rows(slot),
                         v_rows(slot));
 }
 
+bool PageCache::PlaceOnDevice(const wire::PagePayload& page, Slot* slot) const {
+  gpu::IncomingPage incoming;
+  incoming.name = {page.segment.value, page.page.value, page.version};
+  incoming.checksum = page.coded_bytes > 0 ? page.coded_checksum : page.checksum;
+  incoming.k_rows = page.k_rows;
+  incoming.v_rows = page.v_rows;
+  incoming.coded = page.coded;
+  incoming.dtype = shape_.dtype;
+  incoming.dim = static_cast<uint16_t>(shape_.head_dim);
+  incoming.from = page.from;
+  incoming.fill = page.fill;
+  incoming.positions = positions(*slot, page.fill).data();
+  incoming.frame = slot->frame;
+  slot->ticket = arena_.intake().Add(incoming).value_or(0);
+  return slot->ticket != 0;
+}
+
+// Positions are the host's in either case: it judges their range, the device their checksum.
 bool PageCache::Place(const wire::PagePayload& page, TokenPos begin, TokenPos end,
-                      const Slot& slot) const {
-  if (!(page.coded_bytes > 0 ? PlaceCoded(page, slot) : PlaceRows(page, slot))) return false;
-  for (uint32_t i = 0; i < page.fill; ++i) {
-    uint32_t position = 0;
-    std::memcpy(&position, positions(slot) + i * sizeof(position), sizeof(position));
-    if (position < begin.value || position >= end.value) return false;
+                      Slot* slot) const {
+  const size_t rows = size_t{page.fill} - page.from, bytes = rows * shape_.row_bytes();
+  const bool coded = page.coded_bytes > 0;
+  if (page.positions.size() != rows * sizeof(uint32_t) || (coded && page.from != 0) ||
+      (!coded && (page.k_rows.size() != bytes || page.v_rows.size() != bytes))) {
+    return false;  // named by extent, and the extent could not be read
   }
-  return true;
+  std::memcpy(slot->positions + page.from, page.positions.data(), page.positions.size());
+  for (uint32_t i = 0; i < page.fill; ++i) {
+    if (slot->positions[i] < begin.value || slot->positions[i] >= end.value) return false;
+  }
+  if (slot->on_device) return PlaceOnDevice(page, slot);
+  return coded ? PlaceCoded(page, *slot) : PlaceRows(page, *slot);
 }
 
 void PageCache::ListSelectedPositions(std::vector<uint32_t>* out) const {
   for (const PageId id : selected_) {
     const Slot& slot = slots_[id.value];
-    const size_t at = out->size();
-    out->resize(at + views_[id.value].fill);
-    std::memcpy(out->data() + at, positions(slot), (out->size() - at) * sizeof(uint32_t));
+    out->insert(out->end(), slot.positions, slot.positions + views_[id.value].fill);
   }
 }
 
@@ -195,7 +243,7 @@ PageCache::Outcome PageCache::Apply(const wire::PagePayload& page, TokenPos begi
   slot.key = key;
   slot_of_[key] = index;
   arena_.AwaitCopies(slot.written);
-  if (!Place(page, begin, end, slot)) {
+  if (!Place(page, begin, end, &slot)) {
     Drop(index);
     return Outcome::kBad;
   }
@@ -203,9 +251,14 @@ PageCache::Outcome PageCache::Apply(const wire::PagePayload& page, TokenPos begi
   slot.fill = page.fill;
   slot.checksum = page.checksum;
   slot.lossy = page.coded_bytes > 0;
-  const size_t from = page.from * shape_.row_bytes();
-  arena_.Written(k_rows(slot) + from, page.fill * shape_.row_bytes() - from);
-  slot.written = arena_.Written(v_rows(slot) + from, page.fill * shape_.row_bytes() - from);
+  slot.mapped = page.place == wire::PagePlace::kMapped;
+  if (slot.on_device) {
+    unsettled_.push_back(index);
+  } else {
+    const size_t from = page.from * shape_.row_bytes();
+    arena_.Written(k_rows(slot) + from, page.fill * shape_.row_bytes() - from);
+    slot.written = arena_.Written(v_rows(slot) + from, page.fill * shape_.row_bytes() - from);
+  }
   Pin(index, rows_used, resident);
   return Outcome::kReceived;
 }
@@ -227,10 +280,10 @@ Status PageCache::Validate() const {
     const auto it = slot_of_.find(slot.key);
     if (it == slot_of_.end() || it->second != i) return Internal("slot is not under its key");
     const size_t row_bytes = shape_.row_bytes();
-    if (!slot.lossy &&
+    if (!slot.lossy && !slot.on_device &&
         PageChecksum({slot.key.segment, slot.key.page, slot.version},
                      {k_rows(slot), slot.fill * row_bytes}, {v_rows(slot), slot.fill * row_bytes},
-                     {positions(slot), slot.fill * sizeof(uint32_t)}) != slot.checksum) {
+                     positions(slot, slot.fill)) != slot.checksum) {
       return Internal("content of slot " + std::to_string(i) + " does not match its checksum");
     }
   }

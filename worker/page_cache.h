@@ -3,12 +3,14 @@
 // outlives those that were selected once.
 //
 // A step: 1. ListResident goes out with the request   2. BeginStep   3. Apply each page of the
-// reply
-//         4. attention over view() and selected(); selected pages cannot be evicted within their
-//         step
-// Every page is verified (checksum over content and name, positions in range) before it is in
-// selected(); one that fails is dropped. Owner's thread: the decode thread. Not for capacities
-// below a selection's pages.
+// reply   4. Settle   5. attention over view() and selected(); selected pages cannot be evicted
+// within their step
+//
+// Every page is verified (checksum over content and name, positions in range) before it is attended
+// to; one that fails is dropped. In a frame of the host's that is done in Apply. In one of the
+// device's (PageArena) the device verifies what it copied, and Settle waits for its word: until
+// then the page is neither listed nor to be attended to. Owner's thread: the decode thread. Not for
+// capacities below a selection's pages.
 #pragma once
 
 #include <cstddef>
@@ -27,19 +29,24 @@ namespace icecache {
 
 namespace gpu {
 class DeviceFrames;
-}
+class PageIntake;
+}  // namespace gpu
 
 // Page frames for all caches of a worker: grows by chunks, gives nothing back before its end. With
-// `twins` a frame has one on the device as well, until the device is full; pages in frames without
-// one are copied there for each step.
+// `frames` they are on a device as well, or, with `intake`, there alone, until the device is full;
+// pages in frames of the host's are copied there for each step.
 class PageArena {
  public:
-  explicit PageArena(size_t frame_bytes, gpu::DeviceFrames* twins = nullptr)
-      : frame_bytes_(frame_bytes), twins_(twins), room_(twins != nullptr) {}
+  explicit PageArena(size_t frame_bytes, gpu::DeviceFrames* frames = nullptr,
+                     gpu::PageIntake* intake = nullptr)
+      : frame_bytes_(frame_bytes), frames_(frames), intake_(intake), room_(frames != nullptr) {}
   std::byte* Allocate();
   void Free(std::byte* frame) { free_.push_back(frame); }
-  // A page in a frame was verified: these bytes of it are new. What to await before it is written
-  // again, as it may still be on its way to the device.
+  // Whether only the device may touch the frame: pages come into it through intake().
+  bool on_device(const std::byte* frame) const;
+  gpu::PageIntake& intake() const { return *intake_; }
+  // A page in a frame of the host's was verified: these bytes of it are new. What to await before
+  // it is written again, as it may still be on its way to the device.
   uint64_t Written(const std::byte* at, size_t bytes);
   void AwaitCopies(uint64_t written);
   uint64_t bytes() const { return chunk_count_ * kFramesPerChunk * frame_bytes_; }
@@ -49,7 +56,8 @@ class PageArena {
   std::byte* AllocateChunk(size_t bytes);
 
   const size_t frame_bytes_;
-  gpu::DeviceFrames* const twins_;
+  gpu::DeviceFrames* const frames_;
+  gpu::PageIntake* const intake_;
   bool room_;  // on the device, as far as we know
   size_t chunk_count_ = 0;
   std::vector<std::unique_ptr<std::byte[]>> chunks_;
@@ -69,7 +77,8 @@ class PageCache {
 
   enum class Outcome {
     kHit,       // was resident as it is
-    kReceived,  // content came: a new page, a new version or new rows
+    kReceived,  // content came: a new page, a new version or new rows (in a frame of the device's:
+                // and will be judged by Settle)
     kBad,  // failed verification, or refers to content that is not here; dropped, fetch it whole
     kRepeated,  // already selected in this step; ignored, or its tokens would count twice
   };
@@ -92,6 +101,16 @@ class PageCache {
       }
     }
   }
+
+  // Waits for the device's word on the pages that came since BeginStep. Those that are damaged are
+  // dropped and listed, each with where it came from. An error of the device: nothing is known.
+  struct Damaged {
+    wire::ResidentPage page;
+    bool mapped = false;  // else it came in a message
+  };
+  Status Settle(std::vector<Damaged>* damaged);
+  // Instead: of a step that was given up, nothing unjudged stays.
+  void DropUnsettled();
 
   // For AttentionBackend::AttendPages: page ids are slots of this cache.
   PagedKv view() const {
@@ -123,20 +142,28 @@ class PageCache {
     uint8_t fill = 0;  // 0: the slot is free
     bool recent = false;
     bool pinned = false;
-    bool lossy = false;     // came coded in int8: near what the checksum is of, and cannot grow
-    uint64_t checksum = 0;  // of the server's content
-    uint64_t written = 0;   // PageArena::Written
+    bool lossy = false;      // came coded in int8: near what the checksum is of, and cannot grow
+    bool on_device = false;  // the frame
+    bool mapped = false;     // the page's rows were last read in the server's memory
+    uint64_t checksum = 0;   // of the server's content
+    uint64_t written = 0;    // PageArena::Written
+    uint64_t ticket = 0;     // of the intake, until it is settled
     std::byte* frame = nullptr;
+    uint32_t positions[limits::kPageTokens] = {};
   };
 
   std::byte* k_rows(const Slot& slot) const { return slot.frame; }
   std::byte* v_rows(const Slot& slot) const;
-  std::byte* positions(const Slot& slot) const;
-  bool Place(const wire::PagePayload& page, TokenPos begin, TokenPos end, const Slot& slot) const;
+  std::span<const std::byte> positions(const Slot& slot, size_t fill) const {
+    return std::as_bytes(std::span(slot.positions)).first(fill * sizeof(uint32_t));
+  }
+  bool Place(const wire::PagePayload& page, TokenPos begin, TokenPos end, Slot* slot) const;
   bool PlaceRows(const wire::PagePayload& page, const Slot& slot) const;
   bool PlaceCoded(const wire::PagePayload& page, const Slot& slot) const;
+  bool PlaceOnDevice(const wire::PagePayload& page, Slot* slot) const;
   uint32_t TakeSlot();
   void Drop(uint32_t slot);
+  void Discard(uint32_t slot);
   void Pin(uint32_t slot, uint8_t rows_used, bool again);
 
   const ModelShape shape_;
@@ -147,6 +174,7 @@ class PageCache {
   std::unordered_map<Key, uint32_t, KeyHash> slot_of_;
   std::vector<uint32_t> free_slots_;
   std::vector<PageId> selected_;
+  std::vector<uint32_t> unsettled_;  // slots, some of which may have been dropped
   uint32_t hand_ = 0;
 };
 

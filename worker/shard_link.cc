@@ -4,6 +4,7 @@
 
 #include "common/log.h"
 #include "common/wire/select_batch_codec.h"
+#include "kernels/gpu/page_intake.h"
 
 namespace icecache {
 namespace {
@@ -122,9 +123,12 @@ void ShardLink::ChooseMode(const std::string& extents, std::span<const std::byte
   std::string reason = asked ? "asked for" : "";
   mode_ = options_.mode;
   if (options_.mode == ReplyMode::kAuto || options_.mode == ReplyMode::kMapped) {
+    const PageWay way = options_.device.way;
+    gpu::PageIntake* const intake =
+        way == PageWay::kAuto || way == PageWay::kRegistered ? options_.device.intake : nullptr;
     Result<std::unique_ptr<ExtentMap>> map =
         extents.empty() ? Unavailable("the server lends no memory")
-                        : ExtentMap::Open(reactor_.clock(), extents, ticket);
+                        : ExtentMap::Open(reactor_.clock(), extents, ticket, intake);
     mode_ = map.ok() ? ReplyMode::kMapped : ReplyMode::kInline;
     if (map.ok()) {
       extents_ = std::move(*map);
@@ -138,6 +142,21 @@ void ShardLink::ChooseMode(const std::string& extents, std::span<const std::byte
   }
   LogInfo("reply mode",
           {{"peer", Name()}, {"mode", std::string(ReplyModeName(mode_))}, {"reason", reason}});
+  if (options_.device.there) ChooseWay();
+}
+
+void ShardLink::ChooseWay() {
+  const gpu::PageIntake* const intake = options_.device.intake;
+  PageWayFacts facts;
+  facts.landing = intake != nullptr;
+  facts.mapped = extents_ != nullptr;
+  facts.registers = facts.landing && intake->device().registers &&
+                    (extents_ == nullptr || extents_->registration().ok());
+  const PageWayChoice choice = ChoosePageWay(options_.device.way, facts);
+  (choice.denied ? LogWarn : LogInfo)("page way", {{"peer", Name()},
+                                                   {"way", std::string(PageWayName(choice.way))},
+                                                   {"reason", choice.reason},
+                                                   {"transport", transport_.Describe()}});
 }
 
 void ShardLink::Resolve(ContextId context, const ModelShape& shape, wire::PagePayload* page) {

@@ -23,10 +23,18 @@
 #include "common/wire/control_codec.h"
 #include "common/wire/data_codec.h"
 #include "worker/extent_map.h"
+#include "worker/page_way.h"
 #include "worker/remote_extents.h"
 #include "worker/reply_mode.h"
 
 namespace icecache {
+
+// Where pages go: nowhere in particular (the CPU), or into frames of a device.
+struct DevicePages {
+  bool there = false;  // a device
+  PageWay way = PageWay::kAuto;
+  gpu::PageIntake* intake = nullptr;  // borrowed; null: pages are verified on the host
+};
 
 struct ShardLinkOptions {
   ChannelOptions channel;
@@ -36,6 +44,7 @@ struct ShardLinkOptions {
   // lost.
   std::function<Status()> leases_alive;
   uint64_t jitter_seed = 0;  // 0: a random one
+  DevicePages device;
 };
 
 // Meta and body.
@@ -94,6 +103,7 @@ class ShardLink {
   void UseEndpoint(std::unique_ptr<Endpoint> endpoint);
   void SendAttach(const std::vector<std::byte>& ticket, std::function<void(Status)> done);
   void ChooseMode(const std::string& extents, std::span<const std::byte> ticket);
+  void ChooseWay();
   void OnLost(const Status& status);
   void TryLater();
   void Reconnect();

@@ -64,14 +64,14 @@ struct CopyKernel {
     const float largest = LargestOf(span.dtype);
     for (uint32_t i = block.thread(); i < uint32_t{span.rows} * span.dim; i += kThreads) {
       const uint32_t row = i / span.dim, channel = i % span.dim;
-      const auto half = [&span](const std::byte* array, uint32_t index) {
+      const auto half_of = [&span](const std::byte* array, uint32_t index) {
         return 0.5f * LoadElement(array, span.dtype, index);
       };
       StoreElement(span.to, span.dtype, i,
-                   DecodeInt8(half(code.k_min, channel), half(code.k_step, channel),
+                   DecodeInt8(half_of(code.k_min, channel), half_of(code.k_step, channel),
                               Load<uint8_t>(code.k_codes + i), largest));
       StoreElement(v, span.dtype, i,
-                   DecodeInt8(half(code.v_min, row), half(code.v_step, row),
+                   DecodeInt8(half_of(code.v_min, row), half_of(code.v_step, row),
                               Load<uint8_t>(code.v_codes + i), largest));
     }
     block.Sync();  // then the outliers' channels, over what was decoded there

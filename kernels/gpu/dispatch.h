@@ -16,9 +16,9 @@
 
 namespace icecache::gpu {
 
-using KernelCall = std::variant<AttendArgs, MergeArgs, MergeHeadsArgs, CopyArgs, VerifyArgs,
-                                NormArgs, RopeArgs, SwiGluArgs, ConvertArgs, GemmArgs, SampleArgs,
-                                AssignArgs>;
+using KernelCall =
+    std::variant<AttendArgs, MergeArgs, MergeHeadsArgs, CopyArgs, VerifyArgs, NormArgs, RopeArgs,
+                 SwiGluArgs, ConvertArgs, GemmArgs, SampleArgs, AssignArgs>;
 
 inline constexpr uint32_t kGemvTokensMax = 8;  // more go through tiles, or a library
 

@@ -81,7 +81,7 @@ Status Bench::Prepare() {
       "--memory-size", "1GiB", "--threads", std::to_string(flags_.server_threads), "--lease-ms",
       "60000"});
   worker_.server = server_->address();
-  KV_ASSIGN_OR_RETURN(link_, ConnectToServer(worker_));
+  KV_ASSIGN_OR_RETURN(link_, ConnectToServer(worker_, loaded_.compute));
   PrefillRequest request;
   request.name = "document";
   request.tokens = std::span(text_).first(flags_.tokens);

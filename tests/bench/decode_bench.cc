@@ -91,12 +91,13 @@ class DecodeRun {
 };
 
 Status DecodeRun::Run() {
-  KV_ASSIGN_OR_RETURN(session_, scene_.Join(point_.transport, point_.mode));
+  KV_ASSIGN_OR_RETURN(session_, scene_.Join(point_.transport, point_.mode, compute_.pages()));
   IceCacheOptions options;
   options.budget = {flags_.budget, scene_.options().sink_tokens, scene_.options().window_tokens};
   options.read_cap = flags_.read_cap;
   options.resident_multiple = flags_.resident_multiple;
   options.frames = compute_.frames.get();
+  options.intake = compute_.intake.get();
   options.int8 = point_.int8;
   options.prefetch = point_.prefetch;
   options.prefetch_cosine = static_cast<float>(flags_.prefetch_cosine);
@@ -377,7 +378,7 @@ void DecodeCommand::Print(const Json& point) const {
 Status DecodeCommand::Run() {
   InitLogging(LogLevel::kWarn, LogFormat::kText, "icecache-bench");
   KV_ASSIGN_OR_RETURN(const ModelShape model, ShapeByName(flags_.shape));
-  KV_ASSIGN_OR_RETURN(compute_, ChooseCompute(flags_.device, 0));
+  KV_ASSIGN_OR_RETURN(compute_, ChooseCompute(flags_.device, 0, PageWay::kAuto));
   if (!flags_.json) {
     std::printf("%7s %-4s %-7s %-6s %-4s %5s %7s = %6s + %5s + %5s %7s %8s %6s %7s %5s %9s\n",
                 "context", "link", "mode", "bytes", "ahead", "reuse", "remote", "select", "wait",

@@ -178,12 +178,14 @@ const float* DecodeScene::v(LayerId layer, uint32_t step) const {
   return v_.data() + (k(layer, step) - k_.data());
 }
 
-Result<DecodeScene::Session> DecodeScene::Join(const std::string& transport, ReplyMode mode) {
+Result<DecodeScene::Session> DecodeScene::Join(const std::string& transport, ReplyMode mode,
+                                               const DevicePages& device) {
   Session session;
   ServerLinkOptions link;
   link.control.address = server_->address();
   link.control.client = "icecache-bench";
   link.cache.reply_mode = mode;
+  link.cache.device = device;
   link.ucx.transports = UcxTransports(transport);
   KV_ASSIGN_OR_RETURN(session.link, ServerLink::Connect(link));
   const std::string name = std::string(kName) + "-" + std::to_string(sessions_++);

@@ -45,7 +45,8 @@ class DecodeScene {
     wire::Grant grant;
     ContextHandle handle;
   };
-  Result<Session> Join(const std::string& transport, ReplyMode mode);
+  Result<Session> Join(const std::string& transport, ReplyMode mode,
+                       const DevicePages& device = {});
 
   const DecodeSceneOptions& options() const { return options_; }
   const SinkWindow& window() const { return window_; }  // right after the document

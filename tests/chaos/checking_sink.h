@@ -42,6 +42,8 @@ class CheckingSink final : public SelectionSink {
     }
   }
   void OnRefetched(KvHeadId head, const wire::PagePayload& page) override { Take(head, page); }
+  Status OnReplyTaken() override { return OkStatus(); }
+  Status Settle(std::vector<HeadPages>*) override { return OkStatus(); }
   // Which pages were chosen for each head, in their order, with their checksums.
   uint64_t Hash() const {
     uint64_t hash = 0;

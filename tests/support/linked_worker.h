@@ -75,6 +75,7 @@ class LinkedWorker final : public SelectionSink {
   }
   ServerLink& link() { return *link_; }
   const ContextHandle& context() const { return context_; }
+  const LayerRows& rows() const { return *rows_; }  // what was uploaded
 
   void FillHead(wire::SelectHead*) override {}
   void OnSelection(const wire::HeadSelection& selection,
@@ -90,6 +91,8 @@ class LinkedWorker final : public SelectionSink {
   void OnRefetched(KvHeadId head, const wire::PagePayload& page) override {
     right_pages_ += Right(head, page);
   }
+  Status OnReplyTaken() override { return OkStatus(); }
+  Status Settle(std::vector<HeadPages>*) override { return OkStatus(); }
 
  private:
   bool Right(KvHeadId head, const wire::PagePayload& page) const {

@@ -9,10 +9,19 @@
 namespace icecache {
 namespace {
 
-Compute OnDevice(std::unique_ptr<gpu::Device> device) {
+Compute OnDevice(std::unique_ptr<gpu::Device> device, PageWay way) {
   Compute compute;
   compute.device = std::move(device);
   compute.frames = std::make_unique<gpu::DeviceFrames>(*compute.device);
+  compute.way = way;
+  if (way != PageWay::kFrames) {
+    Result<std::unique_ptr<gpu::PageIntake>> intake = gpu::PageIntake::Make(*compute.device);
+    if (intake.ok()) {
+      compute.intake = std::move(*intake);
+    } else {
+      LogWarn("no landing buffer for pages", {{"reason", intake.status().ToString()}});
+    }
+  }
   compute.attention = gpu::MakeGpuAttention(*compute.device, compute.frames.get());
   LogInfo("computing on a device",
           {{"device", compute.device->info().name},
@@ -29,18 +38,18 @@ Status CheckDeviceName(const std::string& name) {
   return InvalidArgument("'" + name + "', expected auto, cpu or cuda");
 }
 
-Result<Compute> ChooseCompute(const std::string& name, uint64_t gpu_memory) {
+Result<Compute> ChooseCompute(const std::string& name, uint64_t gpu_memory, PageWay way) {
   KV_RETURN_IF_ERROR(CheckDeviceName(name));
   if (name == "emulated") {
     gpu::EmulatedDeviceOptions options;
     if (gpu_memory > 0) options.memory_bytes_max = gpu_memory;
-    return OnDevice(gpu::MakeEmulatedDevice(options));
+    return OnDevice(gpu::MakeEmulatedDevice(options), way);
   }
   if (name != "cpu") {
     gpu::CudaDeviceOptions options;
     options.memory_bytes_max = gpu_memory;
     auto device = gpu::MakeCudaDevice(options);
-    if (device.ok()) return OnDevice(std::move(*device));
+    if (device.ok()) return OnDevice(std::move(*device), way);
     if (name == "cuda") return device.status().WithContext("--device cuda");
     LogWarn("computing on the CPU (--device cpu says so without asking)",
             {{"reason", device.status().message()}});

@@ -9,13 +9,19 @@
 #include "common/status.h"
 #include "kernels/attention.h"
 #include "kernels/gpu/device_frames.h"
+#include "kernels/gpu/page_intake.h"
+#include "worker/shard_link.h"
 
 namespace icecache {
 
 struct Compute {
   std::unique_ptr<gpu::Device> device;        // null: the CPU
   std::unique_ptr<gpu::DeviceFrames> frames;  // likewise
+  std::unique_ptr<gpu::PageIntake> intake;  // null in way frames, and where there is no room for it
+  PageWay way = PageWay::kAuto;             // as asked for
   std::unique_ptr<AttentionBackend> attention;
+
+  DevicePages pages() const { return {device != nullptr, way, intake.get()}; }
 };
 
 // INVALID_ARGUMENT unless auto, cpu, cuda or emulated (a slow imitation of a GPU, for tests).
@@ -23,6 +29,6 @@ Status CheckDeviceName(const std::string& name);
 
 // auto: the first GPU, else the CPU, whatever the reason. cuda: UNAVAILABLE without a GPU.
 // `gpu_memory` bounds what is allocated there; 0: nine tenths of what is free.
-Result<Compute> ChooseCompute(const std::string& name, uint64_t gpu_memory);
+Result<Compute> ChooseCompute(const std::string& name, uint64_t gpu_memory, PageWay way);
 
 }  // namespace icecache

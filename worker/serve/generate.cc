@@ -131,7 +131,7 @@ PrefillOptions Generation::PrefillSettings(ProgressBar* bar) {
 }
 
 Status Generation::PrepareServed() {
-  KV_ASSIGN_OR_RETURN(link_, ConnectToServer(options_.worker));
+  KV_ASSIGN_OR_RETURN(link_, ConnectToServer(options_.worker, loaded_.compute));
   const Model& model = *loaded_.model;
   const std::string name =
       options_.context.empty() ? FreshContextName("generate") : options_.context;
@@ -238,7 +238,7 @@ Status Generation::DecodeOn(const std::function<bool(int32_t)>& on_token) {
 }
 
 Status Generation::ForkAgain() {
-  KV_ASSIGN_OR_RETURN(link_, ConnectToServer(options_.worker));
+  KV_ASSIGN_OR_RETURN(link_, ConnectToServer(options_.worker, loaded_.compute));
   const wire::Fork fork{.parent = parent_,
                         .name = FreshContextName(parent_),
                         .tokens = options_.fork_of.empty() ? 0 : options_.fork_at};

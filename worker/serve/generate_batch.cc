@@ -96,7 +96,7 @@ Status BatchGeneration::ReadInputs() {
 
 // Read once, sealed, then forked for every request.
 Status BatchGeneration::PrepareContext() {
-  KV_ASSIGN_OR_RETURN(link_, ConnectToServer(options_.worker));
+  KV_ASSIGN_OR_RETURN(link_, ConnectToServer(options_.worker, loaded_.compute));
   loop_ = std::make_unique<BatchLoop>(*loaded_.model, link_->cache(), *loaded_.compute.attention);
   if (!options_.fork_of.empty()) {
     parent_ = options_.fork_of;

@@ -40,6 +40,12 @@ void AddModelSection(ConfigParser& parser, WorkerOptions* o) {
   parser.AddCheck("device", [o] { return CheckDeviceName(o->device); });
   parser.AddSize("gpu_memory", &o->gpu_memory,
                  "Most GPU memory for weights and pages; 0: nine tenths of what is free");
+  parser.Add(
+      "page_way", &o->page_way,
+      "How pages get into a GPU's memory: registered (read by it in the server's memory, same "
+      "host), landing (through a pinned buffer), frames (verified on the host), auto "
+      "(registered, else landing)");
+  parser.AddCheck("page_way", [o] { return ParsePageWay(o->page_way).status(); });
 }
 
 void AddIndexOptions(ConfigParser& parser, WorkerOptions* o) {
@@ -149,7 +155,8 @@ Result<LoadedModel> LoadModelAndTokenizer(const WorkerOptions& options) {
   model.kv_dtype = *dtype;
   model.threads =
       options.threads > 0 ? options.threads : std::max(1u, std::thread::hardware_concurrency());
-  KV_ASSIGN_OR_RETURN(loaded.compute, ChooseCompute(options.device, options.gpu_memory));
+  KV_ASSIGN_OR_RETURN(const PageWay way, ParsePageWay(options.page_way));
+  KV_ASSIGN_OR_RETURN(loaded.compute, ChooseCompute(options.device, options.gpu_memory, way));
   gpu::Device* const device = loaded.compute.device.get();
   KV_ASSIGN_OR_RETURN(loaded.model, device == nullptr
                                         ? LoadModel(options.model, model)
@@ -158,7 +165,8 @@ Result<LoadedModel> LoadModelAndTokenizer(const WorkerOptions& options) {
   return loaded;
 }
 
-Result<std::unique_ptr<ServerLink>> ConnectToServer(const WorkerOptions& options) {
+Result<std::unique_ptr<ServerLink>> ConnectToServer(const WorkerOptions& options,
+                                                    const Compute& compute) {
   ServerLinkOptions link;
   link.control.address = options.server;
   link.control.tenant = options.tenant;
@@ -167,6 +175,7 @@ Result<std::unique_ptr<ServerLink>> ConnectToServer(const WorkerOptions& options
   link.control.interrupted = Interrupted;
   link.cache.interrupted = Interrupted;
   KV_ASSIGN_OR_RETURN(link.cache.reply_mode, ParseReplyMode(options.reply_mode));
+  link.cache.device = compute.pages();
   link.ucx.transports = options.transports;
   return ServerLink::Connect(link);
 }
@@ -192,6 +201,7 @@ IceCacheOptions IceCacheOptionsOf(const WorkerOptions& options, const Compute& c
   IceCacheOptions icecache;
   icecache.budget = BudgetOf(options);
   icecache.frames = compute.frames.get();
+  icecache.intake = compute.intake.get();
   icecache.resident_multiple = options.resident_multiple;
   icecache.read_cap = options.read_cap;
   icecache.min_mass = static_cast<float>(options.min_mass);

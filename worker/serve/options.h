@@ -24,6 +24,7 @@ struct WorkerOptions {
   uint32_t threads = 0;  // 0: one per core
   std::string device = "auto";
   uint64_t gpu_memory = 0;  // 0: nine tenths of what is free
+  std::string page_way = "auto";
 
   std::string server = "127.0.0.1:7400";
   std::string tenant;
@@ -70,7 +71,9 @@ struct LoadedModel {
 };
 Result<LoadedModel> LoadModelAndTokenizer(const WorkerOptions& options);
 
-Result<std::unique_ptr<ServerLink>> ConnectToServer(const WorkerOptions& options);
+// Borrows `compute`.
+Result<std::unique_ptr<ServerLink>> ConnectToServer(const WorkerOptions& options,
+                                                    const Compute& compute);
 
 SparseBudget BudgetOf(const WorkerOptions& options);
 IceCacheOptions IceCacheOptionsOf(const WorkerOptions& options, const Compute& compute);

@@ -89,7 +89,7 @@ Status RecallRun::Prepare() {
   }
   const bool served = Wants(Method::kIceCache) || options_.publish || !options_.fork_of.empty();
   if (served) {
-    KV_ASSIGN_OR_RETURN(link_, ConnectToServer(options_.worker));
+    KV_ASSIGN_OR_RETURN(link_, ConnectToServer(options_.worker, loaded_.compute));
   }
   report_.document_tokens = static_cast<uint32_t>(document_.tokens.size());
   report_.facts = options_.document.facts;
