@@ -68,10 +68,12 @@ inline constexpr uint32_t kConnectionsMax = 4096;
 inline constexpr uint32_t kSendWindowMessages = 1024;  // handed to UCX and not complete, per connection; bounds reordering
 inline constexpr size_t kReceiveHeldBytesMax = 1u << 30;   // per connection, out of order or in flight
 inline constexpr size_t kReceiveCacheBytesMax = 64u << 20;   // idle receive buffers kept, per transport
+inline constexpr size_t kNumbersKeptMax = 256;  // of descriptors (common/ucx_peer.h); some per connection that closed
+inline constexpr milliseconds kNumbersKeptTime{15000};  // who attaches late has given up by then
 
 // Time.
 inline constexpr milliseconds kHeartbeatInterval{200};
-inline constexpr int kHeartbeatMisses = 5;  // silent intervals after which a peer is dead
+inline constexpr int kHeartbeatMisses = 5;  // silent intervals after which a peer is dead, on both planes
 inline constexpr milliseconds kSilenceAnnouncedMax{60000};  // Channel::AnnounceSilence
 inline constexpr milliseconds kRequestDeadline{5000};  // default of a data request
 inline constexpr milliseconds kControlDeadline{10000};

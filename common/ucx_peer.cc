@@ -17,11 +17,10 @@
 #include <string_view>
 #include <utility>
 
+#include "common/limits.h"
+
 namespace icecache {
 namespace {
-
-constexpr size_t kKeptMax = 256;                    // some descriptors per closed connection
-constexpr auto kKeptTime = std::chrono::seconds(15);  // who attaches late has given up by then
 
 bool SameAddress(const sockaddr_storage& a, const sockaddr_storage& b) {
   if (a.ss_family != b.ss_family) return false;
@@ -101,7 +100,8 @@ void KeepNumbers(const std::vector<int>& were_open) {
       close(number);
     }
   }
-  while (!kept.empty() && (kept.size() > kKeptMax || now - kept.front().first > kKeptTime)) {
+  while (!kept.empty() && (kept.size() > limits::kNumbersKeptMax ||
+                           now - kept.front().first > limits::kNumbersKeptTime)) {
     close(kept.front().second);
     kept.pop_front();
   }
