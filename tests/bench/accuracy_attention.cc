@@ -55,11 +55,15 @@ Result<IndexedDocument> IndexDocument(const ReadDocument& document, const Accura
     for (uint16_t h = 0; h < document.shape.kv_heads; ++h) {
       const LayerId layer(l);
       const KvHeadId head(h);
+      if (l < method.dense) {
+        index.slices.emplace_back();
+        continue;
+      }
       const TokenRows rows =
           Part(document.kv->rows(layer, head), sinks, document.tokens - sinks - window);
       KV_ASSIGN_OR_RETURN(IndexedSlice slice,
                           BuildSlice(HintsOf(document, document.slice(layer, head), method.seed),
-                                     rows, method, l % method.reuse == 0, &layouts[h]));
+                                     rows, method, method.leads(layer), &layouts[h]));
       slice.first = sinks;
       if (slice.policy) {
         slice.policy->VisitCounters([&](std::string_view name, double value) {
@@ -83,6 +87,7 @@ PolicyAttention::PolicyAttention(ReadDocument& document, IndexedDocument& index,
       budget_(budget),
       grow_(grow),
       max_pages_(budget.chosen() / limits::kPageTokens),
+      dense_(document.shape, *document.kv, backend),
       token_(document.shape, TokenPos(0), 1),
       leaders_(document.shape.kv_heads),
       leader_plans_(document.shape.kv_heads),
@@ -121,7 +126,7 @@ Status PolicyAttention::AddToken(LayerId layer, KvHeadId head) {
     PageLayout none;
     KV_ASSIGN_OR_RETURN(
         slice, BuildSlice(HintsOf(document_, at, method_.seed), Part(rows, left, 0), method_,
-                          leads(layer), &none));
+                          method_.leads(layer), &none));
     slice.first = left;
   }
   if (slice.policy) {
@@ -145,7 +150,7 @@ Status PolicyAttention::Rebuild(LayerId layer, KvHeadId head, uint32_t end) {
   const size_t at = document_.slice(layer, head);
   const uint32_t first = index_.slices[at].first;
   const TokenRows rows = Part(document_.kv->rows(layer, head), first, end - first);
-  KV_ASSIGN_OR_RETURN(index_.slices[at], BuildSlice(RebuildHints(at), rows, method_, leads(layer),
+  KV_ASSIGN_OR_RETURN(index_.slices[at], BuildSlice(RebuildHints(at), rows, method_, method_.leads(layer),
                                                     &leader_layouts_[head.value]));
   index_.slices[at].first = first;
   slices_[at].added = 0;
@@ -204,7 +209,7 @@ void PolicyAttention::Select(LayerId layer, KvHeadId head, const float* queries,
   request.residual = method_.residual;
   std::vector<Kept>& chosen = chosen_[head.value];
   slices_[at].energy.Observe(queries, request.group, document_.shape.head_dim);
-  if (leads(layer)) {
+  if (method_.leads(layer)) {
     chosen.clear();
     Choose(at, head.value, request, states, &chosen);
   }
@@ -293,6 +298,7 @@ void PolicyAttention::ProbePages(LayerId layer, KvHeadId head, const float* quer
 
 Status PolicyAttention::Attend(LayerId layer, TokenPos first, uint32_t tokens, const float* q,
                                const float* k, const float* v, float* out) {
+  if (layer.value < method_.dense) return dense_.Attend(layer, first, tokens, q, k, v, out);
   const ModelShape& shape = document_.shape;
   return ForEachToken(shape, first, tokens, q, k, v, out, [&](const TokenCall& call) -> Status {
     const AttentionTimer timer(&stats_.attention);

@@ -3,7 +3,8 @@
 //
 // The strict protocol, equal for all policies: every token after the document, the question's too,
 // attends to sinks, window and what the policy chose under the budget; a token that leaves the
-// window is added to the index before the next selection; no layer is dense. Owner's thread.
+// window is added to the index before the next selection; no layer is dense unless the method says
+// so. Owner's thread.
 #pragma once
 
 #include <cstdint>
@@ -17,6 +18,7 @@
 #include "tests/bench/accuracy_method.h"
 #include "tests/support/page_store.h"
 #include "worker/attention_exact.h"
+#include "worker/attention_full.h"
 #include "worker/decode_attention.h"
 
 namespace icecache {
@@ -24,7 +26,7 @@ namespace icecache {
 // One head slice: which tokens share a page, and which pages matter.
 struct IndexedSlice {
   std::unique_ptr<SelectionPolicy> policy;  // nullptr: follows another layer's (reuse)
-  std::unique_ptr<PageStore> store;
+  std::unique_ptr<PageStore> store;         // nullptr: a dense layer
   uint32_t first = 0;  // position of token 0 of the store
 };
 
@@ -103,7 +105,6 @@ class PolicyAttention final : public DecodeAttention {
   void Count(size_t at, const std::vector<Kept>& chosen, const Selection& selection);
   void ProbePages(LayerId layer, KvHeadId head, const float* queries,
                   const std::vector<Kept>& chosen);
-  bool leads(LayerId layer) const { return layer.value % method_.reuse == 0; }
 
   ReadDocument& document_;
   IndexedDocument& index_;
@@ -112,6 +113,7 @@ class PolicyAttention final : public DecodeAttention {
   const SparseBudget budget_;
   const bool grow_;
   const uint32_t max_pages_;
+  AttentionFull dense_;  // the first method.dense layers
   bool probe_ = false;
   LayerRows token_;
   AttentionStates states_;

@@ -54,6 +54,7 @@ std::map<std::string, Setter> CommonOptions(AccuracyMethod* m) {
                                                      {"build", AccuracyMethod::Energy::kBuild},
                                                      {"none", AccuracyMethod::Energy::kNone}})},
           {"reuse", Number(&m->reuse)},
+          {"dense", Number(&m->dense)},
           {"seed", Number(&m->seed)},
           {"rank", Choice<GroupRank>(&m->rank, {{"mass_sum", GroupRank::kMassSum},
                                                 {"mass_max", GroupRank::kMassMax},

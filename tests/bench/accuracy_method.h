@@ -12,6 +12,7 @@
 //                  before the build, or nothing (recent | build | none)
 //   seed=N         of the index
 //   reuse=N        layers share the selection (and the layout) of the last whose number N divides
+//   dense=N        the first N layers attend to everything, as in the paper's runs (0)
 // and of cluster_tree and dci_tree the fields of their options by name, such as
 // cluster_tree/rerank_pages_max=48 or dci_tree/level1_ratio=0.03; dci_tree/reference: as the reference.
 #pragma once
@@ -40,11 +41,14 @@ struct AccuracyMethod {
   uint32_t recluster = 1024;
   Energy energy = Energy::kRecent;
   uint32_t reuse = 1;
+  uint32_t dense = 0;
   uint64_t seed = 1;
   bool custom = false;  // index options other than the defaults
   ClusterTreeOptions tree;
   DciTreeOptions dci;
 
+  // Whether a layer behind the dense ones chooses for itself.
+  bool leads(LayerId layer) const { return (layer.value - dense) % reuse == 0; }
   std::unique_ptr<SelectionPolicy> Make(DType dtype, uint32_t head_dim) const;
 };
 

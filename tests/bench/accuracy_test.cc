@@ -246,6 +246,12 @@ TEST_F(PolicyAttentionTest, LeavesOutWhatIsNotChosenWhenPlain) {
   EXPECT_GT(Worst("sequential/plain", true, 20), 0.02);
 }
 
+TEST_F(PolicyAttentionTest, DenseLayersLeaveNothingOut) {
+  EXPECT_LT(Worst("sequential/plain/dense=2", false, 20), 1e-6);
+  EXPECT_LT(Worst("sequential/plain/dense=2", true, 20), 1e-6);
+  EXPECT_GT(Worst("sequential/plain/dense=1", true, 20), 0.02) << "the second layer still does";
+}
+
 TEST_F(PolicyAttentionTest, CountsPagesThatAreKept) {
   ReadDocument document = Document();
   const AccuracyMethod method = ParseAccuracyMethod("sequential").value();
