@@ -20,7 +20,12 @@
 namespace icecache::packing {
 
 inline constexpr uint32_t kPageRows = limits::kPageTokens;
-inline constexpr uint32_t kSketchDims = 32;
+// Dimensions that a sketch sees: all of a small head, half of which hides what tells a few tokens
+// from all others (docs/index.md), those in which logits vary most of a larger one.
+inline constexpr uint32_t kSketchDims = 32, kSketchDimsMax = 64;
+constexpr uint32_t SketchDims(uint32_t head_dim) {
+  return head_dim <= kSketchDimsMax ? head_dim : kSketchDims;
+}
 inline constexpr float kCoordinateMax = 100.0f;  // |z| saturates; the rows themselves stay exact
 inline constexpr float kValueShare = 0.3f;       // of the key variance, where values take part
 
@@ -33,7 +38,7 @@ struct Basis {
   std::vector<float> weight;          // [dim], of the metric
   std::vector<float> value_mean;      // [dim]
   std::vector<float> page_variance;   // [dim], of z within a page, mean over pages
-  std::vector<uint32_t> sketch_dims;  // kSketchDims dimensions, or none: no sketch
+  std::vector<uint32_t> sketch_dims;  // SketchDims dimensions, or none: no sketch
   float page_spread = 0;  // mean over pages of sum_j weight_j var_j: the unit of insert_slack
 
   bool sketched() const { return !sketch_dims.empty(); }

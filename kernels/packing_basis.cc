@@ -143,11 +143,12 @@ void LearnPages(const TokenRows& rows, const Packing& packing, SketchUse sketch,
   basis->page_spread = static_cast<float>(spread);
   std::sort(order.begin(), order.end());
   double seen = 0;
-  for (uint32_t i = 0; i < kSketchDims; ++i) seen -= order[i].first;
+  const uint32_t dims = SketchDims(dim);
+  for (uint32_t i = 0; i < dims; ++i) seen -= order[i].first;
   basis->sketch_dims.clear();
   const bool pays = spread > 0 && seen >= kSketchShare * spread;
   if (sketch == SketchUse::kOff || (sketch == SketchUse::kAuto && !pays)) return;
-  for (uint32_t i = 0; i < kSketchDims; ++i) basis->sketch_dims.push_back(order[i].second);
+  for (uint32_t i = 0; i < dims; ++i) basis->sketch_dims.push_back(order[i].second);
   std::sort(basis->sketch_dims.begin(), basis->sketch_dims.end());
 }
 

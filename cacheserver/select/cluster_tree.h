@@ -8,8 +8,8 @@
 // Keys are seen in coordinates centred and scaled per dimension over the slice; summaries are int8.
 // The mass of a node for a query is estimated as count * exp(q . mean + f(s)), s^2 the variance of
 // its tokens' logits and f(s) = s^2 / 2 / (1 + 0.2 s) (notes: the undamped Gaussian term diverges
-// on mixed pages). A sketch holds each token's deviation from its page's mean in the 32 dimensions
-// in which logits vary most inside pages.
+// on mixed pages). A sketch holds each token's deviation from its page's mean, in all of up to 64
+// dimensions or in the 32 in which logits vary most inside pages.
 //
 // Costs: about 55 bytes a key with sketch and 22 without at head_dim 128; build a few us per key; a
 // query reads 128 bytes per page, with the sketch 512 more of half of them, then 256 per token

@@ -107,7 +107,9 @@ void GetBasis(ImageReader& in, uint32_t head_dim, Basis* basis) {
   const std::vector<uint32_t>& dims = basis->sketch_dims;
   const bool rising =
       std::adjacent_find(dims.begin(), dims.end(), std::greater_equal<>()) == dims.end();
-  if (!dims.empty() && (dims.size() != kSketchDims || !rising || dims.back() >= head_dim))
+  // Older images have sketches of 32 dimensions of small heads, too.
+  const bool counted = dims.size() == SketchDims(head_dim) || dims.size() == kSketchDims;
+  if (!dims.empty() && (!counted || !rising || dims.back() >= head_dim))
     in.Fail("the sketch's dimensions are out of range");
 }
 
@@ -315,6 +317,8 @@ Status Restore(std::string_view image, const PolicyOptions& options, Tree* tree)
   FillColumn(in, &read.pages, &Page::sketch_scale);
   FillColumn(in, &read.pages, &Page::rest_spread);
   GetRows(in, &read.values, read.pages.size());
+  if (in.ok() && read.basis.sketched())
+    read.sketches = ChunkedRows(read.basis.sketch_dims.size() * kBlockRows);
   GetRows(in, &read.sketches, read.basis.sketched() ? read.pages.size() : 0);
   GetNodes(in, options.head_dim, &read.super_nodes);
   const size_t supers_max = size_t{read.super_nodes.block_count()} * kBlockRows;

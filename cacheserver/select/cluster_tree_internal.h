@@ -24,19 +24,21 @@ using packing::BasisOf;
 using packing::kCoordinateMax;
 using packing::kPageRows;
 using packing::kSketchDims;
+using packing::kSketchDimsMax;
 using packing::kValueShare;
 using packing::LearnBasis;
 using packing::LearnPages;
 using packing::Moments;
 using packing::PackContent;
 using packing::PackSequential;
+using packing::SketchDims;
 using packing::ToCoordinates;
 using packing::ValueSpread;
 
 inline constexpr uint32_t kNone = ~0u;
-inline constexpr uint32_t kSuperPages = 32;      // pages of a super after Build
-inline constexpr uint32_t kSuperBlocksMax = 4;   // a super splits before it needs a fifth block
-inline constexpr float kValueMax = 1e30f;  // mean values saturate
+inline constexpr uint32_t kSuperPages = 32;     // pages of a super after Build
+inline constexpr uint32_t kSuperBlocksMax = 4;  // a super splits before it needs a fifth block
+inline constexpr float kValueMax = 1e30f;       // mean values saturate
 static_assert(kSuperBlocksMax * kBlockRows == kSuperPagesMax);
 
 // Growable array of rows of bytes that never moves them: growing costs one small allocation.
@@ -98,7 +100,7 @@ struct Tree {
       : head_dim(dim),
         leaves(dim),
         values(dim ? dim : 1),
-        sketches(kSketchDims * kBlockRows),
+        sketches(SketchDims(dim) * kBlockRows),
         super_nodes(dim),
         super_values(dim ? dim : 1) {}
   uint32_t head_dim = 0;
@@ -110,7 +112,7 @@ struct Tree {
   std::vector<uint32_t> free_blocks, free_supers;
   std::vector<Page> pages;  // by PageId
   ChunkedRows values;       // [page] int8 mean value less value_mean
-  ChunkedRows sketches;     // [page] block of kSketchDims, empty without sketch
+  ChunkedRows sketches;     // [page] block of the sketched dimensions, empty without
   NodeTable super_nodes;    // slot = super
   ChunkedRows super_values;
   std::vector<Super> supers;

@@ -116,12 +116,13 @@ void WriteNode(const Basis& basis, uint32_t dim, uint32_t slot, uint32_t count, 
 void WriteSketch(Tree& tree, uint32_t page, const PageRows& rows, const float* mean,
                  const float* deviation) {
   const Basis& basis = tree.basis;
+  const auto dims = static_cast<uint32_t>(basis.sketch_dims.size());
   uint8_t* block = tree.sketches.row(page);
-  alignas(64) float delta[kPageRows][kSketchDims];
+  alignas(64) float delta[kPageRows][kSketchDimsMax];
   float top = 0, sketched = 0, all = 0;
   for (uint32_t r = 0; r < rows.count; ++r) {
     const float* z = rows.z.data() + size_t{r} * rows.dim;
-    for (uint32_t i = 0; i < kSketchDims; ++i) {
+    for (uint32_t i = 0; i < dims; ++i) {
       const uint32_t j = basis.sketch_dims[i];
       delta[r][i] = z[j] - mean[j];
       top = std::max(top, std::fabs(delta[r][i]));
@@ -131,12 +132,12 @@ void WriteSketch(Tree& tree, uint32_t page, const PageRows& rows, const float* m
   for (uint32_t j : basis.sketch_dims) sketched += basis.weight[j] * deviation[j];
   const float scale = top / 127.0f;
   const float inverse = scale > 1e-30f ? 1.0f / scale : 0.0f;
-  std::memset(block, 128, size_t{kSketchDims} * kBlockRows);
+  std::memset(block, 128, size_t{dims} * kBlockRows);
   for (uint32_t r = 0; r < rows.count; ++r) {
-    int8_t q[kSketchDims];
-    for (uint32_t i = 0; i < kSketchDims; ++i)
+    int8_t q[kSketchDimsMax];
+    for (uint32_t i = 0; i < dims; ++i)
       q[i] = static_cast<int8_t>(RoundToInt(delta[r][i] * inverse));
-    PackBlockRow(q, kSketchDims, r, block);
+    PackBlockRow(q, dims, r, block);
   }
   tree.pages[page].sketch_scale = inverse > 0 ? scale : 0.0f;
   tree.pages[page].rest_spread =

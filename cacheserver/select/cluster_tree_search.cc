@@ -107,15 +107,15 @@ void Search::Prepare() {
   // Next to what a sketch leaves out, five bits more of the query are nothing.
   coarse_.Assign(scaled_.data(), group_, dim_, basis.sketched() ? 1 : 2);
   if (!basis.sketched()) return;
-  picked_.resize(size_t{group_} * kSketchDims);
+  const auto dims = static_cast<uint32_t>(basis.sketch_dims.size());
+  picked_.resize(size_t{group_} * dims);
   for (uint32_t j : basis.sketch_dims) use[j] = 0;
   for (uint32_t g = 0; g < group_; ++g) {
     const float* from = scaled_.data() + size_t{g} * dim_;
-    for (uint32_t i = 0; i < kSketchDims; ++i)
-      picked_[g * kSketchDims + i] = from[basis.sketch_dims[i]];
+    for (uint32_t i = 0; i < dims; ++i) picked_[g * dims + i] = from[basis.sketch_dims[i]];
     rest_rho_[g] = factor(from);
   }
-  fine_.Assign(picked_.data(), group_, kSketchDims, 1);
+  fine_.Assign(picked_.data(), group_, dims, 1);
 }
 
 void Search::MarkNear() {

@@ -338,6 +338,50 @@ TEST(ClusterTree, QueryEnergyDecidesWhichDimensionsThePagesFollow) {
   EXPECT_LT(mixed, 2048u / 20);
 }
 
+// Facts in a long text: a few keys far out in dimensions that text neither fills nor asks in. A
+// query for one of them finds it by its sketch, though by variance those dimensions are the last
+// that would be sketched.
+TEST(ClusterTree, FindsFarTokensInDimensionsThatVaryLittle) {
+  constexpr uint32_t kTokens = 8192, kFacts = 16, kFirst = 56;
+  for (uint64_t seed = 1; seed <= 3; ++seed) {
+    SCOPED_TRACE(testing::Message() << "seed " << seed);
+    Slice slice(64, {}, DType::kF16, seed);
+    std::normal_distribution<float> normal;
+    std::vector<std::vector<float>> queries;
+    std::vector<uint32_t> tokens;
+    for (uint32_t t = 0; t < kTokens; ++t) {
+      const bool fact = t % (kTokens / kFacts) == 100;
+      std::vector<float> key(64);
+      for (uint32_t j = 0; j < 64; ++j) {
+        const float x = normal(slice.rng());
+        key[j] = j < 32 ? x : 0.5f * x;
+        if (fact && j >= kFirst) key[j] += x > 0 ? 3.0f : -3.0f;
+      }
+      slice.Push([&](uint32_t j) { return key[j]; });
+      if (!fact) continue;
+      tokens.push_back(t);
+      // What else it asks for spreads the logits of text as far as a summary would spread a fact's.
+      for (uint32_t j = 0; j < 64; ++j)
+        key[j] = j < 32 ? 0.4f * normal(slice.rng()) : 0.2f * key[j];
+      queries.push_back(key);
+    }
+    std::vector<float> energy(64, 0.2f);
+    std::fill_n(energy.begin(), 32, 1.0f);
+    BuildHints hints;
+    hints.query_energy = energy;
+    ASSERT_TRUE(slice.Build(hints).ok());
+    for (uint32_t f = 0; f < kFacts; ++f) {
+      const Selection got = Ask(slice.policy(), slice.store().kv(), queries[f], 2, 0);
+      EXPECT_TRUE(std::any_of(got.pages.begin(), got.pages.end(),
+                              [&](const SelectedPage& page) {
+                                const auto& in = slice.store().tokens(page.page.value);
+                                return std::find(in.begin(), in.end(), tokens[f]) != in.end();
+                              }))
+          << "fact " << f;
+    }
+  }
+}
+
 TEST(ClusterTree, NaNQueriesDoNotBreakTheSearch) {
   Slice slice(64);
   slice.Draw(500);
