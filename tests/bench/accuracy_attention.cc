@@ -124,9 +124,8 @@ Status PolicyAttention::AddToken(LayerId layer, KvHeadId head) {
   const TokenRows row = Part(rows, left, 1);
   if (!slice.store) {
     PageLayout none;
-    KV_ASSIGN_OR_RETURN(
-        slice, BuildSlice(HintsOf(document_, at, method_.seed), Part(rows, left, 0), method_,
-                          method_.leads(layer), &none));
+    KV_ASSIGN_OR_RETURN(slice, BuildSlice(HintsOf(document_, at, method_.seed), Part(rows, left, 0),
+                                          method_, method_.leads(layer), &none));
     slice.first = left;
   }
   if (slice.policy) {
@@ -150,8 +149,9 @@ Status PolicyAttention::Rebuild(LayerId layer, KvHeadId head, uint32_t end) {
   const size_t at = document_.slice(layer, head);
   const uint32_t first = index_.slices[at].first;
   const TokenRows rows = Part(document_.kv->rows(layer, head), first, end - first);
-  KV_ASSIGN_OR_RETURN(index_.slices[at], BuildSlice(RebuildHints(at), rows, method_, method_.leads(layer),
-                                                    &leader_layouts_[head.value]));
+  KV_ASSIGN_OR_RETURN(index_.slices[at],
+                      BuildSlice(RebuildHints(at), rows, method_, method_.leads(layer),
+                                 &leader_layouts_[head.value]));
   index_.slices[at].first = first;
   slices_[at].added = 0;
   slices_[at].kept.clear();  // pages have new names
@@ -246,8 +246,7 @@ void PolicyAttention::Count(size_t at, const std::vector<Kept>& chosen,
       slice.kept.erase(kept);
     }
     slice.kept.insert(slice.kept.begin(), page);
-    s.repeated +=
-        slice.selected && std::any_of(slice.last.begin(), slice.last.end(), same(page));
+    s.repeated += slice.selected && std::any_of(slice.last.begin(), slice.last.end(), same(page));
   }
   if (slice.kept.size() > kKeptSelections * max_pages_)
     slice.kept.resize(kKeptSelections * max_pages_);
