@@ -339,8 +339,7 @@ TEST(ClusterTree, QueryEnergyDecidesWhichDimensionsThePagesFollow) {
 }
 
 // Facts in a long text: a few keys far out in dimensions that text neither fills nor asks in. A
-// query for one of them finds it by its sketch, though by variance those dimensions are the last
-// that would be sketched.
+// query for one finds it by its sketch, though those are the last that variance would choose.
 TEST(ClusterTree, FindsFarTokensInDimensionsThatVaryLittle) {
   constexpr uint32_t kTokens = 8192, kFacts = 16, kFirst = 56;
   for (uint64_t seed = 1; seed <= 3; ++seed) {
