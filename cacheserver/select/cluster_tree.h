@@ -51,8 +51,8 @@ struct ClusterTreeOptions {
   // sketched besides those named.
   uint32_t near_scan_pages = 4096;
   uint32_t near_sketch_pages = 256;
-  // Pages whose sketches one query reads at most: of large slices it reads half, the more
-  // promising.
+  // Pages whose sketches one query reads at most: of large slices with head_dim over 64 it reads
+  // half, the more promising.
   uint32_t sketch_pages = 4096;
   float token_threshold = 7e-4f;  // estimated weight above which a single token is read exactly
   float insert_slack =

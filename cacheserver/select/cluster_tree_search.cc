@@ -18,6 +18,8 @@ constexpr float kOptimism = 3.0f;  // standard deviations granted to an unseen p
 constexpr float kNegligibleToken = 1e-5f;
 // Half of the pages are sketched, or so many if that is more: errors of all classes of heads are
 // those of sketching all (docs/index.md), and sketches are four times the bytes of the page means.
+// Where all dimensions are sketched, all pages are: there a sketch finds a fact among strangers, of
+// which the page's estimate says nothing (docs/results.md).
 constexpr uint32_t kSketchedPart = 2, kSketchedPagesMin = 1024;
 constexpr float kNegligibleShare = 2e-4f;  // of the mass: not worth a sketch even if optimistic
 
@@ -245,8 +247,10 @@ void Search::ScanPages() {
 // The pages to sketch, by scanned slot: all when they are few, else the best under an optimistic
 // estimate, and those that are near.
 void Search::ChooseSketched() {
-  uint32_t wanted =
-      std::min(options_->sketch_pages, std::max(kSketchedPagesMin, scanned_pages_ / kSketchedPart));
+  uint32_t wanted = options_->sketch_pages;
+  if (SketchDims(tree_->head_dim) < tree_->head_dim) {
+    wanted = std::min(wanted, std::max(kSketchedPagesMin, scanned_pages_ / kSketchedPart));
+  }
   uint32_t all = slots_ * 2 / 3;
   if (narrow_) {
     FindNear();

@@ -38,11 +38,14 @@ class Slice {
     return MakeClusterTree({dtype_, dim_, 3}, options_);
   }
 
-  // Clustered rows; run: tokens in a row of one cluster.
-  void Draw(uint32_t count, uint32_t run = 1) {
+  // Clustered rows; run: tokens in a row of one cluster; varying: dimensions in which rows of a
+  // cluster differ.
+  void Draw(uint32_t count, uint32_t run = 1, uint32_t varying = UINT32_MAX) {
     for (uint32_t t = 0; t < count; ++t) {
       if (drawn_++ % run == 0) cluster_ = rng_() % 24;
-      Push([&](uint32_t j) { return centres_[cluster_ * dim_ + j] + 0.6f * normal_(rng_); });
+      Push([&](uint32_t j) {
+        return centres_[cluster_ * dim_ + j] + (j < varying ? 0.6f * normal_(rng_) : 0);
+      });
     }
   }
   // The same by the hundred thousand: noise is cut out of a pool at random places, which costs a

@@ -97,7 +97,7 @@ TEST(ClusterTree, ExactReadsStayWithinTheCap) {
   }
 }
 
-// Of a slice of so many pages half are sketched: those that tell.
+// Of a slice of so many pages, with more dimensions than are sketched, half are: those that tell.
 TEST(ClusterTree, TheMostPromisingPagesAreSketched) {
   double errors[2] = {};
   int at = 0;
@@ -105,8 +105,8 @@ TEST(ClusterTree, TheMostPromisingPagesAreSketched) {
     ClusterTreeOptions options;
     options.sketch = Sketch::kOn;
     options.sketch_pages = sketch_pages;
-    Slice slice(64, options);
-    slice.Draw(40000);
+    Slice slice(80, options);
+    slice.Draw(40000, 1, 32);
     ASSERT_TRUE(slice.Build().ok());
     for (int i = 0; i < 8; ++i) {
       const std::vector<float> queries = slice.Queries(4, 4);
@@ -117,8 +117,8 @@ TEST(ClusterTree, TheMostPromisingPagesAreSketched) {
     }
     ++at;
   }
-  EXPECT_LT(errors[1], 0.8 * errors[0]);
-  EXPECT_LT(errors[1], 0.1);
+  EXPECT_LT(errors[1], 0.5 * errors[0]);
+  EXPECT_LT(errors[1], 0.03);
 }
 
 TEST(ClusterTree, MoreReadingMeansLessError) {
@@ -263,8 +263,8 @@ TEST(ClusterTree, SequentialPagesWinWhereNeighboursAreAlike) {
   EXPECT_FALSE(is_identity(*scattered.policy().Build(scattered.rows(), {})));
 }
 
-// A worker's proposal is a candidate like the tree's own: the same one gives the same tree, byte for
-// byte; a bad one loses against the order of the text.
+// A worker's proposal is a candidate like the tree's own: the same one gives the same tree, byte
+// for byte; a bad one loses against the order of the text.
 TEST(ClusterTree, AProposedLayoutIsACandidateLikeItsOwn) {
   for (const uint32_t run : {1u, 40u}) {
     SCOPED_TRACE(run);
