@@ -12,9 +12,9 @@ namespace icecache {
 namespace {
 
 constexpr Duration kSweepInterval = std::chrono::seconds(2);
-constexpr std::array<const char*, 9> kKindNames = {
-    "unknown",    "attach",      "put_rows",     "build",      "select",
-    "fetch_rows", "fetch_pages", "select_batch", "extent_keys"};
+constexpr std::array<const char*, 9> kKindNames = {"unknown",     "attach",       "put_rows",
+                                                   "build",       "select",       "fetch_rows",
+                                                   "fetch_pages", "select_batch", "extent_keys"};
 
 Histogram& StageHistogram(MetricsRegistry& metrics, const char* stage) {
   return metrics.GetHistogram(
@@ -146,6 +146,8 @@ void DataService::Accept(std::unique_ptr<Endpoint> endpoint) {
 void DataService::Close(uint64_t id) {
   auto node = connections_.extract(id);
   if (node.empty()) return;
+  for (const RequestId put : node.mapped()->puts_behind) requests_.erase(put);
+  node.mapped()->puts_behind.clear();
   connection_gauge_.Set(static_cast<int64_t>(connections_.size()));
   closed_.push_back(std::move(node.mapped()));
   if (closed_.size() > 1) return;

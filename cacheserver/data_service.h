@@ -23,6 +23,7 @@
 
 #include <array>
 #include <cstdint>
+#include <deque>
 #include <memory>
 #include <optional>
 #include <string>
@@ -61,12 +62,17 @@ class DataService {
   size_t connection_count() const { return connections_.size(); }
 
  private:
+  using RequestId = uint64_t;
   struct Connection {
     uint64_t id = 0;
     std::unique_ptr<Channel> channel;
     std::optional<TenantId> tenant;  // of the first ticket; later ones must be of the same
     std::unordered_map<ContextId, Epoch> attached;
     TimePoint last_attached;  // when it last had a living lease, or was made
+    // Rows continue one another: while one PutRows waits for room (0: none), those that come after
+    // it stand behind it, in their order.
+    RequestId put_waits = 0;
+    std::deque<RequestId> puts_behind;
     // By transport, which is known when the connection stands.
     bool transport_known = false;
     Counter* bytes_sent = nullptr;
@@ -86,7 +92,6 @@ class DataService {
     std::optional<TimePoint> give_up;    // set when it first waits for pages or room
     bool waits = false;                  // for pages or room
   };
-  using RequestId = uint64_t;
 
   void Receive(Connection& connection, InMessage message);
   void Enqueue(Connection& connection, const InMessage& message,
@@ -127,6 +132,7 @@ class DataService {
   void WaitForFrames(RequestId kept, const Status& status);
   void Again(RequestId kept, const Status& status);
   void Serve(RequestId id, const Status& status);
+  void StandBehind(Connection& connection, RequestId id);
 
   void Reply(Connection& connection, const InMessage& request, OutMessage reply);
   void FinishBuild(const BuildInFlight& build);

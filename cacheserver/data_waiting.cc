@@ -58,6 +58,12 @@ Status DataService::WaitForRoom(const Status& status) {
         --requests_waiting_;
         Again(kept, room ? OkStatus() : status);
       });
+  const auto request = requests_.find(*kept);  // gone: there was no room to wait for
+  if (request == requests_.end() || request->second->message.kind != wire::kPutRows) {
+    return OkStatus();
+  }
+  const auto connection = connections_.find(request->second->connection);
+  if (connection != connections_.end()) connection->second->put_waits = *kept;
   return OkStatus();
 }
 
@@ -94,15 +100,41 @@ void DataService::Serve(RequestId id, const Status& status) {
   const std::shared_ptr<Request> request = requests_.at(id);
   request->waits = false;
   const auto it = connections_.find(request->connection);
-  if (it != connections_.end() && !status.ok()) {
-    Refuse(*it->second, request->message, status);
-  } else if (it != connections_.end()) {
+  if (it == connections_.end()) {
+    requests_.erase(id);
+    return;
+  }
+  Connection& connection = *it->second;  // closed ones live until the next turn
+  const bool was_first = connection.put_waits == id;
+  if (was_first) connection.put_waits = 0;
+  if (!status.ok()) {
+    Refuse(connection, request->message, status);
+  } else if (connection.put_waits != 0 && request->message.kind == wire::kPutRows) {
+    StandBehind(connection, id);
+  } else {
     const RequestId outer = std::exchange(current_, id);
-    Handle(*it->second, request->message);
+    Handle(connection, request->message);
     current_ = outer;
   }
   // Where it waited and all was there at once, it has been answered inside of Handle.
-  if (!request->waits) requests_.erase(id);
+  if (request->waits) return;
+  requests_.erase(id);
+  while (was_first && connection.put_waits == 0 && !connection.puts_behind.empty()) {
+    const RequestId next = connection.puts_behind.front();
+    connection.puts_behind.pop_front();
+    Serve(next, OkStatus());
+  }
+}
+
+void DataService::StandBehind(Connection& connection, RequestId id) {
+  Request& request = *requests_.at(id);
+  if (connection.puts_behind.size() >= limits::kPromotionsMax) {
+    return Refuse(connection, request.message,
+                  ResourceExhausted(std::to_string(connection.puts_behind.size()) +
+                                    " requests of this connection wait for room, the maximum"));
+  }
+  request.waits = true;
+  connection.puts_behind.push_back(id);
 }
 
 }  // namespace icecache

@@ -71,17 +71,31 @@ class Worker {
             .heads = {KvHeadId(head)}};
   }
   Status PutRows(uint16_t layer, uint16_t head, uint32_t first, uint32_t count) {
-    OutMessage out;
-    wire::Encode(
-        wire::PutRowsRequest{
-            .slices = Slices(layer, head), .first_position = first, .token_count = count},
-        &out);
-    TestRows& rows = this->rows(layer, head);
-    out.body = {rows.K(first, count), rows.V(first, count)};
-    KV_ASSIGN_OR_RETURN(const OwnedMessage reply, shard_of(layer, head).Call(std::move(out)));
+    KV_ASSIGN_OR_RETURN(const OwnedMessage reply,
+                        shard_of(layer, head).Call(RowsMessage(layer, head, first, count)));
     KV_ASSIGN_OR_RETURN(const wire::PutRowsReply done, wire::DecodePutRowsReply(reply.view()));
     EXPECT_EQ(done.next_position, first + count);
     return OkStatus();
+  }
+  // As real workers do it: all rows are on their way before the first are acknowledged.
+  Status PutAllRows(uint16_t layer, uint16_t head, uint32_t tokens) {
+    TestRows& rows = this->rows(layer, head);
+    (void)rows.K(0, tokens), (void)rows.V(0, tokens);  // made: they do not move any more
+    uint32_t waiting = 0;
+    Status status;
+    for (uint32_t first = 0; first < tokens; first += 256) {
+      ++waiting;
+      shard_of(layer, head)
+          .channel()
+          .Call(RowsMessage(layer, head, first, std::min(256u, tokens - first)),
+                std::chrono::seconds(20), [&](const Result<InMessage>& reply) {
+                  --waiting;
+                  if (status.ok()) status = reply.status();
+                });
+    }
+    KV_CHECK(reactor_.RunUntil([&] { return waiting == 0; },
+                               reactor_.clock().Now() + std::chrono::seconds(30)));
+    return status;
   }
   Result<uint32_t> Build(uint16_t layer, uint16_t head, uint32_t tokens) {
     OutMessage out;
@@ -93,9 +107,7 @@ class Worker {
   Status Prefill(uint32_t tokens) {
     for (uint16_t layer = 0; layer < kShape.layers; ++layer) {
       for (uint16_t head = 0; head < kShape.kv_heads; ++head) {
-        for (uint32_t first = 0; first < tokens; first += 256) {
-          KV_RETURN_IF_ERROR(PutRows(layer, head, first, std::min(256u, tokens - first)));
-        }
+        KV_RETURN_IF_ERROR(PutAllRows(layer, head, tokens));
         KV_ASSIGN_OR_RETURN(const uint32_t pages, Build(layer, head, tokens));
         EXPECT_GE(pages, (tokens - kSinks - kWindow + 15) / 16);
       }
@@ -177,6 +189,17 @@ class Worker {
   void set_grant(const wire::Grant& grant) { grant_ = grant; }
 
  private:
+  OutMessage RowsMessage(uint16_t layer, uint16_t head, uint32_t first, uint32_t count) {
+    OutMessage out;
+    wire::Encode(
+        wire::PutRowsRequest{
+            .slices = Slices(layer, head), .first_position = first, .token_count = count},
+        &out);
+    TestRows& rows = this->rows(layer, head);
+    out.body = {rows.K(first, count), rows.V(first, count)};
+    return out;
+  }
+
   std::unique_ptr<Clock> clock_ = MakeSteadyClock();
   Reactor reactor_{*clock_, Duration::zero()};
   ControlClient control_;
