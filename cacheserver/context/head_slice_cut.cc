@@ -102,6 +102,7 @@ Result<std::unique_ptr<HeadSlice>> HeadSlice::Cut(const HeadSlice& from,
   }
   slice->AdoptEnergy(from);
   slice->tail_first_ = slice->next_append_ = tail_first;
+  if (from.built()) slice->built_count_ = slice->end() - options.first_position;
   slice->sealed_ = true;
   return slice;
 }

@@ -98,7 +98,7 @@ Result<std::unique_ptr<HeadSlice>> HeadSlice::Restore(PagePool& pool, const Slic
     in.Fail("it is of another segment or model");
   } else if (sink_count > limits::kSinkTokensMax || first + sink_count > next_append ||
              next_append > end || end > limits::kContextTokensMax ||
-             end - next_append > limits::kWindowTokensMax || (sink_count > 0 && !built)) {
+             end - next_append > limits::kWindowTokensMax) {
     in.Fail("its positions are out of order");
   }
   KV_RETURN_IF_ERROR(in.status());
@@ -121,7 +121,8 @@ Result<std::unique_ptr<HeadSlice>> HeadSlice::Restore(PagePool& pool, const Slic
   KV_RETURN_IF_ERROR(take(end - next_append, tail_k, tail_v, &slice->tail_));
   slice->tail_first_ = slice->next_append_ = next_append;
   slice->next_version_ = next_version;
-  if (built) slice->built_count_ = built_count;
+  // Sinks come from a build; cuts did not say so before.
+  if (built || sink_count > 0) slice->built_count_ = built_count;
   slice->sealed_ = true;
   slice->index_loaded_ = next_append == first + sink_count;
   return slice;

@@ -1,5 +1,5 @@
-// Durable contexts across kill -9 of a real server: what was acknowledged is back, byte for byte and
-// with the same selections; what was not is absent; and a working set larger than memory is
+// Durable contexts across kill -9 of a real server: what was acknowledged is back, byte for byte
+// and with the same selections; what was not is absent; and a working set larger than memory is
 // answered in full.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -20,8 +20,8 @@ constexpr uint32_t kPages = 12;
 
 std::vector<std::string> Args(const TempDir& dir, const std::string& memory = "256MiB") {
   // Test workers turn their loop only while they wait: leases that a busy machine does not end.
-  return {"--memory-size", memory,    "--threads",  std::to_string(kShards),
-          "--lease-ms",    "120000",  "--data-dir", dir.path("data")};
+  return {"--memory-size", memory,   "--threads",  std::to_string(kShards),
+          "--lease-ms",    "120000", "--data-dir", dir.path("data")};
 }
 
 // Prefills, seals with its window and publishes.
@@ -45,8 +45,7 @@ Status OpenContext(Worker& worker, const std::string& name) {
 // What a selection answers, in words that can be compared: names, bytes and order of the pages.
 std::string Answer(Worker& worker, uint16_t layer, uint16_t head, uint64_t seed, uint32_t tokens,
                    uint32_t next) {
-  const std::vector<float> queries =
-      worker.rows(layer, head).Queries(seed, kShape.group(), tokens);
+  const std::vector<float> queries = worker.rows(layer, head).Queries(seed, kShape.group(), tokens);
   const Result<Worker::Selected> selected = worker.Select(layer, head, queries, kPages, next, 0);
   if (!selected.ok()) return selected.status().ToString();
   std::string text;
@@ -216,12 +215,14 @@ TEST(RecoveryOf, AForkAtATokenOfADurableContextIsDurable) {
     ASSERT_TRUE(worker.Fork({.parent = "doc", .name = "early", .tokens = 333}).ok());
     const ContextId id = worker.grant().context.id;
     ASSERT_TRUE(worker.control().Do(wire::Seal{id}).ok());
-    ASSERT_TRUE(worker.control().Do(wire::Publish{id, true}).ok());
+    const Status published = worker.control().Do(wire::Publish{id, true});
+    ASSERT_TRUE(published.ok()) << published.ToString();
     ASSERT_TRUE(worker.control().Do(wire::Drop{"doc"}).ok());
   }
   restart();
   Worker reader(server.address(), 6);
-  ASSERT_TRUE(OpenContext(reader, "early").ok());
+  const Status opened = OpenContext(reader, "early");
+  ASSERT_TRUE(opened.ok()) << opened.ToString();
   ForEachSlice([&](uint16_t layer, uint16_t head) {
     reader.CheckStep(layer, head, 333, 333 - kWindow, 0, 1u << 10, 5);
     reader.CheckStep(layer, head, 333, 333 - kWindow, 0, 3, 6);
