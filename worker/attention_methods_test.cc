@@ -192,7 +192,9 @@ class ServedMethod : public ::testing::Test {
     for (uint16_t l = 0; l < served_.shape.layers; ++l) {
       const std::vector<float> q = Query();
       const std::vector<float> out = Step(attention, served_.layers[l], LayerId(l), token, q);
-      if (device_ != nullptr) EXPECT_TRUE(device_->Synchronize().ok());  // it is written by then
+      if (device_ != nullptr) {
+        EXPECT_TRUE(device_->Synchronize().ok());  // it is written by then
+      }
       for (uint32_t h = 0; h < served_.shape.query_heads; ++h) {
         worst = std::max(worst, MaxDifference(out.data() + h * 16,
                                               AttendReference(served_.layers[l], h, q.data(),

@@ -69,7 +69,9 @@ TEST_P(TransportSuite, AHandlerMayTakeTheMemoryOfAMessage) {
     EXPECT_TRUE(Same(Bytes(t.meta.begin(), t.meta.end()), meta));
     EXPECT_TRUE(Same(Bytes(t.body.begin(), t.body.end()), body));
   }
-  if (GetParam().name.find("Ucx") == 0) EXPECT_EQ(taken.size(), 4u);
+  if (GetParam().name.find("Ucx") == 0) {
+    EXPECT_EQ(taken.size(), 4u);
+  }
   taken.clear();  // before the transport
 }
 
