@@ -21,8 +21,11 @@ namespace asio = boost::asio;
 using boost::system::error_code;
 using std::chrono::milliseconds;
 
-// The least time that a server is given to answer a renewal: as on the data plane.
-constexpr Duration kSilenceMin = limits::kHeartbeatMisses * limits::kHeartbeatInterval;
+// Renewals without an answer before the server counts as lost, and the least time that is given. It
+// is longer than on the data plane, whose connections come back by themselves: with this one goes
+// the lease, and a cable that is plugged in again after a second should cost a second.
+constexpr int kRenewalsUnansweredMax = 3;
+constexpr Duration kSilenceMin = std::chrono::seconds(3);
 
 }  // namespace
 
@@ -128,7 +131,7 @@ struct ControlClient::Impl : std::enable_shared_from_this<ControlClient::Impl> {
   void RenewLater() {
     const Duration every = milliseconds(std::max<uint32_t>(hello.heartbeat_ms, 10));
     renew_timer = reactor.After(every, [this, every] {
-      const int limit = std::max(limits::kHeartbeatMisses, static_cast<int>(kSilenceMin / every));
+      const int limit = std::max(kRenewalsUnansweredMax, static_cast<int>(kSilenceMin / every));
       if (unanswered >= limit) {
         Lose("no answer to " + std::to_string(unanswered) + " renewals of the lease");
         return;

@@ -185,7 +185,7 @@ TEST_F(ControlClientTest, UnansweredRenewalsMeanTheServerIsLost) {
   const auto client = Connect();
   ASSERT_TRUE(client.ok());
   server_.silent = true;
-  Turn(milliseconds(700));
+  Turn(milliseconds(1500));
   EXPECT_TRUE((*client)->Health().ok());
   loop_.reactor.RunUntil([&] { return !(*client)->Health().ok(); },
                          loop_.clock.Now() + std::chrono::seconds(20));
