@@ -109,7 +109,8 @@ void DataService::Serve(RequestId id, const Status& status) {
   if (was_first) connection.put_waits = 0;
   if (!status.ok()) {
     Refuse(connection, request->message, status);
-  } else if (connection.put_waits != 0 && request->message.kind == wire::kPutRows) {
+  } else if (connection.put_waits != 0 &&
+             (request->message.kind == wire::kPutRows || request->message.kind == wire::kBuild)) {
     StandBehind(connection, id);
   } else {
     const RequestId outer = std::exchange(current_, id);

@@ -10,11 +10,23 @@
 
 #include "cacheserver/server.h"
 #include "cacheserver/test_client.h"
+#include "common/model_shape.h"
 #include "common/ucx_environment.h"
 
 namespace icecache {
 
 inline constexpr uint32_t kShards = 2;
+// What server tests cache.
+inline constexpr ModelShape kShape{
+    .layers = 2, .kv_heads = 2, .query_heads = 4, .head_dim = 32, .dtype = DType::kF32};
+inline constexpr uint32_t kSinks = 4, kWindow = 32;
+
+template <typename Check>
+void ForEachSlice(const Check& check) {
+  for (uint16_t layer = 0; layer < kShape.layers; ++layer) {
+    for (uint16_t head = 0; head < kShape.kv_heads; ++head) check(layer, head);
+  }
+}
 
 class RunningServer {
  public:

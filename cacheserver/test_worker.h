@@ -11,13 +11,10 @@
 #include "cacheserver/context/test_rows.h"
 #include "cacheserver/test_client.h"
 #include "cacheserver/test_server.h"
+#include "cacheserver/test_upload.h"
 #include "common/checksum.h"
 
 namespace icecache {
-
-inline constexpr ModelShape kShape{
-    .layers = 2, .kv_heads = 2, .query_heads = 4, .head_dim = 32, .dtype = DType::kF32};
-inline constexpr uint32_t kSinks = 4, kWindow = 32;
 
 // A worker: control connection, one data connection per shard, and its rows.
 class Worker {
@@ -77,26 +74,6 @@ class Worker {
     EXPECT_EQ(done.next_position, first + count);
     return OkStatus();
   }
-  // As real workers do it: all rows are on their way before the first are acknowledged.
-  Status PutAllRows(uint16_t layer, uint16_t head, uint32_t tokens) {
-    TestRows& rows = this->rows(layer, head);
-    (void)rows.K(0, tokens), (void)rows.V(0, tokens);  // made: they do not move any more
-    uint32_t waiting = 0;
-    Status status;
-    for (uint32_t first = 0; first < tokens; first += 256) {
-      ++waiting;
-      shard_of(layer, head)
-          .channel()
-          .Call(RowsMessage(layer, head, first, std::min(256u, tokens - first)),
-                std::chrono::seconds(20), [&](const Result<InMessage>& reply) {
-                  --waiting;
-                  if (status.ok()) status = reply.status();
-                });
-    }
-    KV_CHECK(reactor_.RunUntil([&] { return waiting == 0; },
-                               reactor_.clock().Now() + std::chrono::seconds(30)));
-    return status;
-  }
   Result<uint32_t> Build(uint16_t layer, uint16_t head, uint32_t tokens) {
     OutMessage out;
     wire::Encode(wire::BuildRequest{.slices = Slices(layer, head), .token_count = tokens}, &out);
@@ -107,9 +84,15 @@ class Worker {
   Status Prefill(uint32_t tokens) {
     for (uint16_t layer = 0; layer < kShape.layers; ++layer) {
       for (uint16_t head = 0; head < kShape.kv_heads; ++head) {
-        KV_RETURN_IF_ERROR(PutAllRows(layer, head, tokens));
-        KV_ASSIGN_OR_RETURN(const uint32_t pages, Build(layer, head, tokens));
-        EXPECT_GE(pages, (tokens - kSinks - kWindow + 15) / 16);
+        (void)rows(layer, head).Rows(0, tokens);  // made: they do not move any more
+        Upload upload(reactor_, shard_of(layer, head).channel());
+        for (uint32_t at = 0; at < tokens; at += 256) {
+          upload.Send(RowsMessage(layer, head, at, std::min(256u, tokens - at)));
+        }
+        const Result<uint32_t> pages = Build(layer, head, tokens);
+        KV_RETURN_IF_ERROR(upload.Wait());
+        KV_RETURN_IF_ERROR(pages.status());
+        EXPECT_GE(*pages, (tokens - kSinks - kWindow + 15) / 16);
       }
     }
     return OkStatus();
@@ -208,12 +191,5 @@ class Worker {
   std::vector<TestRows> rows_;
   wire::Grant grant_;
 };
-
-template <typename Check>
-void ForEachSlice(const Check& check) {
-  for (uint16_t layer = 0; layer < kShape.layers; ++layer) {
-    for (uint16_t head = 0; head < kShape.kv_heads; ++head) check(layer, head);
-  }
-}
 
 }  // namespace icecache
