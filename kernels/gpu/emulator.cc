@@ -1,9 +1,11 @@
 #include "kernels/gpu/emulator.h"
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
 #include <cstdlib>
+#include <utility>
 
 #if defined(__SANITIZE_THREAD__)
 #include <sanitizer/tsan_interface.h>
@@ -12,6 +14,14 @@
 namespace icecache::gpu {
 namespace {
 
+// swapcontext sets the signal mask: two system calls a switch, half of the time of a kernel.
+// Sanitizers follow it, and not jumps between stacks.
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+constexpr bool kJumps = false;
+#else
+constexpr bool kJumps = true;
+#endif
+
 constexpr size_t kStackBytes = 256 << 10;  // sanitizers' frames are large
 constexpr uint32_t kThreadsMax = 1024;
 
@@ -19,6 +29,8 @@ enum class State : uint8_t { kReady, kAtWarp, kAtBlock, kDone };
 
 struct Fiber {
   ucontext_t context;
+  jmp_buf at;            // where it waits, with kJumps
+  bool started = false;  // before that only its context is there
   State state = State::kReady;
   std::unique_ptr<std::byte[]> stack;
   std::unique_ptr<EmulatedBlock> block;
@@ -69,7 +81,11 @@ class BlockRun {
 #if defined(__SANITIZE_THREAD__)
     __tsan_switch_to_fiber(main_tsan_, 0);
 #endif
-    swapcontext(&fibers_[thread].context, &main_);
+    if (!kJumps) {
+      swapcontext(&fibers_[thread].context, &main_);
+    } else if (_setjmp(fibers_[thread].at) == 0) {
+      _longjmp(main_at_, 1);
+    }
   }
 
   EmulatedBlock::Slot* slots(uint32_t warp, uint32_t parity) {
@@ -92,6 +108,7 @@ class BlockRun {
     Fiber& fiber = fibers_[thread];
     fiber.block = std::make_unique<EmulatedBlock>(*this, thread);
     fiber.state = State::kReady;
+    fiber.started = false;
     KV_CHECK(getcontext(&fiber.context) == 0);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = kStackBytes;
@@ -110,7 +127,14 @@ class BlockRun {
     main_tsan_ = __tsan_get_current_fiber();
     __tsan_switch_to_fiber(fibers_[thread].tsan, 0);
 #endif
-    KV_CHECK(swapcontext(&main_, &fibers_[thread].context) == 0);
+    Fiber& fiber = fibers_[thread];
+    if (!kJumps || !std::exchange(fiber.started, true)) {
+      if (!kJumps || _setjmp(main_at_) == 0) {
+        KV_CHECK(swapcontext(&main_, &fiber.context) == 0);
+      }
+    } else if (_setjmp(main_at_) == 0) {
+      _longjmp(fiber.at, 1);
+    }
 #if defined(__SANITIZE_THREAD__)
     if (fibers_[thread].state == State::kDone) __tsan_destroy_fiber(fibers_[thread].tsan);
 #endif
@@ -146,6 +170,7 @@ class BlockRun {
   std::vector<EmulatedBlock::Slot> slots_;  // [2, threads]
   std::unique_ptr<std::byte[], decltype(&std::free)> shared_{nullptr, &std::free};
   ucontext_t main_;
+  jmp_buf main_at_;
 #if defined(__SANITIZE_THREAD__)
   void* main_tsan_ = nullptr;
 #endif
