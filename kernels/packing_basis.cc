@@ -28,6 +28,32 @@ void SampleRows(const TokenRows& rows, uint32_t sample, std::vector<float>* k,
   }
 }
 
+// Pages of the layout, evenly spaced: take_row of each of their rows of `data`, keys or values, in
+// f32, which it may change; then take_page of the deviation, the sum of squares about the page's
+// mean by dimension. The number of rows.
+template <typename TakeRow, typename TakePage>
+uint64_t VisitSampledPages(const TokenRows& rows, const std::byte* data, const Packing& packing,
+                           const TakeRow& take_row, const TakePage& take_page) {
+  const uint32_t dim = rows.head_dim, page_count = packing.layout.page_count();
+  const uint32_t sample = std::min(page_count, kPageSample);
+  std::vector<float> x(size_t{kPageRows} * dim), mean(dim), deviation(dim);
+  uint64_t tokens = 0;
+  for (uint32_t i = 0; i < sample; ++i) {
+    const auto page = static_cast<uint32_t>(uint64_t{i} * page_count / sample);
+    const uint32_t begin = packing.layout.page_begin[page];
+    const uint32_t count = packing.layout.page_begin[page + 1] - begin;
+    for (uint32_t r = 0; r < count; ++r) {
+      float* row = x.data() + size_t{r} * dim;
+      ToF32(data + packing.layout.tokens[begin + r] * rows.row_bytes(), rows.dtype, dim, row);
+      take_row(row);
+    }
+    Moments(x.data(), count, dim, mean.data(), deviation.data());
+    take_page(deviation);
+    tokens += count;
+  }
+  return tokens;
+}
+
 }  // namespace
 
 void ToCoordinates(const Basis& basis, const float* k, float* z) {
@@ -114,24 +140,12 @@ void LearnBasis(const float* k, const float* v, uint32_t count, uint32_t dim, Ba
 
 void LearnPages(const TokenRows& rows, const Packing& packing, SketchUse sketch, Basis* basis) {
   const uint32_t dim = rows.head_dim;
-  const uint32_t page_count = packing.layout.page_count();
-  const uint32_t sample = std::min(page_count, kPageSample);
   std::vector<double> variance(dim, 0.0);
-  std::vector<float> z(size_t{kPageRows} * dim), mean(dim), deviation(dim);
-  uint64_t tokens = 0;
-  for (uint32_t i = 0; i < sample; ++i) {
-    const auto page = static_cast<uint32_t>(uint64_t{i} * page_count / sample);
-    const uint32_t begin = packing.layout.page_begin[page];
-    const uint32_t count = packing.layout.page_begin[page + 1] - begin;
-    for (uint32_t r = 0; r < count; ++r) {
-      float* row = z.data() + size_t{r} * dim;
-      ToF32(rows.k + packing.layout.tokens[begin + r] * rows.row_bytes(), rows.dtype, dim, row);
-      ToCoordinates(*basis, row, row);
-    }
-    Moments(z.data(), count, dim, mean.data(), deviation.data());
-    for (uint32_t j = 0; j < dim; ++j) variance[j] += deviation[j];
-    tokens += count;
-  }
+  const uint64_t tokens = VisitSampledPages(
+      rows, rows.k, packing, [&](float* row) { ToCoordinates(*basis, row, row); },
+      [&](const std::vector<float>& deviation) {
+        for (uint32_t j = 0; j < dim; ++j) variance[j] += deviation[j];
+      });
   double spread = 0;
   std::vector<std::pair<double, uint32_t>> order(dim);  // most variance first
   for (uint32_t j = 0; j < dim; ++j) {
@@ -154,27 +168,20 @@ void LearnPages(const TokenRows& rows, const Packing& packing, SketchUse sketch,
 
 // Share of the values' variance that is left inside pages, on a sample of them; at most 1.
 double ValueSpread(const TokenRows& rows, const Packing& packing) {
-  const uint32_t dim = rows.head_dim, page_count = packing.layout.page_count();
-  const uint32_t sample = std::min(page_count, kPageSample);
-  std::vector<float> v(size_t{kPageRows} * dim), mean(dim), deviation(dim);
+  const uint32_t dim = rows.head_dim;
   std::vector<double> sum(dim, 0.0), square(dim, 0.0);
-  double inside = 0, tokens = 0;
-  for (uint32_t i = 0; i < sample; ++i) {
-    const auto page = static_cast<uint32_t>(uint64_t{i} * page_count / sample);
-    const uint32_t begin = packing.layout.page_begin[page];
-    const uint32_t count = packing.layout.page_begin[page + 1] - begin;
-    for (uint32_t r = 0; r < count; ++r) {
-      float* row = v.data() + size_t{r} * dim;
-      ToF32(rows.v + packing.layout.tokens[begin + r] * rows.row_bytes(), rows.dtype, dim, row);
-      for (uint32_t j = 0; j < dim; ++j) {
-        sum[j] += row[j];
-        square[j] += double{row[j]} * row[j];
-      }
-    }
-    Moments(v.data(), count, dim, mean.data(), deviation.data());
-    inside += std::accumulate(deviation.begin(), deviation.end(), 0.0);
-    tokens += count;
-  }
+  double inside = 0;
+  const auto tokens = static_cast<double>(VisitSampledPages(
+      rows, rows.v, packing,
+      [&](const float* row) {
+        for (uint32_t j = 0; j < dim; ++j) {
+          sum[j] += row[j];
+          square[j] += double{row[j]} * row[j];
+        }
+      },
+      [&](const std::vector<float>& deviation) {
+        inside += std::accumulate(deviation.begin(), deviation.end(), 0.0);
+      }));
   double total = 0;
   for (uint32_t j = 0; j < dim; ++j) total += square[j] - sum[j] * sum[j] / std::max(1.0, tokens);
   return total > 0 ? std::min(1.0, inside / total) : 0.0;

@@ -4,10 +4,10 @@
 #include <cstring>
 #include <vector>
 
+#include "kernels/gpu/aligned.h"
+
 namespace icecache::gpu {
 namespace {
-
-constexpr size_t kAlignment = 16;
 
 // The parts of one piece of memory, one after the other.
 class Parts {
@@ -16,7 +16,7 @@ class Parts {
   template <typename T>
   size_t Add(size_t count) {
     const size_t at = bytes_;
-    bytes_ += (count * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
+    bytes_ += Aligned(count * sizeof(T));
     return at;
   }
   size_t bytes() const { return bytes_; }

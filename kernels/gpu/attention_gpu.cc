@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "kernels/gpu/aligned.h"
 #include "kernels/gpu/device_frames.h"
 
 namespace icecache::gpu {
@@ -15,9 +16,6 @@ namespace {
 
 constexpr uint32_t kSplitsMax = 64;
 constexpr uint32_t kPagesPerSplitMin = 8;  // two per warp: less is all overhead
-constexpr size_t kAlignment = 16;
-
-size_t Aligned(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
 class GpuAttention final : public AttentionBackend {
  public:

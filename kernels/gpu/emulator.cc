@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <utility>
 
 #if defined(__SANITIZE_THREAD__)
 #include <sanitizer/tsan_interface.h>
@@ -128,12 +127,12 @@ class BlockRun {
     __tsan_switch_to_fiber(fibers_[thread].tsan, 0);
 #endif
     Fiber& fiber = fibers_[thread];
-    if (!kJumps || !std::exchange(fiber.started, true)) {
-      if (!kJumps || _setjmp(main_at_) == 0) {
-        KV_CHECK(swapcontext(&main_, &fiber.context) == 0);
-      }
+    if (!kJumps) {
+      KV_CHECK(swapcontext(&main_, &fiber.context) == 0);
     } else if (_setjmp(main_at_) == 0) {
-      _longjmp(fiber.at, 1);
+      if (fiber.started) _longjmp(fiber.at, 1);
+      fiber.started = true;
+      KV_CHECK(setcontext(&fiber.context) == 0);
     }
 #if defined(__SANITIZE_THREAD__)
     if (fibers_[thread].state == State::kDone) __tsan_destroy_fiber(fibers_[thread].tsan);

@@ -3,18 +3,16 @@
 #include <cstring>
 #include <utility>
 
+#include "kernels/gpu/aligned.h"
 #include "kernels/int8_rows.h"
 
 namespace icecache::gpu {
 namespace {
 
-constexpr size_t kAlignment = 16;
 // What a page adds to a half besides its bytes: two spans, an entry to verify, padding.
-constexpr size_t kPerPage = 2 * sizeof(CopySpan) + sizeof(PageToVerify) + 4 * kAlignment;
+constexpr size_t kPerPage = 2 * sizeof(CopySpan) + sizeof(PageToVerify) + 4 * kPartAlignment;
 
 static_assert(2 * limits::kLandingBytes / kPerPage < limits::kIntakePagesMax);
-
-size_t Aligned(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
 }  // namespace
 
