@@ -22,7 +22,8 @@ TokenRows RowsFrom(const TokenRows& rows, uint32_t first) {
   return rest;
 }
 
-// Frames that one insert may take: both halves of a split, and a page for the new row.
+// Frames that one insert may take: for the rows that move to a page of their own, for those that
+// stay, and for the new row.
 constexpr uint32_t kInsertFrames = 3;
 
 }  // namespace
@@ -272,10 +273,9 @@ Status HeadSlice::InsertRow(SelectionPolicy& policy, PageTable& table, const Tok
   KV_RETURN_IF_ERROR(table.ReserveFrames(kInsertFrames));
   Result<InsertPlan> plan = policy.Insert(row, table.view());
   if (plan.ok()) {
-    if (plan->split_page) {
-      const uint32_t kept = next_version_++;
-      const uint32_t moved = next_version_++;
-      table.Split(*plan->split_page, plan->split_mask, kept, moved);
+    if (const std::optional<RowMove>& move = plan->move) {
+      if (move->to.value == table.page_count()) table.AddPage(next_version_++);
+      table.MoveRows(move->from, move->mask, move->to, next_version_++);
     }
     KV_CHECK(plan->page.value <= table.page_count());
     if (plan->page.value == table.page_count()) table.AddPage(next_version_++);

@@ -107,7 +107,7 @@ TEST(ClusterTree, InsertGoesOnlyToPagesInMemory) {
   const auto plan = slice.policy().Insert(slice.rows(), cold);
   ASSERT_TRUE(plan.ok());
   EXPECT_EQ(plan->page.value, warm.page_count);
-  EXPECT_FALSE(plan->split_page.has_value());
+  EXPECT_FALSE(plan->move.has_value());
   ASSERT_TRUE(slice.store().ApplyInsert(*plan, slice.rows()).ok());
   EXPECT_TRUE(slice.Validate().ok());
 }

@@ -5,6 +5,7 @@
 #include <numeric>
 #include <string>
 
+#include "cacheserver/select/cluster_tree_division.h"
 #include "cacheserver/select/cluster_tree_internal.h"
 #include "kernels/distance.h"
 
@@ -12,7 +13,7 @@ namespace icecache::cluster_tree {
 
 namespace {
 
-constexpr uint32_t kProbedSupers = 4;
+constexpr uint32_t kProbedSupers = 8;
 constexpr uint32_t kRebaseTokensMax = 512;  // beyond, the next build learns the basis anew
 constexpr float kImpure = 1.5f;             // mean page variances above which a full page is split
 // Pages are kept this full by accepting more distant ones; see Slack.
@@ -42,8 +43,10 @@ float Norm(const Basis& basis, const float* z) {
 // Nearest pages of the nearest supers.
 class Descender {
  public:
-  Descent Run(const Tree& tree, const float* z, const PagedKv& pages) {
+  // For `rows` rows whose mean is z.
+  Descent Run(const Tree& tree, const float* z, uint32_t rows, const PagedKv& pages) {
     const uint32_t dim = tree.head_dim;
+    rows_ = rows;
     pull_.resize(dim);
     for (uint32_t j = 0; j < dim; ++j) pull_[j] = tree.basis.weight[j] * z[j];
     query_.Assign(pull_.data(), 1, dim, 2);
@@ -97,9 +100,10 @@ class Descender {
       if (page == kNone || pages.pages[page].k == nullptr) continue;
       const auto n = static_cast<float>(tree.pages[page].count);
       // Ward's criterion: a small page's mean lies further from its own kind than a full page's.
-      const Place place{page, distance[lane] * n / (n + 1)};
+      const auto m = static_cast<float>(rows_);
+      const Place place{page, distance[lane] * n * m / (n + m)};
       if (place.cost < descent->near.cost) descent->near = place;
-      if (tree.pages[page].count < kPageRows && place.cost < descent->room.cost)
+      if (tree.pages[page].count + rows_ <= kPageRows && place.cost < descent->room.cost)
         descent->room = place;
     }
   }
@@ -107,6 +111,7 @@ class Descender {
   QuantizedQueries query_;
   std::vector<float> pull_;
   float norm_ = 0;
+  uint32_t rows_ = 1;
   std::vector<std::pair<float, uint32_t>> order_;
 };
 
@@ -118,54 +123,6 @@ float Slack(const Tree& tree, float slack) {
   if (fill >= kFillWanted) return slack;
   if (fill <= kFillFloor) return std::numeric_limits<float>::infinity();
   return slack * (kFillWanted - kFillFloor) / (fill - kFillFloor);
-}
-
-// Divides points[count, dim] in two by two-means in the metric; side[i] is 0 or 1, both occur.
-void Divide(const Basis& basis, const float* points, uint32_t count, uint32_t dim, uint8_t* side) {
-  std::vector<float> mean[2] = {std::vector<float>(dim), std::vector<float>(dim)};
-  const auto distance = [&](const float* a, const float* b) {
-    float lanes[16] = {};
-    for (uint32_t j = 0; j < dim; j += 16) {
-      for (uint32_t i = 0; i < 16; ++i) {
-        const float x = a[j + i] - b[j + i];
-        lanes[i] += basis.weight[j + i] * x * x;
-      }
-    }
-    return std::accumulate(lanes, lanes + 16, 0.0f);
-  };
-  const auto farthest = [&](const float* from) {
-    uint32_t best = 0;
-    float most = -1;
-    for (uint32_t i = 0; i < count; ++i) {
-      const float d = distance(points + size_t{i} * dim, from);
-      if (d > most) {
-        most = d;
-        best = i;
-      }
-    }
-    return points + size_t{best} * dim;
-  };
-  const float* one = farthest(points);
-  const float* two = farthest(one);
-  mean[0].assign(one, one + dim);
-  mean[1].assign(two, two + dim);
-  for (int pass = 0; pass < 4; ++pass) {
-    uint32_t sizes[2] = {0, 0};
-    for (uint32_t i = 0; i < count; ++i) {
-      const float* x = points + size_t{i} * dim;
-      side[i] = distance(x, mean[1].data()) < distance(x, mean[0].data()) ? 1 : 0;
-      ++sizes[side[i]];
-    }
-    if (sizes[0] == 0 || sizes[1] == 0) {  // all points equal
-      for (uint32_t i = 0; i < count; ++i) side[i] = i < count / 2 ? 0 : 1;
-      return;
-    }
-    for (auto& m : mean) std::fill(m.begin(), m.end(), 0.0f);
-    for (uint32_t i = 0; i < count; ++i) {
-      const float share = 1.0f / static_cast<float>(sizes[side[i]]);
-      for (uint32_t j = 0; j < dim; ++j) mean[side[i]][j] += share * points[size_t{i} * dim + j];
-    }
-  }
 }
 
 struct SavedNode {
@@ -205,10 +162,11 @@ void SplitSuper(Tree& tree, uint32_t super_index) {
     }
   }
   const auto count = static_cast<uint32_t>(nodes.size());
-  std::vector<uint8_t> side(count);
-  Divide(tree.basis, means.data(), count, dim, side.data());
-  uint32_t right = std::accumulate(side.begin(), side.end(), 0u);
-  if (std::min(right, count - right) < kBlockRows / 2) {  // lopsided: would be full again at once
+  Division division;
+  division.Run(tree.basis, means.data(), count);
+  std::vector<uint8_t>& side = division.side;
+  if (std::min(division.sizes[0], division.sizes[1]) <
+      kBlockRows / 2) {  // would be full again at once
     for (uint32_t i = 0; i < count; ++i) side[i] = i < count / 2 ? 0 : 1;
   }
   FreeSuper(tree, super_index);
@@ -236,32 +194,70 @@ uint32_t OpenPage(Tree& tree, uint32_t page, uint32_t super) {
   return opened;
 }
 
-// Splits a full page and adds the new row to the nearer half.
-InsertPlan SplitPage(Tree& tree, const TokenRows& row, const PagedKv& pages, uint32_t page) {
-  const uint32_t dim = tree.head_dim;
-  PageRows all(dim);
-  all.AddPage(tree.basis, pages.dtype, pages.pages[page]);
-  std::vector<float> points(all.z.begin(), all.z.begin() + size_t{all.count} * dim);
-  PageRows added(dim);
-  added.Add(tree.basis, row.dtype, row.k, row.v);
-  points.insert(points.end(), added.z.begin(), added.z.begin() + dim);
-  uint8_t side[kPageRows + 1];
-  Divide(tree.basis, points.data(), all.count + 1, dim, side);
-  uint32_t moved = 0;
-  for (uint32_t i = 0; i < all.count; ++i) moved |= side[i] == 1 ? 1u << i : 0u;
-  if (moved == 0 || moved == 0xffff) moved = 0xff00;  // the new row alone on its side
-  InsertPlan plan;
-  const uint32_t opened = OpenPage(tree, page, kNone);
-  plan.split_page = PageId(page);
-  plan.split_mask = static_cast<uint16_t>(moved);
-  plan.page = PageId(side[all.count] == 1 ? opened : page);
-  for (uint32_t half : {page, opened}) {
-    PageRows rows(dim);
-    rows.AddPage(tree.basis, pages.dtype, pages.pages[page], half == page ? ~moved : moved);
-    if (half == plan.page.value) rows.Add(tree.basis, row.dtype, row.k, row.v);
-    WritePage(tree, half, rows);
+// A full page and a new row near it: the smaller side of their division is to leave.
+class Crowd {
+ public:
+  // row: in the basis' coordinates.
+  void Assign(const Basis& basis, DType dtype, const PageView& page, const float* row) {
+    const size_t dim = basis.weight.size();
+    const uint32_t rows = page.fill;
+    points_.resize((rows + 1) * dim);
+    ToF32(page.k, dtype, rows * dim, points_.data());
+    for (uint32_t r = 0; r < rows; ++r)
+      ToCoordinates(basis, points_.data() + r * dim, points_.data() + r * dim);
+    std::copy_n(row, dim, points_.data() + rows * dim);
+    division_.Run(basis, points_.data(), rows + 1);
+    leaving_ = division_.sizes[0] < division_.sizes[1] ? 0 : 1;
+    mask_ = 0;
+    for (uint32_t r = 0; r < rows; ++r)
+      mask_ = static_cast<uint16_t>(mask_ | (division_.side[r] == leaving_ ? 1u << r : 0u));
+    row_leaves_ = division_.side[rows] == leaving_;
   }
+  const float* mean() const { return division_.mean[leaving_].data(); }  // of those that leave
+  uint32_t count() const { return division_.sizes[leaving_]; }
+  uint16_t mask() const { return mask_; }  // the page's rows that leave
+  bool row_leaves() const { return row_leaves_; }
+  float gain() const { return division_.gain; }
+
+ private:
+  Division division_;
+  std::vector<float> points_;
+  uint32_t leaving_ = 0;
+  uint16_t mask_ = 0;
+  bool row_leaves_ = false;
+};
+
+// Those of the crowd that leave go from page `from` to page `to`, which has room for them; the new
+// row goes with its side.
+InsertPlan Disperse(Tree& tree, const TokenRows& row, const PagedKv& pages, const Crowd& crowd,
+                    uint32_t from, uint32_t to) {
+  InsertPlan plan{PageId(crowd.row_leaves() ? to : from)};
+  if (crowd.mask() != 0) plan.move = RowMove{PageId(from), crowd.mask(), PageId(to)};
+  thread_local PageRows rows;
+  for (uint32_t page : {from, to}) {
+    rows.Reset(tree.head_dim);
+    const uint32_t leave = crowd.mask(), stay = ~leave;
+    if (page < pages.page_count) {
+      rows.AddPage(tree.basis, pages.dtype, pages.pages[page], page == from ? stay : 0xffff);
+    }
+    if (page == to) rows.AddPage(tree.basis, pages.dtype, pages.pages[from], leave);
+    if (page == plan.page.value) rows.Add(tree.basis, row.dtype, row.k, row.v);
+    WritePage(tree, page, rows);
+  }
+  WriteSuper(tree, SuperOf(tree, from));
+  if (SuperOf(tree, to) != SuperOf(tree, from)) WriteSuper(tree, SuperOf(tree, to));
   return plan;
+}
+
+// The row joins a page with room, or one without rows.
+InsertPlan Join(Tree& tree, const TokenRows& row, const PagedKv& pages, uint32_t page) {
+  thread_local PageRows rows;  // 32 KiB that need not be zeroed for every token
+  rows.Reset(tree.head_dim);
+  if (page < pages.page_count) rows.AddPage(tree.basis, pages.dtype, pages.pages[page]);
+  rows.Add(tree.basis, row.dtype, row.k, row.v);
+  WritePage(tree, page, rows);
+  WriteSuper(tree, SuperOf(tree, page));
+  return {PageId(page)};
 }
 
 Status CheckRow(const Tree& tree, const TokenRows& row, const PagedKv& pages) {
@@ -292,7 +288,7 @@ InsertPlan InsertFirst(const TokenRows& row, Tree* tree) {
   WritePage(*tree, page, rows);
   WriteSuper(*tree, super);
   tree->tokens = 1;
-  return {PageId(page), std::nullopt, 0};
+  return {PageId(page)};
 }
 
 // A slice that began with few rows learns its basis anew when it has four times as many.
@@ -335,36 +331,33 @@ Result<InsertPlan> Insert(const TokenRows& row, const PagedKv& pages,
   if (tree->page_count() == 0) return InsertFirst(row, tree);
   Rebase(pages, tree);
   thread_local Descender descender;
-  thread_local PageRows rows, page;  // 32 KiB that need not be zeroed for every token
-  const uint32_t dim = tree->head_dim;
-  rows.Reset(dim);
-  rows.Add(tree->basis, row.dtype, row.k, row.v);
-  const Descent descent = descender.Run(*tree, rows.z.data(), pages);
-  const float unit = tree->basis.page_spread;
-  const float slack = Slack(*tree, options.insert_slack * unit);
-  const bool join = descent.room.page != kNone && descent.room.cost <= descent.near.cost + slack;
+  thread_local Crowd crowd;
+  thread_local std::vector<float> z;
+  z.resize(tree->head_dim);
+  ToF32(row.k, row.dtype, tree->head_dim, z.data());
+  ToCoordinates(tree->basis, z.data(), z.data());
+  const Descent descent = descender.Run(*tree, z.data(), 1, pages);
+  const uint32_t near = descent.near.page;
+  const float unit = tree->basis.page_spread, slack = options.insert_slack * unit;
+  const float limit = descent.near.cost + Slack(*tree, slack);
+  // A full page may rather part with others than refuse the row.
+  const bool full = near != kNone && tree->pages[near].count == kPageRows;
+  Place away;
+  if (full) {
+    crowd.Assign(tree->basis, pages.dtype, pages.pages[near], z.data());
+    away = descender.Run(*tree, crowd.mean(), crowd.count(), pages).room;
+    away.cost += descent.near.cost - crowd.gain();
+  }
   InsertPlan plan;
-  if (join) {
-    plan.page = PageId(descent.room.page);
-    page.Reset(dim);
-    page.AddPage(tree->basis, pages.dtype, pages.pages[descent.room.page]);
-    page.Add(tree->basis, row.dtype, row.k, row.v);
-    WritePage(*tree, descent.room.page, page);
-    WriteSuper(*tree, SuperOf(*tree, descent.room.page));
+  if (away.page != kNone && away.cost <= std::min(limit, descent.room.cost - slack)) {
+    plan = Disperse(*tree, row, pages, crowd, near, away.page);
+  } else if (descent.room.page != kNone && descent.room.cost <= limit) {
+    plan = Join(*tree, row, pages, descent.room.page);
   } else {
-    const uint32_t near = descent.near.page;
-    const bool impure =
-        near != kNone && tree->pages[near].count == kPageRows &&
-        tree->leaves.spread[tree->pages[near].slot] * tree->leaves.spread[tree->pages[near].slot] >
-            kImpure * unit;
-    if (impure) {
-      plan = SplitPage(*tree, row, pages, near);
-    } else {
-      plan.page = PageId(OpenPage(*tree, near, descent.super));
-      WritePage(*tree, plan.page.value, rows);
-    }
-    WriteSuper(*tree, SuperOf(*tree, plan.page.value));
-    if (impure) WriteSuper(*tree, SuperOf(*tree, near));
+    const float spread = full ? tree->leaves.spread[tree->pages[near].slot] : 0.0f;
+    const uint32_t opened = OpenPage(*tree, near, descent.super);
+    plan = spread * spread > kImpure * unit ? Disperse(*tree, row, pages, crowd, near, opened)
+                                            : Join(*tree, row, pages, opened);
   }
   ++tree->tokens;
   return plan;

@@ -54,33 +54,32 @@ InsertPlan DciTree::SplitPage(uint32_t page, const Child& child) {
     rows[r] = {ProjectionOf(tokens_[t]), t};
   }
   std::sort(rows.begin(), rows.end());
-  InsertPlan plan{.page = PageId(page), .split_page = PageId(page), .split_mask = 0};
-  for (uint32_t i = kTokens / 2; i < kTokens; ++i)
-    plan.split_mask = static_cast<uint16_t>(plan.split_mask | 1u << tokens_[rows[i].token].row);
   const uint32_t fresh = page_count();
+  RowMove upper{.from = PageId(page), .mask = 0, .to = PageId(fresh)};
+  for (uint32_t i = kTokens / 2; i < kTokens; ++i)
+    upper.mask = static_cast<uint16_t>(upper.mask | 1u << tokens_[rows[i].token].row);
   page_fills_.push_back(0);
   page_tokens_.resize(page_tokens_.size() + kTokens, 0);
   std::copy_n(page_tokens_.begin() + static_cast<ptrdiff_t>(size_t{page} * kTokens), kTokens,
               kept.begin());
   page_fills_[page] = 0;
   for (uint32_t r = 0; r < kTokens; ++r)
-    AppendToPage(kept[r], (plan.split_mask >> r & 1) != 0 ? fresh : page);
-  if (!(child < rows[kTokens / 2])) plan.page = PageId(fresh);
-  return plan;
+    AppendToPage(kept[r], (upper.mask >> r & 1) != 0 ? fresh : page);
+  return {child < rows[kTokens / 2] ? PageId(page) : PageId(fresh), upper};
 }
 
 InsertPlan DciTree::PlaceInPage(const Cell& cell, const Child& child) {
   if (cell.children.empty()) {
     page_fills_.push_back(0);
     page_tokens_.resize(page_tokens_.size() + limits::kPageTokens, 0);
-    return {.page = PageId(page_count() - 1), .split_page = std::nullopt, .split_mask = 0};
+    return {PageId(page_count() - 1)};
   }
   // The page of the neighbour by projection.
   const auto next = std::lower_bound(cell.children.begin(), cell.children.end(), child);
   const Child& neighbour = next == cell.children.begin() ? *next : *(next - 1);
   const uint32_t page = tokens_[neighbour.token].page;
   if (page_fills_[page] == limits::kPageTokens) return SplitPage(page, child);
-  return {.page = PageId(page), .split_page = std::nullopt, .split_mask = 0};
+  return {PageId(page)};
 }
 
 // A token of the level below that is nearer to the new pivot than to its parent changes its cell.

@@ -80,9 +80,10 @@ TEST(DciTree, AFullLeafSplitsIntoHalves) {
   const PageLayout layout = policy->Build(RowsOf(first), {}).value();
   ASSERT_EQ(layout.page_count(), 1u);
   const InsertPlan plan = policy->Insert(RowsOf(last), Pages(first, layout).kv()).value();
-  ASSERT_TRUE(plan.split_page.has_value());
-  EXPECT_EQ(plan.split_page->value, 0u);
-  EXPECT_EQ(__builtin_popcount(plan.split_mask), 8);
+  ASSERT_TRUE(plan.move.has_value());
+  EXPECT_EQ(plan.move->from.value, 0u);
+  EXPECT_EQ(plan.move->to.value, 1u);
+  EXPECT_EQ(__builtin_popcount(plan.move->mask), 8);
   EXPECT_LE(plan.page.value, 1u);
 }
 

@@ -29,7 +29,7 @@ InsertPlan PageFills::Append() {
   if (fills_.empty() || fills_.back() == limits::kPageTokens) fills_.push_back(0);
   ++fills_.back();
   ++tokens_;
-  return {.page = PageId(page_count() - 1), .split_page = std::nullopt, .split_mask = 0};
+  return {PageId(page_count() - 1)};
 }
 
 Status PageFills::Retain(std::span<const uint16_t> keep_masks) {

@@ -35,13 +35,18 @@
 namespace icecache {
 
 // What the owner does after Insert, in this order:
-//   split: rows of `split_page` whose bit is set in split_mask move, keeping their order, to a new page
-//          whose id is the old page_count; the rest close up;
+//   move: rows of `from` whose bit is set in mask move, keeping their order, to the end of `to`, a new
+//         page when it is the old page_count; the rest, which are some, close up;
 //   then the new token becomes the last row of `page` (a new page when page == page_count).
+struct RowMove {
+  PageId from;
+  uint16_t mask = 0;
+  PageId to;
+  bool operator==(const RowMove&) const = default;
+};
 struct InsertPlan {
   PageId page;
-  std::optional<PageId> split_page;
-  uint16_t split_mask = 0;
+  std::optional<RowMove> move{};
 };
 
 // By what a page's score is aggregated over the query heads of the group.

@@ -84,27 +84,25 @@ void PageTable::Commit(PageId page) {
   entries_[page.value].committed = true;
 }
 
-PageId PageTable::Split(PageId page, uint16_t mask, uint32_t kept_version, uint32_t moved_version) {
-  const Entry old = entries_[page.value];
-  const PageView from = views_[page.value];
+void PageTable::MoveRows(PageId from, uint16_t mask, PageId to, uint32_t version) {
+  const Entry old = entries_[from.value];
+  const uint32_t fill = views_[from.value].fill;
   const auto moved = static_cast<uint32_t>(std::popcount(mask));
-  KV_CHECK(moved > 0 && moved < from.fill && std::bit_width(mask) <= static_cast<int>(from.fill));
-  KV_CHECK(old.residency == Residency::kWarm && spares_.size() >= 2);
+  KV_CHECK(moved > 0 && moved < fill && std::bit_width(mask) <= static_cast<int>(fill));
+  KV_CHECK(old.residency == Residency::kWarm && from != to);
 
-  entries_[page.value].frame = TakeSpare();
-  entries_[page.value].version = kept_version;
-  views_[page.value] = {k_row(entries_[page.value].frame, 0), v_row(entries_[page.value].frame, 0),
+  entries_[from.value].frame = TakeSpare();
+  entries_[from.value].version = version;
+  views_[from.value] = {k_row(entries_[from.value].frame, 0), v_row(entries_[from.value].frame, 0),
                         0};
-  token_count_ -= from.fill;
-  const PageId added = AddPage(moved_version);
-  for (uint32_t row = 0; row < from.fill; ++row) {
-    const PageId to = (mask >> row & 1) != 0 ? added : page;
-    AppendRow(to, k_row(old.frame, row), v_row(old.frame, row), position_row(old.frame)[row]);
+  token_count_ -= fill;
+  for (uint32_t row = 0; row < fill; ++row) {
+    AppendRow((mask >> row & 1) != 0 ? to : from, k_row(old.frame, row), v_row(old.frame, row),
+              position_row(old.frame)[row]);
   }
-  Commit(page);
-  Commit(added);
+  Commit(from);
+  Commit(to);
   pool_.Release(options_.tenant, frame_bytes_, {&old.frame, 1});
-  return added;
 }
 
 void PageTable::RestoreCold(std::span<const PageName> pages) {

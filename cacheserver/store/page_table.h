@@ -11,7 +11,7 @@
 //
 // Writing never asks the pool: frames are set aside first (ReserveFrames, owner's thread), so that
 // a job may fill a table of its own on any thread and hand it over. Thread: one at a time;
-// ReserveFrames, ReleaseSpares, Split and destruction on the pool owner's.
+// ReserveFrames, ReleaseSpares, MoveRows and destruction on the pool owner's.
 #pragma once
 
 #include <cstddef>
@@ -77,10 +77,10 @@ class PageTable {
   void AppendRow(PageId page, const std::byte* k, const std::byte* v, uint32_t position);
   // Computes the checksum of the page as it stands: one read of the page.
   void Commit(PageId page);
-  // Rows whose bit is set in mask move, in order, to a new last page (version moved_version); the
-  // rest close up in a new frame (version kept_version). Commits both. Takes two spares. REQUIRES:
-  // both parts have rows.
-  PageId Split(PageId page, uint16_t mask, uint32_t kept_version, uint32_t moved_version);
+  // Rows whose bit is set in mask move, in order, to the end of page `to`; the rest close up in a new
+  // frame under a new version. Commits both. Takes a spare. REQUIRES: both warm, some rows stay, and
+  // `to` has room.
+  void MoveRows(PageId from, uint16_t mask, PageId to, uint32_t version);
 
   // All pages at once, cold. REQUIRES: an empty table; fills in 1..kPageTokens.
   void RestoreCold(std::span<const PageName> pages);

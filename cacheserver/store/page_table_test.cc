@@ -73,7 +73,7 @@ TEST_F(PageTableTest, GrowthKeepsRowsInPlaceAndTheVersion) {
   EXPECT_NE(table.content(page).checksum, before.checksum);
 }
 
-TEST_F(PageTableTest, SplitMovesRowsUnderNewNamesAndLeavesTheOldFrameToItsReaders) {
+TEST_F(PageTableTest, RowsMoveToTheEndOfAPageAndTheOldFrameStaysWithItsReaders) {
   PageTable table(pool_, options_);
   ASSERT_TRUE(table.ReserveFrames(3).ok());
   const PageId page = table.AddPage(1);
@@ -83,13 +83,15 @@ TEST_F(PageTableTest, SplitMovesRowsUnderNewNamesAndLeavesTheOldFrameToItsReader
   const auto pin = pool_.Pin();
   const std::vector<std::byte> copy(old.k_rows.begin(), old.k_rows.end());
 
-  const PageId added = table.Split(page, 0b1010'0000'0000'0010, 8, 9);
-  EXPECT_EQ(added, PageId(1));
+  const PageId other = table.AddPage(9);
+  Append(table, other, 40);
+  table.MoveRows(page, 0b1010'0000'0000'0010, other, 8);
   ExpectRows(table, page, {0, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 14});
-  ExpectRows(table, added, {1, 13, 15});
+  ExpectRows(table, other, {40, 1, 13, 15});
   EXPECT_EQ(table.content(page).version, 8u);
-  EXPECT_EQ(table.content(added).version, 9u);
-  EXPECT_EQ(table.token_count(), 16u);
+  EXPECT_EQ(table.content(other).version, 9u);
+  EXPECT_EQ(table.FindPosition(13), other);
+  EXPECT_EQ(table.token_count(), 17u);
   EXPECT_EQ(pool_.usage().waiting_frames, 1u);
   ASSERT_TRUE(table.ReserveFrames(100).ok());
   EXPECT_EQ(std::memcmp(old.k_rows.data(), copy.data(), copy.size()), 0);

@@ -45,8 +45,7 @@ class PageStore {
 
   // Applies what Insert(row) planned; the row becomes the next token.
   Status ApplyInsert(const InsertPlan& plan, const TokenRows& row) {
-    if (plan.split_page.has_value())
-      KV_RETURN_IF_ERROR(Split(plan.split_page->value, plan.split_mask));
+    if (plan.move.has_value()) KV_RETURN_IF_ERROR(Move(*plan.move));
     if (plan.page.value == views_.size()) AddPage();
     if (plan.page.value >= views_.size()) return Internal("plan: the page does not exist");
     if (views_[plan.page.value].fill == limits::kPageTokens)
@@ -126,17 +125,21 @@ class PageStore {
     tokens_[p].resize(kept);
   }
 
-  Status Split(uint32_t p, uint16_t mask) {
-    if (p >= views_.size()) return Internal("plan: the page to split does not exist");
-    const auto all = static_cast<uint16_t>((1u << views_[p].fill) - 1);
-    if (mask == 0 || mask == all || (mask & ~all) != 0)
-      return Internal("plan: a split must leave both pages with rows");
-    AddPage();
-    const uint32_t fresh = page_count() - 1;
-    for (uint32_t r = 0; r < views_[p].fill; ++r)
-      if ((mask >> r & 1) != 0)
-        AddRow(fresh, views_[p].k + r * row_bytes(), views_[p].v + r * row_bytes(), tokens_[p][r]);
-    Compact(p, static_cast<uint16_t>(all & ~mask));
+  Status Move(const RowMove& move) {
+    const uint32_t from = move.from.value, to = move.to.value;
+    if (from >= views_.size() || to > views_.size() || from == to)
+      return Internal("plan: rows move from or to a page that does not exist");
+    const auto all = static_cast<uint16_t>((1u << views_[from].fill) - 1);
+    if (move.mask == 0 || move.mask == all || (move.mask & ~all) != 0)
+      return Internal("plan: some rows must move and some stay");
+    if (to == views_.size()) AddPage();
+    if (views_[to].fill + static_cast<uint32_t>(std::popcount(move.mask)) > limits::kPageTokens)
+      return Internal("plan: the page that rows move to has no room for them");
+    for (uint32_t r = 0; r < views_[from].fill; ++r)
+      if ((move.mask >> r & 1) != 0)
+        AddRow(to, views_[from].k + r * row_bytes(), views_[from].v + r * row_bytes(),
+               tokens_[from][r]);
+    Compact(from, static_cast<uint16_t>(all & ~move.mask));
     return OkStatus();
   }
 
