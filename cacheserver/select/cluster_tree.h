@@ -12,11 +12,10 @@
 // dimensions or in the 32 in which logits vary most inside pages.
 //
 // Costs: about 55 bytes a key with sketch and 22 without at head_dim 128; build a few us per key; a
-// query reads 128 bytes per page, with the sketch 512 more of half of them, then 256 per token
-// re-ranked. Bad at:
-// keys whose logits vary in many dimensions at once (broad spectra), where pages are impure and
-// only exact reads help; slices under a few pages, where a plain scan is as fast. Thread and
-// lifecycle: as SelectionPolicy says. Details: docs/index.md.
+// query reads 128 bytes per page, with the sketch 512 more of pages that may hold a heavy token,
+// then 256 per token re-ranked. Bad at: keys whose logits vary in many dimensions at once (broad
+// spectra), where pages are impure and only exact reads help; slices under a few pages, where a
+// plain scan is as fast. Thread and lifecycle: as SelectionPolicy says. Details: docs/index.md.
 #pragma once
 
 #include <memory>
@@ -45,16 +44,12 @@ struct ClusterTreeOptions {
   // Pages re-ranked beyond those returned: as many as may hold something of weight, within bounds.
   uint32_t rerank_pages_min = 10;
   uint32_t rerank_pages_max = 52;
-  uint32_t rerank_pages_sketch = 32;  // when the tokens were sketched
+  uint32_t rerank_pages_sketch = 12;  // when the tokens were sketched
   uint32_t scan_pages = 3584;  // pages scanned, more with sketch; a larger slice goes by supers
-  // With SelectRequest::near: pages scanned besides the supers that hold those named, and pages
-  // sketched besides those named.
-  uint32_t near_scan_pages = 4096;
-  uint32_t near_sketch_pages = 256;
-  // Pages whose sketches one query reads at most: of large slices with head_dim over 64 it reads
-  // half, the more promising.
-  uint32_t sketch_pages = 4096;
-  float token_threshold = 7e-4f;  // estimated weight above which a single token is read exactly
+  // With SelectRequest::near: pages scanned besides the supers that hold those named.
+  uint32_t near_scan_pages = 512;
+  uint32_t sketch_pages = 4096;   // pages whose sketches one query reads at most
+  float token_threshold = 1e-3f;  // estimated weight above which a single token is read exactly
   float insert_slack =
       0.5f;  // mean page variances an inserted token may go beyond its nearest page
 };

@@ -12,7 +12,7 @@ namespace icecache::cluster_tree {
 namespace {
 // Pages below this share of every head's mass are valued at their super's mean instead of their
 // own.
-constexpr float kTinyShare = 2e-5f;
+constexpr float kTinyShare = 1e-4f;
 // Supers below this share are valued at the mean of the slice: of a million tokens there are two
 // thousand, most of them far away.
 constexpr float kTinySuper = 4e-6f;
@@ -56,7 +56,7 @@ void Search::FindHeavyPages() {
   }
 }
 
-// Fills tokens_ with the heavy ones, in order.
+// Fills tokens_ with the heavy ones, in order, whose rows are on their way from memory then.
 void Search::FindTokens(uint32_t cap) {
   const size_t pages = heavy_slot_.size();
   const size_t lanes = pages * kBlockRows;
@@ -76,7 +76,11 @@ void Search::FindTokens(uint32_t cap) {
     const float least = maxima_[cap];
     std::erase_if(found_, [&](uint32_t at) { return spare_[at] <= least; });
   }
-  for (const uint32_t at : found_) tokens_.push_back({at / kBlockRows, at % kBlockRows});
+  for (const uint32_t at : found_) {
+    tokens_.push_back({at / kBlockRows, at % kBlockRows});
+    Prefetch(RowOf(tokens_.back(), false), kv_->row_bytes());
+    Prefetch(RowOf(tokens_.back(), true), kv_->row_bytes());
+  }
 }
 
 const std::byte* Search::RowOf(const Token& token, bool value) const {
@@ -104,7 +108,6 @@ size_t Search::GatherRows(size_t first, bool value) {
   const size_t n = std::min<size_t>(kReadRows, count - first);
   rows_.resize(kReadRows * row_bytes);
   for (size_t t = first; t < first + n; ++t) {
-    if (t + kRowsAhead < count) Prefetch(RowOf(tokens_[t + kRowsAhead], value), row_bytes);
     std::memcpy(rows_.data() + (t - first) * row_bytes, RowOf(tokens_[t], value), row_bytes);
   }
   return n;
@@ -235,6 +238,7 @@ void Search::AddHeavyPages(const AttentionStateRef& states) {
   for (size_t f = 0; f < found; ++f) {
     const uint32_t page = PageOf(found_[f]);
     item_rows_[item + f] = tree_->values.signed_row(page);
+    Prefetch(reinterpret_cast<const std::byte*>(item_rows_[item + f]), dim_);
     found_scale_[f] = tree_->pages[page].value_scale;
   }
   for (uint32_t g = 0; g < group_; ++g) {

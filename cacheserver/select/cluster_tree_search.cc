@@ -16,12 +16,10 @@ constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 constexpr float kOptimism = 3.0f;  // standard deviations granted to an unseen page or super
 // A token's share of the mass below which its page's summary will do; at 3e-5 errors were the same.
 constexpr float kNegligibleToken = 1e-5f;
-// Half of the pages are sketched, or so many if that is more: errors of all classes of heads are
-// those of sketching all (docs/index.md), and sketches are four times the bytes of the page means.
-// Where all dimensions are sketched, all pages are: there a sketch finds a fact among strangers, of
-// which the page's estimate says nothing (docs/results.md).
-constexpr uint32_t kSketchedPart = 2, kSketchedPagesMin = 1024;
-constexpr float kNegligibleShare = 2e-4f;  // of the mass: not worth a sketch even if optimistic
+// A page is sketched when a token kOptimism deviations above its mean would have this share of a
+// head's mass. Where all dimensions are sketched, all pages are: there a sketch finds a fact among
+// strangers, of which the page's estimate says nothing (docs/results.md).
+constexpr float kWorthSketching = 2e-4f;
 
 // Sum over j of use[j] * x[j] * y[j]; dim is a multiple of 16.
 float WeightedDot(const float* use, const float* x, const float* y, size_t dim) {
@@ -244,54 +242,36 @@ void Search::ScanPages() {
   }
 }
 
-// The pages to sketch, by scanned slot: all when they are few, else the best under an optimistic
-// estimate, and those that are near.
-void Search::ChooseSketched() {
-  uint32_t wanted = options_->sketch_pages;
-  if (SketchDims(tree_->head_dim) < tree_->head_dim) {
-    wanted = std::min(wanted, std::max(kSketchedPagesMin, scanned_pages_ / kSketchedPart));
-  }
-  uint32_t all = slots_ * 2 / 3;
-  if (narrow_) {
-    FindNear();
-    wanted = options_->near_sketch_pages + static_cast<uint32_t>(found_.size());
-    all = scanned_pages_;
-  }
-  sketch_all_ = wanted >= all;
-  sketch_count_ = slots_;
-  if (sketch_all_) return;
-  Shares();
-  const float rho = *std::max_element(rho_.begin(), rho_.end());
+// rank_ = log of the share of a head's mass that a token far above its page's mean would have,
+// largest over the group.
+void Search::RankByPromise() {
+  const NodeTable& nodes = tree_->leaves;
+  rank_.resize(slots_);
   spare_.resize(slots_);
-  for (uint32_t i = 0; i < slots_; ++i) {
-    const float spread =
-        tree_->leaves.spread[size_t{blocks_[i / kBlockRows]} * kBlockRows + i % kBlockRows];
-    spare_[i] = std::min(kOptimism * spread * rho, 40.0f) - 40.0f;
+  for (uint32_t g = 0; g < group_; ++g) {
+    EstimateTops(blocks_.data(), blocks_.size(), nodes.spread.data(), nodes.log_count.data(),
+                 kOptimism * rho_[g], -std::log(indexed_[g]) - ref_[g],
+                 centre_.data() + size_t{g} * slots_, spare_.data());
+    MaxScaled(spare_.data(), slots_, 1.0f, g == 0, rank_.data());
   }
-  ExpShifted(spare_.data(), slots_, -40.0f, spare_.data());
-  for (uint32_t i = 0; i < slots_; ++i) spare_[i] *= share_[i];
-  for (uint32_t i = 0; narrow_ && i < found_.size(); ++i)
-    spare_[found_[i]] = std::numeric_limits<float>::max();
-  TopSlots(spare_, wanted);
-  sketch_slot_.clear();
-  for (uint32_t i : candidates_) {
-    if (spare_[i] >= kNegligibleShare) sketch_slot_.push_back(i);
-  }
-  std::sort(sketch_slot_.begin(), sketch_slot_.end());
-  sketch_count_ = static_cast<uint32_t>(sketch_slot_.size());
 }
 
-// found_ = scanned slots of the pages that are near.
-void Search::FindNear() {
-  block_at_.assign(tree_->leaves.block_count(), kNone);
-  for (uint32_t b = 0; b < blocks_.size(); ++b) block_at_[blocks_[b]] = b;
-  found_.clear();
-  for (const PageId page : request_->near) {
-    if (page.value >= tree_->page_count()) continue;
-    const uint32_t slot = tree_->pages[page.value].slot;
-    const uint32_t block = block_at_[slot / kBlockRows];
-    if (block != kNone) found_.push_back(block * kBlockRows + slot % kBlockRows);
+// The pages to sketch, by scanned slot.
+void Search::ChooseSketched() {
+  const bool whole = SketchDims(tree_->head_dim) == tree_->head_dim;
+  sketch_all_ = whole && options_->sketch_pages >= scanned_pages_;
+  sketch_count_ = slots_;
+  if (sketch_all_) return;
+  RankByPromise();
+  const float least = whole ? -std::numeric_limits<float>::max() : std::log(kWorthSketching);
+  sketch_slot_.resize(slots_ + kBlockRows);
+  sketch_slot_.resize(IndicesAtLeast(rank_.data(), slots_, least, sketch_slot_.data()));
+  if (sketch_slot_.size() > options_->sketch_pages) {
+    TopSlots(rank_, options_->sketch_pages);
+    sketch_slot_.assign(candidates_.begin(), candidates_.end());
+    std::sort(sketch_slot_.begin(), sketch_slot_.end());
   }
+  sketch_count_ = static_cast<uint32_t>(sketch_slot_.size());
 }
 
 void Search::Sketch() {

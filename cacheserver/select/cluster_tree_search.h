@@ -1,10 +1,9 @@
 // One Select call of ClusterTree, step by step. Scratch lives in the object, one object per thread.
 //
 //   Prepare      queries in the basis' coordinates, as digits
-//   ScanSupers   only above scan_pages: which supers are looked into
+//   ScanSupers   above scan_pages, or with SelectRequest::near: which supers are looked into
 //   ScanPages    estimated mass of every scanned page from its summary
-//   Sketch       better estimates from token sketches; with SelectRequest::near only of the pages
-//                named and of the most promising others
+//   Sketch       better estimates from token sketches, of pages that may hold a token of weight
 //   Candidates   the best pages by estimate; ReadCandidates replaces estimates by exact logits
 //   Choose       the pages to return
 //   FixTokens    single heavy tokens elsewhere, read exactly
@@ -39,8 +38,8 @@ class Search {
   void ChooseSupers(uint32_t scan_pages);
   void ScanPages();
   void Sketch();
+  void RankByPromise();
   void ChooseSketched();
-  void FindNear();
   void ScoreSketched();
   void SumSketched();
   void ReadCandidates();
@@ -109,7 +108,6 @@ class Search {
   std::vector<float> super_mass_;  // [group][supers]: mass to be valued at the super's mean
   std::vector<uint8_t> super_scanned_;
   std::vector<std::pair<float, uint32_t>> order_;
-  std::vector<uint32_t> block_at_;  // [blocks of the tree] position in blocks_
   std::vector<float> spare_, maxima_;
   std::vector<uint32_t> found_;
   std::vector<float> found_scale_, block_sums_;
@@ -143,10 +141,9 @@ class Search {
   float weight_scratch_[limits::kGroupMax];  // of the next item
 };
 
-// Rows lie anywhere in memory, where the hardware does not foresee them: fetch some pages (or rows)
-// before they are used. Of a partly filled page the frame is fetched; null is fine.
+// Rows lie anywhere in memory, where the hardware does not foresee them: fetch some pages before
+// they are used. Of a partly filled page the frame is fetched; null is fine.
 inline constexpr uint32_t kPagesAhead = 2;
-inline constexpr uint32_t kRowsAhead = 12;
 inline void Prefetch(const std::byte* from, size_t bytes) {
   if (from == nullptr) return;
   for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch(from + at);

@@ -197,7 +197,6 @@ TEST(ClusterTree, ManySupersAreSearchedWithoutScanningAllPages) {
 TEST(ClusterTree, LookingNearEverythingChangesNothingAndNearSomeFindsThose) {
   ClusterTreeOptions options;
   options.near_scan_pages = 0;
-  options.near_sketch_pages = 0;
   Slice slice(64, options);
   slice.Draw(16384, 4);
   ASSERT_TRUE(slice.Build().ok());
