@@ -102,6 +102,14 @@ inline constexpr size_t kLandingBytes = 8u
                                         << 20;  // of each of two halves, on either side of the bus
 inline constexpr uint32_t kIntakePagesMax = 128u << 10;  // whose verdicts are kept
 
+// Memory of a worker's device that servers on its host push pages into (kernels/gpu/push_buffer.h).
+inline constexpr size_t kMemoryHandleBytesMax = 256;
+inline constexpr size_t kPushBytes = 16u << 20;              // of a worker
+inline constexpr size_t kPushRegionBytesMax = 4u << 20;      // of a reply; what does not fit comes in its body
+inline constexpr uint32_t kPushTargetsMax = 256;             // per shard; of connections
+inline constexpr uint32_t kPushesQueuedMax = 256;            // per shard and GPU; above: pages come in the body
+inline constexpr uint32_t kPushDevicesMax = 16;              // per shard
+
 // One-sided reads of a peer's memory.
 inline constexpr size_t kMemoryKeyBytesMax = 512;
 inline constexpr uint32_t kMemoryKeysMax = 4096;    // known to one connection

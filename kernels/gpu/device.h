@@ -12,27 +12,39 @@
 #include <cstddef>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "common/status.h"
 #include "kernels/gpu/dispatch.h"
 #include "kernels/gpu/emulator.h"
+#include "kernels/gpu/memory_handle.h"
 
 namespace icecache::gpu {
 
 enum class MemoryKind : uint8_t {
   kDevice,  // the GPU's own
   kPinned,  // the host's, page-locked; kernels read and write it at the same address
+  kShared,  // the GPU's own, counted with kDevice, in units of kSharedUnit: other processes may
+            // open it
 };
+
+// A page of a GPU: no two allocations share one, so what is exported ends where it should.
+inline constexpr size_t kSharedUnit = 2u << 20;
 
 struct DeviceInfo {
   std::string name;               // "cuda: NVIDIA H100 80GB HBM3" | "emulated"
   uint32_t processors = 1;        // streaming multiprocessors
-  uint64_t memory_bytes_max = 0;  // what Allocate(kDevice) gives in all
+  uint64_t memory_bytes_max = 0;  // what Allocate(kDevice) and Allocate(kShared) give in all
   bool registers = false;         // Register takes memory that is mapped for reading only
+  DeviceId id{};
 };
+
+// How host memory is mapped here that a device is to read.
+enum class Mapping : uint8_t { kReadOnly, kWritable };
 
 // Identifies recorded work.
 struct RecordingId {
@@ -50,11 +62,19 @@ class Device {
   virtual void Free(MemoryKind kind, std::byte* memory) = 0;
   virtual uint64_t bytes_in_use(MemoryKind kind) const = 0;
 
-  // Lets kernels read host memory that this process has mapped, if only for reading: the address at
-  // which they find it, until Unregister (which waits for queued work, as Free does). Page-aligned.
-  // UNAVAILABLE, RESOURCE_EXHAUSTED with the reason. Memory that another process may change.
-  virtual Result<const std::byte*> Register(std::span<const std::byte> host) = 0;
+  // Lets kernels read host memory that this process has mapped: the address at which they find it,
+  // until Unregister (which waits for queued work, as Free does). Page-aligned. UNAVAILABLE,
+  // RESOURCE_EXHAUSTED with the reason. Memory that another process may change.
+  virtual Result<const std::byte*> Register(std::span<const std::byte> host, Mapping mapping) = 0;
   virtual void Unregister(const std::byte* host) = 0;
+
+  // Names memory of kind kShared, all of it, for other processes (memory_handle.h).
+  virtual Result<std::vector<std::byte>> Export(const std::byte* memory) = 0;
+  // Memory that another process has exported: read and written by kernels and Copy until Close,
+  // which waits for queued work. It lives on when that process ends. INVALID_ARGUMENT: forged, or
+  // not this device's. UNAVAILABLE: the memory is gone, or of another host.
+  virtual Result<std::span<std::byte>> Open(std::span<const std::byte> handle) = 0;
+  virtual void Close(std::byte* opened) = 0;
 
   // Between any two kinds of memory, also pageable host memory (slower).
   virtual void Copy(void* to, const void* from, size_t bytes) = 0;
@@ -122,9 +142,13 @@ std::unique_ptr<Device> MakeEmulatedDevice(const EmulatedDeviceOptions& options)
 
 struct CudaDeviceOptions {
   int index = 0;
+  std::optional<DeviceId> id{};   // this one, instead of the one at `index`
+  bool products = true;           // false: no large matrix products, so no cuBLAS
   uint64_t memory_bytes_max = 0;  // 0: nine tenths of what is free now
 };
 
+// How many GPUs there are. UNAVAILABLE says why none; takes no memory of theirs.
+Result<int> CountCudaDevices();
 // UNAVAILABLE says why there is none: built without CUDA, no driver, no GPU, one that is too old.
 Result<std::unique_ptr<Device>> MakeCudaDevice(const CudaDeviceOptions& options);
 

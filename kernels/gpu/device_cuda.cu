@@ -3,6 +3,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cstring>
 #include <map>
 #include <string>
 #include <utility>
@@ -29,6 +30,35 @@ Status StatusOf(cudaError_t error, const std::string& what) {
   const std::string message =
       what + ": " + cudaGetErrorString(error) + " (" + cudaGetErrorName(error) + ")";
   return error == cudaErrorMemoryAllocation ? ResourceExhausted(message) : Internal(message);
+}
+
+DeviceId IdOf(const cudaDeviceProp& properties) {
+  DeviceId id;
+  static_assert(sizeof(id) == sizeof(properties.uuid));
+  std::memcpy(id.data(), &properties.uuid, sizeof(id));
+  return id;
+}
+
+// The allocation that an address of the device lies in. The runtime does not tell; the driver does.
+Result<std::span<std::byte>> AllocationAt(void* address) {
+  using GetRange = int (*)(unsigned long long*, size_t*, unsigned long long);
+  void* entry = nullptr;
+#if CUDART_VERSION >= 12050
+  KV_RETURN_IF_ERROR(StatusOf(
+      cudaGetDriverEntryPointByVersion("cuMemGetAddressRange", &entry, 3020, cudaEnableDefault),
+      "cuMemGetAddressRange"));
+#else
+  KV_RETURN_IF_ERROR(
+      StatusOf(cudaGetDriverEntryPoint("cuMemGetAddressRange", &entry, cudaEnableDefault),
+               "cuMemGetAddressRange"));
+#endif
+  unsigned long long base = 0;
+  size_t bytes = 0;
+  if (entry == nullptr || reinterpret_cast<GetRange>(entry)(
+                              &base, &bytes, reinterpret_cast<unsigned long long>(address)) != 0) {
+    return Unavailable("the driver does not say how large the memory is");
+  }
+  return std::span(reinterpret_cast<std::byte*>(base), bytes);
 }
 
 // Keeps the first error until it is asked for.
@@ -89,11 +119,15 @@ class CudaDevice final : public Device {
 
   Result<std::byte*> Allocate(MemoryKind kind, size_t bytes) override {
     void* memory = nullptr;
-    if (kind == MemoryKind::kDevice) {
-      if (in_use_[0] + bytes > info_.memory_bytes_max) {
+    if (kind == MemoryKind::kShared) {
+      bytes = std::max<size_t>(1, (bytes + kSharedUnit - 1) / kSharedUnit) * kSharedUnit;
+    }
+    if (kind != MemoryKind::kPinned) {
+      const uint64_t used = bytes_in_use(MemoryKind::kDevice);
+      if (used + bytes > info_.memory_bytes_max) {
         return ResourceExhausted(
-            std::to_string(bytes) + " bytes of device memory: " + std::to_string(in_use_[0]) +
-            " of " + std::to_string(info_.memory_bytes_max) + " are in use; raise --gpu-memory");
+            std::to_string(bytes) + " bytes of device memory: " + std::to_string(used) + " of " +
+            std::to_string(info_.memory_bytes_max) + " are in use; raise --gpu-memory");
       }
       KV_RETURN_IF_ERROR(StatusOf(cudaMalloc(&memory, std::max<size_t>(bytes, 1)),
                                   "cudaMalloc of " + std::to_string(bytes) + " bytes"));
@@ -113,25 +147,27 @@ class CudaDevice final : public Device {
     KV_CHECK(it != sizes_.end());
     in_use_[static_cast<size_t>(kind)] -= it->second;
     sizes_.erase(it);
-    if (kind == MemoryKind::kDevice) {
-      status_.Add(cudaFree(memory), "cudaFree");
-    } else {
+    if (kind == MemoryKind::kPinned) {
       status_.Add(cudaFreeHost(memory), "cudaFreeHost");
+    } else {
+      status_.Add(cudaFree(memory), "cudaFree");
     }
   }
 
   uint64_t bytes_in_use(MemoryKind kind) const override {
-    return in_use_[static_cast<size_t>(kind)];
+    const auto shared = static_cast<size_t>(MemoryKind::kShared);
+    return in_use_[static_cast<size_t>(kind)] + (kind == MemoryKind::kDevice ? in_use_[shared] : 0);
   }
 
-  Result<const std::byte*> Register(std::span<const std::byte> host) override {
-    if (!info_.registers) {
+  Result<const std::byte*> Register(std::span<const std::byte> host, Mapping mapping) override {
+    if (!info_.registers && mapping == Mapping::kReadOnly) {
       return Unavailable("this GPU or its driver registers no memory that is mapped read-only");
     }
     auto* const base = const_cast<std::byte*>(host.data());
-    KV_RETURN_IF_ERROR(StatusOf(
-        cudaHostRegister(base, host.size(), cudaHostRegisterMapped | cudaHostRegisterReadOnly),
-        "cudaHostRegister of " + std::to_string(host.size()) + " bytes"));
+    const unsigned flags =
+        cudaHostRegisterMapped | (mapping == Mapping::kReadOnly ? cudaHostRegisterReadOnly : 0u);
+    KV_RETURN_IF_ERROR(StatusOf(cudaHostRegister(base, host.size(), flags),
+                                "cudaHostRegister of " + std::to_string(host.size()) + " bytes"));
     void* seen = nullptr;
     if (const cudaError_t error = cudaHostGetDevicePointer(&seen, base, 0); error != cudaSuccess) {
       (void)cudaHostUnregister(base);
@@ -143,6 +179,50 @@ class CudaDevice final : public Device {
   void Unregister(const std::byte* host) override {
     status_.Add(cudaStreamSynchronize(stream_), "work before an end of registration");
     status_.Add(cudaHostUnregister(const_cast<std::byte*>(host)), "cudaHostUnregister");
+  }
+
+  Result<std::vector<std::byte>> Export(const std::byte* memory) override {
+    const auto it = sizes_.find(const_cast<std::byte*>(memory));
+    if (it == sizes_.end() || it->second % kSharedUnit != 0) {
+      return InvalidArgument("only memory of kind kShared is exported");
+    }
+    cudaIpcMemHandle_t name;
+    KV_RETURN_IF_ERROR(StatusOf(cudaIpcGetMemHandle(&name, it->first), "cudaIpcGetMemHandle"));
+    MemoryHandle handle;
+    handle.device = info_.id;
+    handle.bytes = it->second;
+    static_assert(sizeof(name) == sizeof(handle.name));
+    std::memcpy(handle.name.data(), &name, sizeof(name));
+    return EncodeMemoryHandle(handle);
+  }
+
+  Result<std::span<std::byte>> Open(std::span<const std::byte> bytes) override {
+    KV_ASSIGN_OR_RETURN(const MemoryHandle handle, DecodeMemoryHandle(bytes));
+    if (handle.kind != MemoryHandle::Kind::kCuda || handle.device != info_.id) {
+      return InvalidArgument("the memory is not of this GPU, " + info_.name);
+    }
+    cudaIpcMemHandle_t name;
+    std::memcpy(&name, handle.name.data(), sizeof(name));
+    void* memory = nullptr;
+    if (const cudaError_t error =
+            cudaIpcOpenMemHandle(&memory, name, cudaIpcMemLazyEnablePeerAccess);
+        error != cudaSuccess) {
+      (void)cudaGetLastError();  // it does not stick
+      return Unavailable("memory that another process has exported cannot be opened: " +
+                         std::string(cudaGetErrorString(error)));
+    }
+    const Result<std::span<std::byte>> all = AllocationAt(memory);
+    if (!all.ok() || all->data() != memory || all->size() < handle.bytes) {
+      (void)cudaIpcCloseMemHandle(memory);
+      return all.ok() ? InvalidArgument("a forged memory handle: it says more bytes than there are")
+                      : all.status();
+    }
+    return std::span(static_cast<std::byte*>(memory), handle.bytes);
+  }
+
+  void Close(std::byte* opened) override {
+    status_.Add(cudaStreamSynchronize(stream_), "work before memory is closed");
+    status_.Add(cudaIpcCloseMemHandle(opened), "cudaIpcCloseMemHandle");
   }
 
   void Copy(void* to, const void* from, size_t bytes) override {
@@ -217,30 +297,41 @@ class CudaDevice final : public Device {
   std::vector<cudaGraphExec_t> graphs_;
   bool recording_ = false;
   uint64_t synchronize_count_ = 0;
-  uint64_t in_use_[2] = {};  // by MemoryKind
+  uint64_t in_use_[3] = {};  // by MemoryKind
   std::map<void*, size_t> sizes_;
 };
 
 }  // namespace
 
-Result<std::unique_ptr<Device>> MakeCudaDevice(const CudaDeviceOptions& options) {
+Result<int> CountCudaDevices() {
   // Without a driver this is cudaErrorInsufficientDriver, not "no device": every error means none.
   int count = 0;
   if (const cudaError_t error = cudaGetDeviceCount(&count); error != cudaSuccess) {
     return Unavailable(std::string("no GPU: ") + cudaGetErrorString(error) + " (" +
                        cudaGetErrorName(error) + ")");
   }
-  if (options.index < 0 || options.index >= count) {
-    return Unavailable("no GPU " + std::to_string(options.index) + ": there are " +
-                       std::to_string(count));
-  }
+  return count;
+}
+
+Result<std::unique_ptr<Device>> MakeCudaDevice(const CudaDeviceOptions& options) {
+  KV_ASSIGN_OR_RETURN(const int count, CountCudaDevices());
   const auto step = [](cudaError_t error, const char* what) {
     const Status status = StatusOf(error, what);
     return status.ok() ? status : Unavailable(status.message());
   };
-  KV_RETURN_IF_ERROR(step(cudaSetDevice(options.index), "cudaSetDevice"));
   cudaDeviceProp properties;
-  KV_RETURN_IF_ERROR(step(cudaGetDeviceProperties(&properties, options.index), "GPU properties"));
+  int index = options.id ? 0 : options.index;
+  for (; options.id && index < count; ++index) {
+    KV_RETURN_IF_ERROR(step(cudaGetDeviceProperties(&properties, index), "GPU properties"));
+    if (IdOf(properties) == *options.id) break;
+  }
+  if (index < 0 || index >= count) {
+    return Unavailable(
+        (options.id ? std::string("no such GPU") : "no GPU " + std::to_string(index)) +
+        ": there are " + std::to_string(count) + " that this process sees");
+  }
+  KV_RETURN_IF_ERROR(step(cudaSetDevice(index), "cudaSetDevice"));
+  KV_RETURN_IF_ERROR(step(cudaGetDeviceProperties(&properties, index), "GPU properties"));
   const std::string name = properties.name;
   if (properties.major < kOldestMajor) {
     return Unavailable(name + " has compute capability " + std::to_string(properties.major) + "." +
@@ -250,11 +341,12 @@ Result<std::unique_ptr<Device>> MakeCudaDevice(const CudaDeviceOptions& options)
   KV_RETURN_IF_ERROR(step(cudaMemGetInfo(&free_bytes, &total_bytes), "GPU memory"));
   DeviceInfo info;
   info.name = "cuda: " + name;
+  info.id = IdOf(properties);
   info.processors = static_cast<uint32_t>(properties.multiProcessorCount);
   int registers = 0;
-  KV_RETURN_IF_ERROR(step(
-      cudaDeviceGetAttribute(&registers, cudaDevAttrHostRegisterReadOnlySupported, options.index),
-      "GPU properties"));
+  KV_RETURN_IF_ERROR(
+      step(cudaDeviceGetAttribute(&registers, cudaDevAttrHostRegisterReadOnlySupported, index),
+           "GPU properties"));
   info.registers = registers != 0;
   const uint64_t most = free_bytes / 10 * 9;
   info.memory_bytes_max =
@@ -262,7 +354,7 @@ Result<std::unique_ptr<Device>> MakeCudaDevice(const CudaDeviceOptions& options)
   cudaStream_t stream = nullptr;
   KV_RETURN_IF_ERROR(step(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "a stream"));
   auto device = std::make_unique<CudaDevice>(std::move(info), stream);
-  device->LoadCublas();
+  if (options.products) device->LoadCublas();
   return std::unique_ptr<Device>(std::move(device));
 }
 

@@ -3,8 +3,12 @@
 
 namespace icecache::gpu {
 
-Result<std::unique_ptr<Device>> MakeCudaDevice(const CudaDeviceOptions&) {
+Result<int> CountCudaDevices() {
   return Unavailable("this program was built without CUDA (no nvcc, or ICECACHE_CUDA=OFF)");
+}
+
+Result<std::unique_ptr<Device>> MakeCudaDevice(const CudaDeviceOptions&) {
+  return CountCudaDevices().status();
 }
 
 }  // namespace icecache::gpu

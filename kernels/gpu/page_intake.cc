@@ -37,7 +37,7 @@ PageIntake::~PageIntake() {
 }
 
 Status PageIntake::Register(std::span<const std::byte> host) {
-  KV_ASSIGN_OR_RETURN(const std::byte* const seen, device_.Register(host));
+  KV_ASSIGN_OR_RETURN(const std::byte* const seen, device_.Register(host, Mapping::kReadOnly));
   registered_[host.data()] = {host.size(), seen};
   return OkStatus();
 }
@@ -108,8 +108,9 @@ std::optional<PageIntake::Ticket> PageIntake::Add(const IncomingPage& page) {
     verify.v = v_frame;
     verify.k_bytes = verify.v_bytes = static_cast<uint32_t>(page.fill * row_bytes);
     for (const auto& [rows, to] : {std::pair(page.k_rows, page.frame), {page.v_rows, v_frame}}) {
-      const std::byte* from = Source(rows);
+      const std::byte* from = page.on_device ? rows.data() : Source(rows);
       if (from == nullptr) from = on_device(Land(rows));
+      if (page.on_device) pushed_bytes_ += rows.size();
       spans_.push_back({from, to + page.from * row_bytes, static_cast<uint32_t>(rows.size())});
     }
   }

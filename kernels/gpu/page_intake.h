@@ -36,6 +36,8 @@ struct IncomingPage {
   DType dtype = DType::kF16;
   uint16_t dim = 0;
   uint8_t from = 0, fill = 0;
+  bool on_device = false;  // k_rows and v_rows are addresses of the device's, fit to be read until
+                           // what reads them is settled
   const std::byte* positions = nullptr;  // u32 [fill]
   std::byte* frame = nullptr;  // K rows [kPageTokens], V rows; rows below `from` are there
 };
@@ -54,9 +56,13 @@ class PageIntake {
 
   // Memory of the host's that pages will lie in; without this they are landed. The extent stays as
   // it is mapped until Forget, which waits for what reads it.
-  Status Register(std::span<const std::byte> host);
-  void Forget(const std::byte* host);  // nothing happens when it is not registered
+  Status Register(std::span<const std::byte> host);  // mapped read-only
+  void Forget(const std::byte* host);                // nothing happens when it is not registered
   const DeviceInfo& device() const { return device_.info(); }
+
+  // There are frames on the host, too, since the device is full: pages may have to come there.
+  void NoteHostFrames() { host_frames_ = true; }
+  bool host_frames() const { return host_frames_; }
 
   // REQUIRES: sizes that agree with from, fill and dim; a frame that no page added since the last
   // Flush goes to. nullopt: not a code of this size, or an error that the next Flush returns.
@@ -68,7 +74,8 @@ class PageIntake {
   bool intact(Ticket ticket) const;
 
   uint64_t landed_bytes() const { return landed_bytes_; }  // of rows and codes, so far
-  uint64_t direct_bytes() const { return direct_bytes_; }  // read where they lay
+  uint64_t direct_bytes() const { return direct_bytes_; }  // read where they lay, in host memory
+  uint64_t pushed_bytes() const { return pushed_bytes_; }  // in the device's
 
  private:
   struct Half {
@@ -92,7 +99,8 @@ class PageIntake {
   Ticket next_ = 1;
   Ticket settled_ = 0;  // this one and those before
   Status error_;        // of a Flush that Add made
-  uint64_t landed_bytes_ = 0, direct_bytes_ = 0;
+  bool host_frames_ = false;
+  uint64_t landed_bytes_ = 0, direct_bytes_ = 0, pushed_bytes_ = 0;
 };
 
 }  // namespace icecache::gpu

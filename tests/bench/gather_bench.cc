@@ -2,8 +2,9 @@
 //
 //   frames      from pinned frames at random places, by one kernel over the bus (the host verifies)
 //   landing     contiguous in a pinned buffer, one copy to the device, one scatter into frames
+//   ipc         as registered, by the server into one piece of the worker's device, scattered there
 //   registered  as frames, from memory that is mapped and registered for reading only
-//   device      already on the device (a peer's push over CUDA IPC ends like this): scatter alone
+//   device      already on the device (a push over CUDA IPC ends like this): scatter alone
 //
 // next to the bus's plain copy of as many bytes. With int8 pages come coded and are decoded on the
 // way. All ways but the first end with the device's own check of the pages. Content is compared
@@ -39,7 +40,7 @@ constexpr size_t kPageBytes = 2 * kRowsBytes;
 struct Flags {
   std::string device = "cuda";
   std::vector<std::string> pages = {"16", "128", "1024", "4096"},
-                           way = {"frames", "landing", "registered", "device"},
+                           way = {"frames", "landing", "ipc", "registered", "device"},
                            transfer = {"native", "int8"};
   uint32_t rounds = 100;
   uint64_t seed = 1;
@@ -60,6 +61,7 @@ class Move {
   Status Prepare();
   void Queue() {
     if (way_ == "landing") QueuePlainCopy();
+    if (way_ == "ipc") device_.Launch(gpu::CopyArgs{pushes_.data<gpu::CopySpan>(), pages_});
     device_.Launch(gpu::CopyArgs{spans_.data<gpu::CopySpan>(), pages_});
     if (way_ == "frames") return;
     device_.Launch(gpu::VerifyArgs{verify_.data<gpu::PageToVerify>(), pages_});
@@ -80,6 +82,7 @@ class Move {
   Status AllocateAll();
   // Where the device finds what is at the start of the source.
   Result<const std::byte*> Base();
+  Status PreparePushes(const std::byte** base);
 
   gpu::Device& device_;
   const std::string way_;
@@ -94,6 +97,7 @@ class Move {
   DeviceMemory source_;    // pinned
   HostBuffer registered_;  // or this
   DeviceMemory landing_, frames_, spans_, verify_;
+  DeviceMemory pushes_;    // pinned: spans of the server's launch
   DeviceMemory verdicts_;  // pinned
 };
 
@@ -136,20 +140,37 @@ Status Move::AllocateAll() {
 
 Result<const std::byte*> Move::Base() {
   if (way_ == "frames") return source_.data();
-  if (way_ != "registered") return landing_.data();
+  if (way_ != "registered" && way_ != "ipc") return landing_.data();
   KV_ASSIGN_OR_RETURN(HostBuffer mapped, HostBuffer::Allocate(bytes()));
   std::memcpy(mapped.data(), travels_.data(), bytes());
-  KV_ASSIGN_OR_RETURN(const std::byte* const base, device_.Register(mapped.span()));
+  KV_ASSIGN_OR_RETURN(const std::byte* const base,
+                      device_.Register(mapped.span(), way_ == "ipc" ? gpu::Mapping::kWritable
+                                                                    : gpu::Mapping::kReadOnly));
   registered_ = std::move(mapped);
   return base;
+}
+
+// What the server's launch moves. From then on pages are where it has put them.
+Status Move::PreparePushes(const std::byte** base) {
+  if (way_ != "ipc") return OkStatus();
+  KV_ASSIGN_OR_RETURN(pushes_, DeviceMemory::Allocate(device_, MemoryKind::kPinned,
+                                                      pages_ * sizeof(gpu::CopySpan)));
+  auto* span = pushes_.data<gpu::CopySpan>();
+  for (const uint32_t at : from_) {
+    *span++ = {*base + at * stride_, landing_.data(at * stride_),
+               static_cast<uint32_t>(travel_bytes_[at])};
+  }
+  *base = landing_.data();
+  return OkStatus();
 }
 
 Status Move::Prepare() {
   MakePages();
   KV_RETURN_IF_ERROR(AllocateAll());
-  KV_ASSIGN_OR_RETURN(const std::byte* const base, Base());
+  KV_ASSIGN_OR_RETURN(const std::byte* base, Base());
   from_ = Shuffled();
   to_ = Shuffled();
+  KV_RETURN_IF_ERROR(PreparePushes(&base));
   if (way_ == "landing") std::iota(from_.begin(), from_.end(), 0u);
   std::vector<gpu::CopySpan> spans;
   std::vector<gpu::PageToVerify> verify;
@@ -210,7 +231,7 @@ class GatherCommand final : public BenchCommand {
   void AddFlags(ConfigParser* parser) override {
     parser->Add("device", &flags_.device, "cuda, or emulated (checks; times mean nothing)");
     parser->AddList("pages", &flags_.pages, "Pages of 16 tokens and 8 KiB per move");
-    parser->AddList("way", &flags_.way, "frames, landing, registered, device");
+    parser->AddList("way", &flags_.way, "frames, landing, ipc, registered, device");
     parser->AddList("transfer", &flags_.transfer, "native, int8 (0.57 of the bytes)");
     parser->Add("rounds", &flags_.rounds, "Timed rounds per point", 1, 100000);
     parser->Add("seed", &flags_.seed, "Seed of contents and places");
@@ -263,8 +284,10 @@ Status GatherCommand::RunPoint(gpu::Device& device, const std::string& way,
 
 Status GatherCommand::Run() {
   for (const std::string& way : flags_.way) {
-    if (way != "frames" && way != "landing" && way != "registered" && way != "device") {
-      return InvalidArgument("way '" + way + "', expected frames, landing, registered or device");
+    const char* const known[] = {"frames", "landing", "ipc", "registered", "device"};
+    if (std::find(std::begin(known), std::end(known), way) == std::end(known)) {
+      return InvalidArgument("way '" + way +
+                             "', expected frames, landing, ipc, registered or device");
     }
   }
   for (const std::string& transfer : flags_.transfer) {
@@ -284,6 +307,7 @@ Status GatherCommand::Run() {
     }
     for (const std::string& way : flags_.way) {
       for (const std::string& transfer : flags_.transfer) {
+        if (way == "ipc" && transfer == "int8") continue;  // a server pushes no codes
         KV_RETURN_IF_ERROR(RunPoint(*device, way, transfer, pages));
       }
     }

@@ -46,6 +46,48 @@ TEST_P(DeviceMemorySuite, AccountsForMemoryAndRefusesMoreThanItsBound) {
   EXPECT_TRUE(device_->Synchronize().ok());  // and nothing sticks
 }
 
+TEST_P(DeviceMemorySuite, SharedMemoryIsCountedInItsUnitsAndHasAName) {
+  const uint64_t before = device_->bytes_in_use(MemoryKind::kDevice);
+  auto shared = DeviceMemory::Allocate(*device_, MemoryKind::kShared, kSharedUnit + 1);
+  ASSERT_TRUE(shared.ok());
+  EXPECT_EQ(device_->bytes_in_use(MemoryKind::kDevice), before + 2 * kSharedUnit);
+  const auto handle = device_->Export(shared->data());
+  ASSERT_TRUE(handle.ok()) << handle.status().ToString();
+  const auto decoded = DecodeMemoryHandle(*handle);
+  ASSERT_TRUE(decoded.ok());
+  EXPECT_EQ(decoded->bytes, 2 * kSharedUnit);
+  EXPECT_EQ(decoded->device, device_->info().id);
+  const auto refused =
+      DeviceMemory::Allocate(*device_, MemoryKind::kShared, device_->info().memory_bytes_max + 1);
+  EXPECT_EQ(refused.status().code(), StatusCode::kResourceExhausted);
+  std::byte outside{};
+  EXPECT_FALSE(device_->Export(&outside).ok());
+  *shared = DeviceMemory();
+  EXPECT_EQ(device_->bytes_in_use(MemoryKind::kDevice), before);
+}
+
+// What one device writes the other reads, also when the first has let go of it.
+TEST_P(DeviceMemorySuite, SharedMemoryIsOpenedByItsName) {
+  if (GetParam().name == "cuda") GTEST_SKIP() << "only another process can (page_ways_test)";
+  const auto other = GetParam().make().value();
+  auto shared = DeviceMemory::Allocate(*device_, MemoryKind::kShared, 100);
+  const auto handle = device_->Export(shared->data()).value();
+  const auto opened = other->Open(handle);
+  ASSERT_TRUE(opened.ok()) << opened.status().ToString();
+  EXPECT_EQ(opened->size(), kSharedUnit);
+  const std::vector<uint8_t> content = Counting(1000);
+  other->Copy(opened->data() + 24, content.data(), content.size());
+  ASSERT_TRUE(other->Synchronize().ok());
+  EXPECT_EQ(Download(shared->data<uint8_t>(24), 1000), content);
+  *shared = DeviceMemory();
+  std::vector<uint8_t> found(1000);
+  other->Copy(found.data(), opened->data() + 24, found.size());
+  ASSERT_TRUE(other->Synchronize().ok());
+  EXPECT_EQ(found, content);
+  other->Close(opened->data());
+  EXPECT_FALSE(other->Open(handle).ok()) << "nothing has that name any more";
+}
+
 TEST_P(DeviceMemorySuite, RecordedWorkRunsWhenReplayedAndReadsMemoryAsItIsThen) {
   auto pinned = DeviceMemory::Allocate(*device_, MemoryKind::kPinned, 2 * sizeof(float));
   ASSERT_TRUE(pinned.ok());
