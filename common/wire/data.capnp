@@ -19,6 +19,7 @@ struct AttachReply {
   shard @1 :UInt16;
   shardCount @2 :UInt16;
   extents @3 :Text;           # abstract unix socket that hands out the tenant's extents (common/extent_socket.h); empty: none
+  pushes @4 :Bool;            # OfferMemory may be sent: this server pushes pages into memory of GPUs
 }
 
 # Body: for each head of `kvHeads`, in order: K rows [tokenCount, headDim], then V rows, in the shape's dtype.
@@ -77,6 +78,8 @@ struct SelectRequest {
                               # 3: pages in the body may be coded in int8; 4: check (metrics)
   appendFirst @9 :UInt32;     # position of the first appended token
   appendCount @10 :UInt32;
+  pushOffset @11 :UInt32;     # region of the memory that this connection has offered: missing pages go there, as far as
+  pushBytes @12 :UInt32;      # they fit; the server may write there until it has answered. 0: none
 }
 # Several Selects of one connection, as a rule one a sequence, in one message. Each is a request of its own: under its own id,
 # for its own context, with its own answer. Body: theirs, one after the other.
@@ -94,9 +97,10 @@ struct PagePayload {
   from @4 :UInt8;             # rows [from, fill) are in the body: K rows, V rows, positions u32. from == fill: resident
   logMass @5 :Float32;
   checksum @6 :UInt64;        # of the whole page's content (common/checksum.h)
-  offset @7 :UInt32;          # of the page's frame in its extent; place mapped only
+  offset @7 :UInt32;          # of the page's frame in its extent, place mapped; of its rows in the offered memory, place pushed
   extent @8 :UInt64;          # serial of the extent; place mapped only
-  place @9 :UInt8;            # of the rows [from, fill): 0 in the body, 1 mapped, 2 attended to by the server
+  place @9 :UInt8;            # of the rows [from, fill): 0 in the body, 1 mapped, 2 attended to by the server, 3 pushed: K rows, then
+                              # V rows at offset; positions are in the body
   codedBytes @10 :UInt32;     # > 0: the body holds so many bytes of int8 code (kernels/int8_rows.h) for K and V, then positions
   codedChecksum @11 :UInt64;  # of the code and the positions, seeded like the page's
 }
@@ -153,3 +157,11 @@ struct ExtentKeysReply {
   serials @0 :List(UInt64);
   keys @1 :List(Data);        # ReadableMemory::key of each (common/transport.h)
 }
+
+# Memory of the worker's GPU, for servers on its host to push pages into. At most one a connection: another replaces it.
+# It is let go when the connection ends, or the last lease that was attached there.
+struct OfferMemoryRequest {
+  ticket @0 :Data;            # of a context that this connection has attached
+  handle @1 :Data;            # kernels/gpu/memory_handle.h
+}
+struct OfferMemoryReply {}

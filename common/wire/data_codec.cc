@@ -222,6 +222,8 @@ void Encode(const SelectRequest& in, OutMessage* out) {
   root.setFlags(in.flags);
   root.setAppendFirst(in.append_first);
   root.setAppendCount(in.append_count);
+  root.setPushOffset(in.push_offset);
+  root.setPushBytes(in.push_bytes);
   out->kind = kSelect;
   out->meta = FlatBytes(message);
 }
@@ -383,6 +385,8 @@ Status ReadSelectNumbers(const MessageChecks& check, schema::SelectRequest::Read
   out->flags = root.getFlags();
   out->append_first = root.getAppendFirst();
   out->append_count = root.getAppendCount();
+  out->push_offset = root.getPushOffset();
+  out->push_bytes = root.getPushBytes();
   KV_RETURN_IF_ERROR(check.AtMost("maxPages", out->max_pages, limits::kPagesPerSelectMax));
   KV_RETURN_IF_ERROR(check.AtMost("readCap", out->read_cap, limits::kReadCapMax));
   KV_RETURN_IF_ERROR(check.InRange("minMass", out->min_mass, 0, 1));
@@ -393,6 +397,9 @@ Status ReadSelectNumbers(const MessageChecks& check, schema::SelectRequest::Read
   if ((out->flags & kSelectMapped) != 0 && (out->flags & kSelectAttend) != 0) {
     return check.Bad("flags", std::to_string(out->flags), "mapped or attend, not both");
   }
+  KV_RETURN_IF_ERROR(check.AtMost("pushBytes", out->push_bytes, limits::kPushRegionBytesMax));
+  KV_RETURN_IF_ERROR(
+      check.AtMost("pushOffset", out->push_offset, limits::kPushBytes - out->push_bytes));
   KV_RETURN_IF_ERROR(check.AtMost("appendCount", out->append_count, limits::kPendingTokensMax));
   return check.Positions("appendFirst + appendCount", out->append_first, out->append_count);
 }

@@ -28,7 +28,7 @@ enum DataKind : uint16_t {
   kSelect = 4,
   kFetchRows = 5,
   kFetchPages = 6,
-  kSelectBatch = 7, kExtentKeys = 8,  // select_batch_codec.h, extent_codec.h
+  kSelectBatch = 7, kExtentKeys = 8, kOfferMemory = 9,  // select_batch, extent, push_codec.h
 };
 
 struct AttachRequest {
@@ -40,6 +40,7 @@ struct AttachReply {
   ShardId shard;
   uint16_t shard_count = 0;
   std::string extents{};  // name for ConnectExtents (common/extent_socket.h); empty: not offered
+  bool pushes = false;  // memory may be offered (push_codec.h)
 };
 
 // Names the slices a request is about: heads of one layer, all owned by the addressed shard.
@@ -59,9 +60,7 @@ struct PutRowsRequest {
   std::span<const std::byte> k_rows(size_t head_index, const ModelShape& shape) const;
   std::span<const std::byte> v_rows(size_t head_index, const ModelShape& shape) const;
 };
-struct PutRowsReply {
-  uint32_t next_position = 0;
-};
+struct PutRowsReply { uint32_t next_position = 0; };
 
 struct BuildRequest {
   SliceSet slices;
@@ -104,6 +103,7 @@ struct SelectRequest {
   uint8_t flags = 0;
   uint32_t append_first = 0;
   uint32_t append_count = 0;
+  uint32_t push_offset = 0, push_bytes = 0;  // region for missing pages; 0 bytes: none
   // Decoded only.
   std::vector<float> queries;             // [heads, group, head_dim]
   std::span<const std::byte> append_body; // for each head K rows [append_count], then V rows
@@ -114,6 +114,7 @@ enum class PagePlace : uint8_t {
   kBody = 0,      // rows [from, fill) are in the body
   kMapped = 1,    // they are in the frame at `offset` of extent `extent`
   kAttended = 2,  // the residual holds the whole page; from == fill, and the worker must not attend to it
+  kPushed = 3,    // K rows, then V rows, are at `offset` of the offered memory; positions in the body
 };
 struct PagePayload {
   SegmentId segment;
@@ -124,14 +125,14 @@ struct PagePayload {
   float log_mass = 0;
   uint64_t checksum = 0;
   PagePlace place = PagePlace::kBody;
-  uint32_t offset = 0;  // of the frame: K rows [kPageTokens], V rows, positions
+  uint32_t offset = 0;  // kMapped: of the frame: K rows [kPageTokens], V rows, positions
   uint64_t extent = 0;  // serial; 0 and not sent unless place is kMapped
   // K and V of the whole page as EncodeInt8Rows made them (kernels/int8_rows.h), instead of k_rows
   // and v_rows. Only in the body with from == 0, and shorter than what it stands for.
   uint32_t coded_bytes = 0;
   uint64_t coded_checksum = 0;  // PageChecksum with the code in place of the K rows, no V rows
   std::span<const std::byte> coded{};
-  // Decoded only; empty unless the rows are in the body.
+  // Decoded only; empty unless the rows are in the body (kPushed: the positions alone).
   std::span<const std::byte> k_rows, v_rows, positions;
 };
 struct HeadSelection {
@@ -143,8 +144,7 @@ struct HeadSelection {
 };
 struct SelectReply {
   std::vector<HeadSelection> heads;
-  uint64_t select_ns = 0;
-  uint64_t gather_ns = 0;
+  uint64_t select_ns = 0, gather_ns = 0;
   uint32_t next_position = 0;
 };
 

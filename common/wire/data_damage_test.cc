@@ -11,6 +11,7 @@
 #include "common/limits.h"
 #include "common/wire/data_samples.h"
 #include "common/wire/extent_codec.h"
+#include "common/wire/push_codec.h"
 #include "common/wire/select_batch_codec.h"
 
 namespace icecache::wire {
@@ -117,6 +118,9 @@ std::vector<Case> Cases(Random& random) {
   add("ExtentKeys", keys, [](const InMessage& in) { return DecodeExtentKeysRequest(in); });
   Encode(ExtentKeysReply{{3, 4}, {random.Bytes(40), random.Bytes(512)}}, &key_list.out);
   add("ExtentKeysReply", key_list, [](const InMessage& in) { return DecodeExtentKeysReply(in); });
+  Sample offer;
+  Encode(OfferMemoryRequest{random.Bytes(16), random.Bytes(140)}, &offer.out);
+  add("OfferMemory", offer, [](const InMessage& in) { return DecodeOfferMemoryRequest(in); });
   Encode(AttachRequest{.ticket = random.Bytes(16)}, &attach.out);
   add("Attach", attach, [](const InMessage& in) { return DecodeAttachRequest(in); });
   std::vector<OutMessage> selects = {select.out, select.out};

@@ -48,6 +48,7 @@ void Encode(const AttachReply& in, OutMessage* out) {
   root.setShard(in.shard.value);
   root.setShardCount(in.shard_count);
   root.setExtents(Chars(in.extents));
+  root.setPushes(in.pushes);
   out->kind = kAttach;
   out->meta = FlatBytes(message);
 }
@@ -94,10 +95,9 @@ void WriteHead(const HeadSelection& in, schema::HeadSelection::Builder out) {
     page.setPlace(static_cast<uint8_t>(from.place));
     page.setCodedBytes(from.coded_bytes);
     page.setCodedChecksum(from.coded_checksum);
-    if (from.place == PagePlace::kMapped) {
-      page.setOffset(from.offset);
-      page.setExtent(from.extent);
-    }
+    const bool mapped = from.place == PagePlace::kMapped;
+    if (mapped || from.place == PagePlace::kPushed) page.setOffset(from.offset);
+    if (mapped) page.setExtent(from.extent);
   }
   out.setResidual(Bytes(std::as_bytes(std::span<const float>(in.residual))));
   out.setCoveredMass(in.covered_mass);
@@ -139,6 +139,7 @@ Result<AttachReply> DecodeAttachReply(const InMessage& message) {
         KV_RETURN_IF_ERROR(
             check.AtMost("extents.size", extents.size(), limits::kExtentSocketNameBytesMax));
         out.extents = extents;
+        out.pushes = root.getPushes();
         return out;
       });
 }
@@ -185,7 +186,7 @@ Status ReadPage(const MessageChecks& check, schema::PagePayload::Reader in, cons
   KV_RETURN_IF_ERROR(check.AtMost("page.from", out->from, out->fill));
   if (std::isnan(out->log_mass)) return check.Bad("page.logMass", "nan", "a number");
   KV_RETURN_IF_ERROR(
-      check.AtMost("page.place", in.getPlace(), static_cast<uint8_t>(PagePlace::kAttended)));
+      check.AtMost("page.place", in.getPlace(), static_cast<uint8_t>(PagePlace::kPushed)));
   out->place = static_cast<PagePlace>(in.getPlace());
   if (out->place == PagePlace::kAttended) {
     return check.Between("page.from", out->from, out->fill, out->fill);
@@ -196,6 +197,12 @@ Status ReadPage(const MessageChecks& check, schema::PagePayload::Reader in, cons
     return check.AtMost("page.offset", out->offset, limits::kExtentBytes - shape.page_bytes());
   }
   const size_t rows = size_t{out->fill} - out->from;
+  if (out->place == PagePlace::kPushed) {
+    out->offset = in.getOffset();
+    KV_RETURN_IF_ERROR(check.AtMost("page.offset", out->offset,
+                                    limits::kPushBytes - 2 * rows * shape.row_bytes()));
+    return body->Take(rows * sizeof(uint32_t), &out->positions);
+  }
   out->coded_bytes = in.getCodedBytes();
   out->coded_checksum = in.getCodedChecksum();
   if (out->coded_bytes > 0) {
