@@ -196,8 +196,6 @@ Status DataService::SelectHeads(Context& context, const wire::SelectRequest& req
     context.ObserveQueries(request.layer, head.head, select.queries);
     if ((request.flags & wire::kSelectCheck) != 0)
       KV_RETURN_IF_ERROR(CheckHead(context, request.layer, select.queries, chosen));
-    if ((request.flags & wire::kSelectMapped) != 0) NameByExtent(&chosen);
-    CountPages(chosen);
     tokens_read_.Add(chosen.tokens_read);
   }
   return OkStatus();
@@ -208,7 +206,8 @@ Status DataService::SelectHeads(Context& context, const wire::SelectRequest& req
 void DataService::NameByExtent(wire::HeadSelection* selection) {
   for (wire::PagePayload& page : selection->pages) {
     // Extent 0: a page of a shared context of another tenant, which comes in the body.
-    if (page.from == page.fill || page.extent == 0) continue;
+    if (page.from == page.fill || page.extent == 0 || page.place != wire::PagePlace::kBody)
+      continue;
     bytes_mapped_.Add(page.k_rows.size() + page.v_rows.size() + page.positions.size());
     page.place = wire::PagePlace::kMapped;
     page.k_rows = page.v_rows = page.positions = {};
@@ -232,10 +231,12 @@ Status DataService::CheckHead(const Context& context, LayerId layer, const float
 }
 
 void DataService::CountPages(const wire::HeadSelection& selection) {
-  uint64_t resident = 0, mapped = 0, attended = 0;
+  uint64_t resident = 0, mapped = 0, pushed = 0, attended = 0;
   for (const wire::PagePayload& page : selection.pages) {
     if (page.place == wire::PagePlace::kMapped) {
       ++mapped;
+    } else if (page.place == wire::PagePlace::kPushed) {
+      ++pushed;
     } else if (page.place == wire::PagePlace::kAttended) {
       ++attended;
     } else if (page.from == page.fill) {
@@ -244,8 +245,9 @@ void DataService::CountPages(const wire::HeadSelection& selection) {
   }
   pages_resident_.Add(resident);
   pages_mapped_.Add(mapped);
+  pages_pushed_.Add(pushed);
   pages_attended_.Add(attended);
-  pages_returned_.Add(selection.pages.size() - resident - mapped - attended);
+  pages_returned_.Add(selection.pages.size() - resident - mapped - pushed - attended);
 }
 
 Status DataService::GatherPages(OutMessage* out) const {
@@ -304,6 +306,11 @@ Status DataService::Select(Connection& connection, const InMessage& message) {
 
   OutMessage reply;
   std::shared_ptr<const void> codes;
+  const std::vector<PushSpan> pushed = PlaceInRegion(connection, request);
+  for (wire::HeadSelection& head : scratch_.heads) {
+    if ((request.flags & wire::kSelectMapped) != 0) NameByExtent(&head);
+    CountPages(head);
+  }
   if (Coded(request.flags)) codes = CodePages(context.spec().shape, &scratch_);
   KV_RETURN_IF_ERROR(GatherPages(&reply));
   // Before anything changes: the parts point into frames.
@@ -315,7 +322,11 @@ Status DataService::Select(Connection& connection, const InMessage& message) {
   const TimePoint gathered = reactor_.clock().Now();
   scratch_.gather_ns = Nanos(gathered - selected);
   wire::Encode(scratch_, &reply);
-  Reply(connection, message, std::move(reply));
+  if (pushed.empty()) {
+    Reply(connection, message, std::move(reply));
+  } else {
+    ReplyWhenPushed(connection, message, std::move(reply), pushed);
+  }
 
   append_seconds_.ObserveSeconds(Seconds(appended - begin));
   select_seconds_.ObserveSeconds(Seconds(selected - appended));

@@ -12,9 +12,9 @@ namespace icecache {
 namespace {
 
 constexpr Duration kSweepInterval = std::chrono::seconds(2);
-constexpr std::array<const char*, 9> kKindNames = {"unknown",     "attach",       "put_rows",
-                                                   "build",       "select",       "fetch_rows",
-                                                   "fetch_pages", "select_batch", "extent_keys"};
+constexpr std::array<const char*, 10> kKindNames = {
+    "unknown",    "attach",      "put_rows",     "build",       "select",
+    "fetch_rows", "fetch_pages", "select_batch", "extent_keys", "offer_memory"};
 
 Histogram& StageHistogram(MetricsRegistry& metrics, const char* stage) {
   return metrics.GetHistogram(
@@ -86,6 +86,8 @@ DataService::DataService(Shard& shard, Reactor& reactor, MetricsRegistry& metric
                                          "Pages selected that the worker already held.")),
       pages_mapped_(metrics.GetCounter("icecache_pages_mapped_total",
                                        "Pages named for reading in mapped memory.")),
+      pages_pushed_(metrics.GetCounter("icecache_pages_pushed_total",
+                                       "Pages written into memory of workers' GPUs.")),
       pages_attended_(metrics.GetCounter(
           "icecache_pages_attended_total",
           "Selected pages that the server attended to instead of sending them.")),
@@ -164,6 +166,7 @@ void DataService::Sweep() {
       const bool dead = shard_.FindLease(it->second) == nullptr;
       it = dead ? connection->attached.erase(it) : std::next(it);
     }
+    if (connection->attached.empty()) connection->push.reset();  // whoever lent it may have ended
     if (!connection->attached.empty()) connection->last_attached = now;
     if (now - connection->last_attached > limits::kAttachTimeout) idle.push_back(id);
   }
@@ -260,6 +263,8 @@ Status DataService::Dispatch(Connection& connection, const InMessage& message) {
       return FetchPages(connection, message);
     case wire::kExtentKeys:
       return GiveExtentKeys(connection, message);
+    case wire::kOfferMemory:
+      return OfferMemory(connection, message);
     default:
       return Unimplemented("request kind " + std::to_string(message.kind) +
                            " is not known to protocol version " +
@@ -340,7 +345,8 @@ Status DataService::Attach(Connection& connection, const InMessage& message) {
   OutMessage reply;
   wire::Encode(wire::AttachReply{.shard = shard_.options().id,
                                  .shard_count = static_cast<uint16_t>(shard_.options().count),
-                                 .extents = options_.extents},
+                                 .extents = options_.extents,
+                                 .pushes = options_.push != nullptr},
                &reply);
   Reply(connection, message, std::move(reply));
   return OkStatus();

@@ -31,6 +31,7 @@
 #include <vector>
 
 #include "cacheserver/extent_keys.h"
+#include "cacheserver/page_push.h"
 #include "cacheserver/shard.h"
 #include "common/channel.h"
 #include "common/metrics.h"
@@ -45,6 +46,7 @@ struct DataServiceOptions {
   Duration heartbeat_interval = limits::kHeartbeatInterval;
   std::string extents;  // where ExtentService listens, told to workers that attach; empty: nowhere
   ExtentKeys* keys = nullptr;  // borrowed; none: no worker reads by itself
+  PagePush* push = nullptr;    // borrowed; none: nothing is pushed
 };
 
 class DataService {
@@ -68,7 +70,8 @@ class DataService {
     std::unique_ptr<Channel> channel;
     std::optional<TenantId> tenant;  // of the first ticket; later ones must be of the same
     std::unordered_map<ContextId, Epoch> attached;
-    TimePoint last_attached;  // when it last had a living lease, or was made
+    TimePoint last_attached;           // when it last had a living lease, or was made
+    std::shared_ptr<PushTarget> push;  // memory that it has offered; null: none
     // Rows continue one another: while one PutRows waits for room (0: none), those that come after
     // it stand behind it, in their order.
     RequestId put_waits = 0;
@@ -110,6 +113,7 @@ class DataService {
   Status FetchRows(Connection& connection, const InMessage& message);
   Status FetchPages(Connection& connection, const InMessage& message);
   Status GiveExtentKeys(Connection& connection, const InMessage& message);
+  Status OfferMemory(Connection& connection, const InMessage& message);
 
   Status AppendRows(const Fenced& fenced, const wire::SelectRequest& request);
   Status SelectHeads(Context& context, const wire::SelectRequest& request, Misses* misses);
@@ -117,6 +121,10 @@ class DataService {
                          wire::FetchRowsReply* header, std::vector<std::byte>* body,
                          Misses* misses);
   void NameByExtent(wire::HeadSelection* selection);
+  std::vector<PushSpan> PlaceInRegion(const Connection& connection,
+                                      const wire::SelectRequest& request);
+  void ReplyWhenPushed(Connection& connection, const InMessage& message, OutMessage reply,
+                       const std::vector<PushSpan>& spans);
   void CountPages(const wire::HeadSelection& selection);
   Status CheckHead(const Context& context, LayerId layer, const float* queries,
                    const wire::HeadSelection& selection);
@@ -150,6 +158,7 @@ class DataService {
   Counter& pages_returned_;
   Counter& pages_resident_;
   Counter& pages_mapped_;
+  Counter& pages_pushed_;
   Counter& pages_attended_;
   Counter& tokens_read_;
   Counter& rows_received_;
@@ -175,7 +184,7 @@ class DataService {
   bool accepting_ = true;
   Reactor::TimerId sweep_ = 0;
   wire::SelectReply scratch_;  // reused by every Select: its vectors keep their memory
-  std::array<std::array<Counter*, 16>, 9> counters_{};  // [kind][code], made on first use
+  std::array<std::array<Counter*, 16>, 10> counters_{};  // [kind][code], made on first use
   std::shared_ptr<int> alive_ = std::make_shared<int>(0);
 };
 

@@ -11,10 +11,10 @@ ExtentKeys::ExtentKeys(PagePool& pool, Transport& transport, MetricsRegistry& me
       given_(
           metrics.GetCounter("icecache_extent_keys_given_total",
                              "Keys of extents given to workers that read them over the network.")) {
-  pool_.OnExtentDropped([this](uint64_t serial) { readable_.erase(serial); });
+  pool_.OnExtentDropped(this, [this](uint64_t serial) { readable_.erase(serial); });
 }
 
-ExtentKeys::~ExtentKeys() { pool_.OnExtentDropped({}); }
+ExtentKeys::~ExtentKeys() { pool_.OnExtentDropped(this, {}); }
 
 Result<wire::ExtentKeysReply> ExtentKeys::KeysFor(TenantId tenant,
                                                   std::span<const uint64_t> serials) {

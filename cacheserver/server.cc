@@ -7,13 +7,14 @@
 
 #include "cacheserver/admin.h"
 #include "cacheserver/build_pool.h"
-#include "cacheserver/context_store.h"
 #include "cacheserver/context_service.h"
+#include "cacheserver/context_store.h"
 #include "cacheserver/control_service.h"
 #include "cacheserver/data_service.h"
 #include "cacheserver/extent_keys.h"
 #include "cacheserver/extent_service.h"
 #include "cacheserver/listen.h"
+#include "cacheserver/page_push.h"
 #include "cacheserver/server_report.h"
 #include "cacheserver/shard_group.h"
 #include "common/address.h"
@@ -51,12 +52,17 @@ struct Server::ShardThread {
         reactor, *server.builds_, server.metrics_, server.cold_.get());
     extents = std::make_unique<ExtentService>(*shard, reactor, server.metrics_);
     keys = std::make_unique<ExtentKeys>(shard->pool(), *transport, server.metrics_);
+    if (server.push_device_) {
+      push =
+          std::make_unique<PagePush>(shard->pool(), reactor, server.metrics_, server.push_device_);
+    }
     service = std::make_unique<DataService>(
         *shard, reactor, server.metrics_,
         DataServiceOptions{.peer_timeout = std::chrono::milliseconds(config.lease_ms),
                            .heartbeat_interval = std::chrono::milliseconds(config.heartbeat_ms),
                            .extents = extents->Listen(),
-                           .keys = keys.get()});
+                           .keys = keys.get(),
+                           .push = push.get()});
     KV_ASSIGN_OR_RETURN(address, transport->Listen(FormatHostPort({config.host, 0}),
                                                    [this](std::unique_ptr<Endpoint> endpoint) {
                                                      service->Accept(std::move(endpoint));
@@ -74,6 +80,7 @@ struct Server::ShardThread {
     // Connections before the transport they speak over, both before the memory that their replies
     // point into.
     service.reset();
+    push.reset();
     extents.reset();
     keys.reset();
     transport.reset();
@@ -85,6 +92,7 @@ struct Server::ShardThread {
   std::unique_ptr<Shard> shard;
   std::unique_ptr<ExtentService> extents;
   std::unique_ptr<ExtentKeys> keys;
+  std::unique_ptr<PagePush> push;  // null: nothing is pushed
   std::unique_ptr<DataService> service;
   std::string address;
   std::string description;
@@ -151,6 +159,12 @@ Status Server::OpenColdStore() {
 Status Server::StartShards() {
   // Shards and control plane on the same address, whatever the name resolves to later.
   KV_ASSIGN_OR_RETURN(parts_.config.host, ResolveHost(parts_.config.host));
+  Result<MakePushDevice> push = ChoosePushDevice(parts_.config.push_pages);
+  if (push.ok()) {
+    push_device_ = *std::move(push);
+  } else {
+    LogInfo("no pages are pushed to GPUs", {{"reason", push.status().message()}});
+  }
   std::vector<std::future<Status>> opened;
   for (uint32_t i = 0; i < parts_.config.threads; ++i) {
     shards_.push_back(std::make_unique<ShardThread>(*clock_, parts_.spin));

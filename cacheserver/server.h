@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "cacheserver/context/tenant.h"
+#include "cacheserver/page_push.h"
 #include "cacheserver/server_config.h"
 #include "common/clock.h"
 #include "common/control_stream.h"
@@ -81,6 +82,7 @@ class Server {
   void RenderMetrics(std::function<void(std::string)> answer);
 
   ServerParts parts_;
+  MakePushDevice push_device_;  // empty: nothing is pushed
   const std::unique_ptr<Clock> clock_;
   MetricsRegistry metrics_;
   std::unique_ptr<Reactor> reactor_;  // control

@@ -16,6 +16,7 @@
 #include <set>
 #include <sstream>
 
+#include "cacheserver/page_push.h"
 #include "common/limits.h"
 #include "common/size.h"
 #include "common/ucx_environment.h"
@@ -263,6 +264,10 @@ void AddKeys(ConfigParser& parser, ServerConfig& c) {
              256);
   parser.Add("transports", &c.transports,
              "what UCX may use (UCX_TLS), as posix,cma,tcp,self; must contain tcp");
+  parser.Add("push_pages", &c.push_pages,
+             "write pages into memory of GPUs of workers on this host that ask for it (--page-way "
+             "ipc): auto (where there is a GPU) or off");
+  parser.AddCheck("push_pages", [&c] { return CheckPushName(c.push_pages); });
   parser.Add("token_file", &c.token_file,
              "TOML file of tenants and hashed secrets; reloaded on SIGHUP");
   parser.Add("tls_cert", &c.tls_cert,

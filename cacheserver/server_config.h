@@ -30,7 +30,8 @@ struct ServerConfig {
   bool cold_direct_io = false;
   uint32_t threads = 1;  // shards
   uint32_t build_threads = 1;
-  std::string transports;  // UCX_TLS; empty: the default of common/transport.h
+  std::string transports;           // UCX_TLS; empty: the default of common/transport.h
+  std::string push_pages = "auto";  // into memory of workers' GPUs: ChoosePushDevice
   std::string token_file;
   std::string tls_cert;  // PEM; empty: the control plane is in the clear
   std::string tls_key;

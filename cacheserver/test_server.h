@@ -30,7 +30,8 @@ void ForEachSlice(const Check& check) {
 
 class RunningServer {
  public:
-  explicit RunningServer(TenantTable tenants = TenantTable::Open()) {
+  explicit RunningServer(TenantTable tenants = TenantTable::Open(),
+                         const std::string& push_pages = "off") {
     QuietLog();
     ApplyUcxEnvironment();
     ServerParts parts;
@@ -40,6 +41,7 @@ class RunningServer {
     parts.config.threads = kShards;
     parts.config.build_threads = 2;
     parts.config.drain_timeout_ms = 3000;
+    parts.config.push_pages = push_pages;
     parts.tenants = std::move(tenants);
     parts.make_transport = [](Reactor& reactor) { return MakeUcxTransport(reactor, {}); };
     Result<std::unique_ptr<Server>> started = Server::Start(std::move(parts));

@@ -176,7 +176,9 @@ void PagePool::DropExtent(Account& account, uint32_t slot) {
   --frames.empty_extents;
   --account.usage.extents;
   --total_.extents;
-  if (extent_dropped_) extent_dropped_(extent.serial);
+  for (const auto& [who, told] : extent_dropped_) {
+    if (told) told(extent.serial);
+  }
   munmap(extent.base, limits::kExtentBytes);
   close(extent.fd);
   extent = Extent{};

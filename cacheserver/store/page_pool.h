@@ -126,8 +126,10 @@ class PagePool {
     std::span<std::byte> memory{};
   };
   std::vector<ExtentInfo> ExtentsOf(TenantId tenant) const;
-  // Told of each extent before its memory goes, by serial.
-  void OnExtentDropped(std::function<void(uint64_t)> told) { extent_dropped_ = std::move(told); }
+  // Told of each extent before its memory goes, by serial; one of each `who`, empty: no more.
+  void OnExtentDropped(const void* who, std::function<void(uint64_t)> told) {
+    extent_dropped_[who] = std::move(told);
+  }
   // REQUIRES: the slot of a frame that is in use.
   uint64_t ExtentSerial(uint32_t slot) const { return extents_[slot].serial; }
 
@@ -186,7 +188,7 @@ class PagePool {
   bool generation_pinned_ = false;  // a pin was taken since it started
   std::deque<Waiting> waiting_;     // oldest first
   std::function<void(const Shortage&)> reclaim_;
-  std::function<void(uint64_t)> extent_dropped_;
+  std::map<const void*, std::function<void(uint64_t)>> extent_dropped_;
   bool reclaiming_ = false;
 };
 
