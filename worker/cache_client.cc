@@ -5,6 +5,8 @@
 #include <string>
 #include <utility>
 
+#include "kernels/gpu/push_buffer.h"
+
 namespace icecache {
 namespace {
 
@@ -27,7 +29,27 @@ struct SelectState {
   uint32_t open = 0;                                            // calls without an end
   Status error;
   SelectOutcome outcome;
+  std::vector<std::shared_ptr<const gpu::PushRegion>> lent;  // until its pages are settled
 };
+
+namespace {
+
+// The rows of a page that the server has written into memory of the device: their addresses there.
+// They stay empty where it says that they lie elsewhere than it was told.
+void PointRowsAtRegion(const SelectState& state, wire::PagePayload* page) {
+  const size_t bytes = (size_t{page->fill} - page->from) * state.context.shape.row_bytes();
+  for (const auto& region : state.lent) {
+    if (page->offset < region->offset || page->offset - region->offset > region->bytes ||
+        2 * bytes > region->bytes - (page->offset - region->offset)) {
+      continue;
+    }
+    page->k_rows = {region->buffer + page->offset, bytes};
+    page->v_rows = {region->buffer + page->offset + bytes, bytes};
+    return;
+  }
+}
+
+}  // namespace
 
 Result<std::unique_ptr<CacheClient>> CacheClient::Connect(Reactor& reactor, Transport& transport,
                                                           const std::vector<std::string>& shards,
@@ -127,7 +149,7 @@ std::shared_ptr<std::vector<std::byte>> CacheClient::Buffer() {
   return buffer;
 }
 
-OutMessage CacheClient::SelectMessage(const SelectState& state, ShardId shard,
+OutMessage CacheClient::SelectMessage(SelectState& state, ShardId shard,
                                       const std::vector<KvHeadId>& heads) {
   const ModelShape& shape = state.context.shape;
   const SelectParams& params = state.params;
@@ -146,6 +168,13 @@ OutMessage CacheClient::SelectMessage(const SelectState& state, ShardId shard,
     request.flags |= wire::kSelectMapped;
   }
   if (mode == ReplyMode::kAttend) request.flags |= wire::kSelectAttend;
+  const size_t missing_max =
+      heads.size() * params.max_pages * 2 * limits::kPageTokens * shape.row_bytes();
+  if (auto region = links_[shard.value]->LendRegion(missing_max)) {
+    request.push_offset = region->offset;
+    request.push_bytes = region->bytes;
+    state.lent.push_back(std::move(region));
+  }
   request.append_first = params.append_first.value;
   request.append_count = static_cast<uint32_t>(params.append.size());
 
@@ -235,6 +264,7 @@ bool CacheClient::Arrived(const SelectCall& state) const { return state->open ==
 void CacheClient::AbandonSelect(const SelectCall& state) {
   state->sink = nullptr;
   state->params = {};
+  if (state->open == 0) state->lent.clear();  // else shards may still write there
 }
 
 void CacheClient::SendSelect(const SelectCall& state, ShardId shard,
@@ -315,9 +345,10 @@ Status CacheClient::Settle(const SelectCall& state) {
   return waited;
 }
 
-void CacheClient::ResolveMapped(const SelectState& state, ShardId shard, wire::SelectReply* reply) {
+void CacheClient::ResolveNamed(const SelectState& state, ShardId shard, wire::SelectReply* reply) {
   for (wire::HeadSelection& head : reply->heads) {
     for (wire::PagePayload& page : head.pages) {
+      if (page.place == wire::PagePlace::kPushed) PointRowsAtRegion(state, &page);
       if (page.place != wire::PagePlace::kMapped) continue;
       links_[shard.value]->Resolve(state.context.id, state.context.shape, &page);
     }
@@ -327,7 +358,7 @@ void CacheClient::ResolveMapped(const SelectState& state, ShardId shard, wire::S
 void CacheClient::OnSelectReply(const SelectCall& state, ShardId shard,
                                 const std::vector<KvHeadId>& heads,
                                 const Result<InMessage>& reply) {
-  --state->open;
+  if (--state->open == 0 && state->sink == nullptr) state->lent.clear();
   if (state->sink == nullptr || !state->error.ok()) return;
   const TimePoint start = reactor_.clock().Now();
   if (reply.ok()) state->outcome.bytes_moved += reply->meta.size() + reply->body.size();
@@ -338,7 +369,7 @@ void CacheClient::OnSelectReply(const SelectCall& state, ShardId shard,
     return;
   }
   if (links_[shard.value]->remote()) return FetchRemote(state, shard, heads, std::move(*decoded));
-  ResolveMapped(*state, shard, &*decoded);
+  ResolveNamed(*state, shard, &*decoded);
   TakeSelectReply(state, shard, heads, *decoded, start);
 }
 

@@ -175,13 +175,13 @@ class CacheClient {
                        const wire::SelectReply& decoded, TimePoint start);
   Status RetryLost(const SelectCall& state);
   Status Settle(const SelectCall& state);
-  void ResolveMapped(const SelectState& state, ShardId shard, wire::SelectReply* reply);
+  void ResolveNamed(const SelectState& state, ShardId shard, wire::SelectReply* reply);
   Status ApplySelection(SelectState& state, const std::vector<KvHeadId>& heads,
                         const wire::SelectReply& reply,
                         std::vector<wire::FetchPagesRequest>* refetches);
   void Refetch(const SelectCall& state, ShardId shard,
                const wire::FetchPagesRequest& request);
-  OutMessage SelectMessage(const SelectState& state, ShardId shard,
+  OutMessage SelectMessage(SelectState& state, ShardId shard,
                            const std::vector<KvHeadId>& heads);
   // A buffer that no message in flight uses.
   std::shared_ptr<std::vector<std::byte>> Buffer();

@@ -22,6 +22,7 @@ struct AttentionStats {
   uint64_t asked_ahead = 0;       // heads whose answer was asked for a step before
   uint64_t asked_again = 0;       // of those, heads whose queries moved, so that they were asked again
   uint64_t mapped_pages = 0;      // of the misses, those read in the server's memory
+  uint64_t pushed_pages = 0;      // of the misses, those that the server wrote into the device
   uint64_t mapped_gone = 0;       // reused by the server before they were read; fetched again
   uint64_t remote_pages = 0;      // selected pages that the server attended to instead of sending
   uint64_t bad_pages = 0;         // failed verification and were fetched again or dropped
@@ -45,7 +46,7 @@ struct AttentionStats {
                            &AttentionStats::bytes_moved, &AttentionStats::page_hits,
                            &AttentionStats::page_misses, &AttentionStats::coded_pages, &AttentionStats::grown_pages,
                            &AttentionStats::asked_ahead, &AttentionStats::asked_again,
-                           &AttentionStats::mapped_pages,
+                           &AttentionStats::mapped_pages, &AttentionStats::pushed_pages,
                            &AttentionStats::mapped_gone, &AttentionStats::remote_pages,
                            &AttentionStats::bad_pages, &AttentionStats::degraded_steps,
                            &AttentionStats::grown_steps,

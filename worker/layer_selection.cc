@@ -68,6 +68,7 @@ void LayerSelection::OnSelection(const wire::HeadSelection& selection,
       case PageCache::Outcome::kReceived:
         ++stats_->page_misses;
         if (page.place == wire::PagePlace::kMapped) ++stats_->mapped_pages;
+        if (page.place == wire::PagePlace::kPushed) ++stats_->pushed_pages;
         if (page.coded_bytes > 0) ++stats_->coded_pages;
         if (page.from > 0) ++stats_->grown_pages;
         break;

@@ -30,6 +30,7 @@ std::byte* PageArena::AllocateChunk(size_t bytes) {
         intake_ != nullptr ? frames_->AllocateOnDevice(bytes) : frames_->AllocateChunk(bytes);
     if (chunk.ok()) return *chunk;
     room_ = false;
+    if (intake_ != nullptr) intake_->NoteHostFrames();
     LogWarn("further pages are kept on the host only", {{"reason", chunk.status().ToString()}});
   }
   chunks_.push_back(std::make_unique<std::byte[]>(bytes));
@@ -178,6 +179,7 @@ bool PageCache::PlaceOnDevice(const wire::PagePayload& page, Slot* slot) const {
   incoming.fill = page.fill;
   incoming.positions = positions(*slot, page.fill).data();
   incoming.frame = slot->frame;
+  incoming.on_device = page.place == wire::PagePlace::kPushed;
   slot->ticket = arena_.intake().Add(incoming).value_or(0);
   return slot->ticket != 0;
 }
@@ -191,6 +193,7 @@ bool PageCache::Place(const wire::PagePayload& page, TokenPos begin, TokenPos en
       (!coded && (page.k_rows.size() != bytes || page.v_rows.size() != bytes))) {
     return false;  // named by extent, and the extent could not be read
   }
+  if (page.place == wire::PagePlace::kPushed && !slot->on_device) return false;  // no host reads it
   std::memcpy(slot->positions + page.from, page.positions.data(), page.positions.size());
   for (uint32_t i = 0; i < page.fill; ++i) {
     if (slot->positions[i] < begin.value || slot->positions[i] >= end.value) return false;

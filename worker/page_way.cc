@@ -6,10 +6,8 @@ namespace icecache {
 namespace {
 
 constexpr std::pair<PageWay, std::string_view> kNames[] = {
-    {PageWay::kAuto, "auto"},
-    {PageWay::kFrames, "frames"},
-    {PageWay::kLanding, "landing"},
-    {PageWay::kRegistered, "registered"},
+    {PageWay::kAuto, "auto"}, {PageWay::kFrames, "frames"},         {PageWay::kLanding, "landing"},
+    {PageWay::kIpc, "ipc"},   {PageWay::kRegistered, "registered"},
 };
 
 // Why a way cannot be taken; empty: it can.
@@ -17,6 +15,7 @@ std::string Obstacle(PageWay way, const PageWayFacts& facts) {
   if (way == PageWay::kFrames) return "";
   if (!facts.landing) return "there is no room for a landing buffer";
   if (way == PageWay::kLanding) return "";
+  if (way == PageWay::kIpc) return facts.pushes ? "" : std::string(facts.no_push);
   if (!facts.mapped) return "the server's memory is not mapped here";
   return facts.registers ? "" : "the device reads no memory that is mapped read-only";
 }
@@ -36,17 +35,17 @@ Result<PageWay> ParsePageWay(std::string_view name) {
     if (known == name) return way;
   }
   return InvalidArgument("'" + std::string(name) +
-                         "', expected auto, frames, landing or registered");
+                         "', expected auto, frames, landing, ipc or registered");
 }
 
 PageWayChoice ChoosePageWay(PageWay asked, const PageWayFacts& facts) {
   PageWayChoice choice;
   std::string obstacles;
-  // From the one that copies least; what was asked for is the first to be tried.
-  for (const PageWay way : {asked, PageWay::kRegistered, PageWay::kLanding, PageWay::kFrames}) {
-    if (way == PageWay::kAuto || (asked == PageWay::kLanding && way == PageWay::kRegistered)) {
-      continue;
-    }
+  // From the one that copies least; what was asked for is the first to be tried, and then what is
+  // next after it.
+  for (const PageWay way :
+       {PageWay::kRegistered, PageWay::kIpc, PageWay::kLanding, PageWay::kFrames}) {
+    if (asked != PageWay::kAuto && way > asked) continue;
     const std::string obstacle = Obstacle(way, facts);
     if (obstacle.empty()) {
       choice.way = way;

@@ -12,9 +12,10 @@
 namespace icecache {
 
 enum class PageWay : uint8_t {
-  kAuto,        // registered, else landing, else frames: what there is
+  kAuto,        // registered, else ipc, else landing, else frames: what there is
   kFrames,      // verified in pinned frames of the host's, copied to their twins on the device
   kLanding,     // through a pinned landing buffer, verified on the device
+  kIpc,         // written by the server into memory of the device, verified on the device
   kRegistered,  // read by the device in the server's memory on this host, verified on the device
 };
 
@@ -26,6 +27,8 @@ struct PageWayFacts {
   bool landing = false;    // there is a landing buffer (PageIntake)
   bool mapped = false;     // the server's memory is mapped into this process
   bool registers = false;  // the device reads memory that is mapped for reading only
+  bool pushes = false;     // the server has opened this worker's PushBuffer
+  std::string_view no_push = "the server pushes no pages";  // why not; a borrowed text
 };
 
 struct PageWayChoice {

@@ -3,8 +3,10 @@
 #include <algorithm>
 
 #include "common/log.h"
+#include "common/wire/push_codec.h"
 #include "common/wire/select_batch_codec.h"
 #include "kernels/gpu/page_intake.h"
+#include "kernels/gpu/push_buffer.h"
 
 namespace icecache {
 namespace {
@@ -47,6 +49,7 @@ Status ShardLink::Open() {
 
 void ShardLink::UseEndpoint(std::unique_ptr<Endpoint> endpoint) {
   remote_.reset();
+  offered_ = pushing_ = false;
   channel_ = std::make_unique<Channel>(reactor_, std::move(endpoint), options_.channel);
   if (options_.mode == ReplyMode::kRemote) {
     remote_ = std::make_unique<RemoteExtents>(reactor_, *channel_);
@@ -100,7 +103,8 @@ void ShardLink::SendAttach(const std::vector<std::byte>& ticket, std::function<v
                " of " + std::to_string(shard_count_) + "; did the server restart? connect again"));
          }
          if (mode_ == ReplyMode::kAuto) ChooseMode(decoded->extents, ticket);
-         done(OkStatus());
+         if (!options_.device.there) return done(OkStatus());
+         ChooseWay(ticket, decoded->pushes, [done] { done(OkStatus()); });
        });
 }
 
@@ -142,17 +146,67 @@ void ShardLink::ChooseMode(const std::string& extents, std::span<const std::byte
   }
   LogInfo("reply mode",
           {{"peer", Name()}, {"mode", std::string(ReplyModeName(mode_))}, {"reason", reason}});
-  if (options_.device.there) ChooseWay();
 }
 
-void ShardLink::ChooseWay() {
-  const gpu::PageIntake* const intake = options_.device.intake;
-  PageWayFacts facts;
-  facts.landing = intake != nullptr;
-  facts.mapped = extents_ != nullptr;
-  facts.registers = facts.landing && intake->device().registers &&
-                    (extents_ == nullptr || extents_->registration().ok());
+// The first time; after a connection that was lost, memory is offered again.
+void ShardLink::ChooseWay(std::span<const std::byte> ticket, bool pushes,
+                          std::function<void()> done) {
+  if (way_ == PageWay::kAuto) {
+    const gpu::PageIntake* const intake = options_.device.intake;
+    PageWayFacts facts;
+    facts.landing = intake != nullptr;
+    facts.mapped = extents_ != nullptr;
+    facts.registers = facts.landing && intake->device().registers &&
+                      (extents_ == nullptr || extents_->registration().ok());
+    PageWayFacts best = facts;
+    best.pushes = pushes && !offered_ && options_.device.push != nullptr && !remote();
+    if (ChoosePageWay(options_.device.way, best).way != PageWay::kIpc) {
+      DecideWay(facts);
+      return done();
+    }
+    return OfferMemory(ticket, [this, facts, done](const Status& status) {
+      PageWayFacts known = facts;
+      const std::string reason = "no memory is shared with the server: " + status.ToString();
+      known.pushes = pushing_ = status.ok();
+      known.no_push = reason;
+      DecideWay(known);
+      done();
+    });
+  }
+  if (way_ != PageWay::kIpc || offered_ || !pushes) return done();
+  OfferMemory(ticket, [this, done](const Status& status) {
+    pushing_ = status.ok();
+    if (!pushing_) {
+      LogWarn("pages are landed from now on", {{"peer", Name()}, {"reason", status.ToString()}});
+    }
+    done();
+  });
+}
+
+void ShardLink::OfferMemory(std::span<const std::byte> ticket, std::function<void(Status)> done) {
+  Result<std::vector<std::byte>> handle = options_.device.push->Offer();
+  if (!handle.ok()) return done(handle.status());
+  offered_ = true;
+  wire::OfferMemoryRequest request;
+  request.ticket.assign(ticket.begin(), ticket.end());
+  request.handle = std::move(*handle);
+  OutMessage message;
+  wire::Encode(request, &message);
+  Call(std::move(message), options_.request_deadline,
+       [done = std::move(done)](const Result<InMessage>& reply) {
+         done(reply.ok() ? wire::DecodeOfferMemoryReply(*reply).status() : reply.status());
+       });
+}
+
+std::shared_ptr<const gpu::PushRegion> ShardLink::LendRegion(size_t bytes) {
+  // A page for which the device has no frame is read on the host, so it has to come there.
+  if (!pushing_ || way_ != PageWay::kIpc || options_.device.intake->host_frames()) return nullptr;
+  return options_.device.push->Reserve(bytes);
+}
+
+void ShardLink::DecideWay(const PageWayFacts& facts) {
   const PageWayChoice choice = ChoosePageWay(options_.device.way, facts);
+  way_ = choice.way;
   (choice.denied ? LogWarn : LogInfo)("page way", {{"peer", Name()},
                                                    {"way", std::string(PageWayName(choice.way))},
                                                    {"reason", choice.reason},

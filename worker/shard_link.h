@@ -29,11 +29,17 @@
 
 namespace icecache {
 
+namespace gpu {
+class PushBuffer;
+struct PushRegion;
+}  // namespace gpu
+
 // Where pages go: nowhere in particular (the CPU), or into frames of a device.
 struct DevicePages {
   bool there = false;  // a device
   PageWay way = PageWay::kAuto;
   gpu::PageIntake* intake = nullptr;  // borrowed; null: pages are verified on the host
+  gpu::PushBuffer* push = nullptr;    // borrowed, with intake; null: none is offered
 };
 
 struct ShardLinkOptions {
@@ -83,6 +89,9 @@ class ShardLink {
   // turns. Leaves them empty when that cannot be.
   void Resolve(ContextId context, const ModelShape& shape, wire::PagePayload* page);
 
+  // Where the shard may push so many bytes of pages; null: they come otherwise.
+  std::shared_ptr<const gpu::PushRegion> LendRegion(size_t bytes);
+
   // In mode kRemote: RemoteExtents::Fetch. When the network cannot do it, the mode becomes kInline.
   bool remote() const { return mode_ == ReplyMode::kRemote; }
   void FetchRemote(ContextId context, Epoch epoch, const ModelShape& shape,
@@ -103,7 +112,9 @@ class ShardLink {
   void UseEndpoint(std::unique_ptr<Endpoint> endpoint);
   void SendAttach(const std::vector<std::byte>& ticket, std::function<void(Status)> done);
   void ChooseMode(const std::string& extents, std::span<const std::byte> ticket);
-  void ChooseWay();
+  void ChooseWay(std::span<const std::byte> ticket, bool pushes, std::function<void()> done);
+  void DecideWay(const PageWayFacts& facts);
+  void OfferMemory(std::span<const std::byte> ticket, std::function<void(Status)> done);
   void OnLost(const Status& status);
   void TryLater();
   void Reconnect();
@@ -119,6 +130,9 @@ class ShardLink {
   bool connected_ = false;
   std::vector<Attached> attached_;  // the latest last
   ReplyMode mode_ = ReplyMode::kAuto;
+  PageWay way_ = PageWay::kAuto;  // until it is chosen, and without a device
+  bool offered_ = false;          // memory, on this connection
+  bool pushing_ = false;          // and the shard has opened it
   std::unique_ptr<ExtentMap> extents_;  // in mode kMapped
   std::unique_ptr<RemoteExtents> remote_;  // in mode kRemote; of channel_
   uint64_t bytes_moved_ = 0;

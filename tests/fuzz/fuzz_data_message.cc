@@ -5,6 +5,7 @@
 #include "common/limits.h"
 #include "common/wire/data_codec.h"
 #include "common/wire/extent_codec.h"
+#include "common/wire/push_codec.h"
 #include "common/wire/select_batch_codec.h"
 #include "kernels/int8_rows.h"
 #include "tests/fuzz/fuzz_target.h"
@@ -148,6 +149,12 @@ SelectSeeds MakeSelectSeeds() {
   seeds.requests.push_back(Seed(select, 2 * 16 * 4 + 2 * row));
   reply.heads[0].pages[0].coded_bytes = 600;
   seeds.replies.push_back(Seed(reply, 600 + 16 * 4));
+  reply.heads[0].pages[0].place = wire::PagePlace::kPushed;
+  reply.heads[0].pages[0].offset = 4096;
+  seeds.replies.push_back(Seed(reply, 16 * 4));
+  select.push_offset = 8192;
+  select.push_bytes = 65536;
+  seeds.requests.push_back(Seed(select, 2 * 16 * 4 + 2 * row));
   OutMessage one;
   wire::Encode(select, &one);
   const std::vector<std::byte> body(2 * 16 * 4 + 2 * row, std::byte{1});
@@ -211,6 +218,10 @@ std::vector<Target> Targets() {
        {Seed(wire::ExtentKeysReply{{7}, {std::vector<std::byte>(60)}}, 0)},
        Delivered(wire::kExtentKeys,
                  [](const InMessage& m) { (void)wire::DecodeExtentKeysReply(m); })},
+      {"offer_memory",
+       {Seed(wire::OfferMemoryRequest{std::vector<std::byte>(16), std::vector<std::byte>(140)}, 0)},
+       Delivered(wire::kOfferMemory,
+                 [](const InMessage& m) { (void)wire::DecodeOfferMemoryRequest(m); })},
       {"status",
        {Input(refusal, "")},
        Delivered(0,

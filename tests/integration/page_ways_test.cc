@@ -5,6 +5,7 @@
 #include "common/ucx_environment.h"
 #include "kernels/gpu/device_frames.h"
 #include "kernels/gpu/page_intake.h"
+#include "kernels/gpu/push_buffer.h"
 #include "tests/conformance/device_suite.h"
 #include "tests/support/linked_worker.h"
 #include "tests/support/process.h"
@@ -18,7 +19,8 @@ class PageWays : public gpu::DeviceSuite {
   static constexpr ModelShape kShape = LinkedWorker::kShape;
 
   // Selects, and compares every page on the device with what was uploaded. Pages that came.
-  uint64_t SelectAndCompare(LinkedWorker& worker, LayerSelection& selection) {
+  uint64_t SelectAndCompare(LinkedWorker& worker, LayerSelection& selection, SelectionSink& sink,
+                            bool int8) {
     const std::vector<KvHeadId> heads = {KvHeadId(0), KvHeadId(1)};
     const TokenPos end(LinkedWorker::kTokens);
     selection.Begin(heads, {TokenPos(0), end, end.value}, nullptr);
@@ -28,7 +30,8 @@ class PageWays : public gpu::DeviceSuite {
     params.max_pages = LinkedWorker::kPages;
     params.append_first = end;
     params.deadline = kPatience;
-    const auto outcome = worker.link().cache().Select(worker.context(), params, selection, {});
+    params.int8 = int8;
+    const auto outcome = worker.link().cache().Select(worker.context(), params, sink, {});
     EXPECT_TRUE(outcome.ok() && outcome->complete) << outcome.status().ToString();
     uint64_t pages = 0;
     for (const KvHeadId h : heads) {
@@ -59,55 +62,162 @@ class PageWays : public gpu::DeviceSuite {
     }
   }
 
-  // Two selections by this way; `expect` looks at the intake afterwards.
-  void RunWay(PageWay way, ReplyMode mode,
-              const std::function<void(const gpu::PageIntake&)>& expect) {
+  struct Run {
+    PageWay way = PageWay::kAuto;
+    ReplyMode mode = ReplyMode::kAuto;
+    bool int8 = false;
+    size_t push_bytes = limits::kPushBytes;
+    bool pushes = false;       // the server does, on this kind of device
+    bool host_frames = false;  // some other page had no room on the device
+    bool spoils = false;       // what is pushed is overwritten before the device comes to copy it
+  };
+  struct Found {
+    AttentionStats stats;
+    uint64_t pages = 0, landed = 0, direct = 0, pushed = 0;
+  };
+
+  // A selection by this way, and another that finds all pages here.
+  Found RunWay(const Run& run) {
     ApplyUcxEnvironment();
-    TestServer server({"--memory-size", "256MiB", "--threads", "2"});
+    const bool emulated = GetParam().name != "cuda";
+    TestServer server({"--memory-size", "256MiB", "--threads", "2", "--push-pages",
+                       !run.pushes ? "off"
+                       : emulated  ? "emulated"
+                                   : "auto"});
     gpu::DeviceFrames frames(*device_);
     const auto intake = gpu::PageIntake::Make(*device_).value();
+    if (run.host_frames) intake->NoteHostFrames();
+    gpu::PushBuffer push(*device_, run.push_bytes);
     ServerLinkOptions options;
     options.control.address = server.address();
-    options.cache.reply_mode = mode;
-    options.cache.device = {true, way, intake.get()};
-    LinkedWorker worker;
-    ASSERT_EQ(worker.Open(options).ToString(), "OK");
-    PageArena arena(kShape.page_bytes(), &frames, intake.get());
-    std::vector<PageCache> caches;
-    for (int h = 0; h < 2; ++h) caches.emplace_back(kShape, LinkedWorker::kPages, arena);
-    AttentionStats stats;
-    LayerSelection selection(kShape, caches, intake.get(), &stats);
-    const uint64_t pages = SelectAndCompare(worker, selection);
-    EXPECT_EQ(pages, 2 * LinkedWorker::kPages);
-    EXPECT_EQ(stats.page_misses, pages);
-    EXPECT_EQ(SelectAndCompare(worker, selection), pages);  // they are here
-    EXPECT_EQ(stats.page_hits, pages);
-    EXPECT_EQ(stats.bad_pages + stats.mapped_gone, 0u);
-    EXPECT_EQ(stats.mapped_pages, mode == ReplyMode::kInline ? 0 : pages);
-    expect(*intake);
+    options.cache.reply_mode = run.mode;
+    options.cache.device = {true, run.way, intake.get(), &push};
+    Found found;
+    {
+      LinkedWorker worker;
+      const Status opened = worker.Open(options);
+      EXPECT_EQ(opened.ToString(), "OK");
+      if (!opened.ok()) return found;
+      PageArena arena(kShape.page_bytes(), &frames, intake.get());
+      std::vector<PageCache> caches;
+      for (int h = 0; h < 2; ++h) caches.emplace_back(kShape, LinkedWorker::kPages, arena);
+      LayerSelection selection(kShape, caches, intake.get(), &found.stats);
+      Spoiler spoiler(selection, *device_, push);
+      SelectionSink& sink = run.spoils ? static_cast<SelectionSink&>(spoiler) : selection;
+      found.pages = SelectAndCompare(worker, selection, sink, run.int8);
+      EXPECT_EQ(found.pages, 2 * LinkedWorker::kPages);
+      EXPECT_EQ(found.stats.page_misses, found.pages);
+      EXPECT_EQ(SelectAndCompare(worker, selection, selection, run.int8), found.pages);
+      EXPECT_EQ(found.stats.page_hits, found.pages);
+      EXPECT_EQ(found.stats.mapped_gone, 0u);
+      if (!run.spoils) EXPECT_EQ(found.stats.bad_pages, 0u);
+    }
+    found.landed = intake->landed_bytes();
+    found.direct = intake->direct_bytes();
+    found.pushed = intake->pushed_bytes();
+    // All that was lent has come back.
+    if (push.free_bytes() > 0) EXPECT_EQ(push.free_bytes(), run.push_bytes);
+    return found;
   }
+
+  // Overwrites what was pushed when the copies of it are queued, and not yet made.
+  class Spoiler final : public SelectionSink {
+   public:
+    Spoiler(LayerSelection& selection, gpu::Device& device, gpu::PushBuffer& push)
+        : selection_(selection), device_(device), push_(push) {}
+    void FillHead(wire::SelectHead* wanted) override { selection_.FillHead(wanted); }
+    void OnSelection(const wire::HeadSelection& selection,
+                     std::vector<wire::ResidentPage>* refetch) override {
+      selection_.OnSelection(selection, refetch);
+    }
+    void OnRefetched(KvHeadId head, const wire::PagePayload& page) override {
+      selection_.OnRefetched(head, page);
+    }
+    Status OnReplyTaken() override {
+      KV_RETURN_IF_ERROR(selection_.OnReplyTaken());
+      KV_ASSIGN_OR_RETURN(const std::vector<std::byte> handle, push_.Offer());
+      KV_ASSIGN_OR_RETURN(const std::span<std::byte> memory, device_.Open(handle));
+      std::memset(memory.data(), 0xff, 64);  // no row has such bytes
+      device_.Close(memory.data());
+      return OkStatus();
+    }
+    Status Settle(std::vector<HeadPages>* damaged) override { return selection_.Settle(damaged); }
+
+   private:
+    LayerSelection& selection_;
+    gpu::Device& device_;
+    gpu::PushBuffer& push_;
+  };
 };
 
 TEST_P(PageWays, RegisteredExtentsAreReadByTheDevice) {
   if (!device_->info().registers) GTEST_SKIP() << "this device registers no memory";
-  RunWay(PageWay::kAuto, ReplyMode::kAuto, [](const gpu::PageIntake& intake) {
-    EXPECT_EQ(intake.landed_bytes(), 0u);
-    EXPECT_GT(intake.direct_bytes(), 0u);
-  });
+  const Found found = RunWay({});
+  EXPECT_EQ(found.stats.mapped_pages, found.pages);
+  EXPECT_EQ(found.landed, 0u);
+  EXPECT_GT(found.direct, 0u);
 }
 
 TEST_P(PageWays, MappedPagesAreLandedWhenAskedFor) {
-  RunWay(PageWay::kLanding, ReplyMode::kAuto, [](const gpu::PageIntake& intake) {
-    EXPECT_GT(intake.landed_bytes(), 0u);
-    EXPECT_EQ(intake.direct_bytes(), 0u);
-  });
+  const Found found = RunWay({.way = PageWay::kLanding, .pushes = true});
+  EXPECT_EQ(found.stats.mapped_pages, found.pages);
+  EXPECT_GT(found.landed, 0u);
+  EXPECT_EQ(found.direct + found.pushed, 0u);
 }
 
 TEST_P(PageWays, PagesInRepliesAreLanded) {
-  RunWay(PageWay::kAuto, ReplyMode::kInline, [](const gpu::PageIntake& intake) {
-    EXPECT_GT(intake.landed_bytes(), 0u);
-    EXPECT_EQ(intake.direct_bytes(), 0u);
-  });
+  const Found found = RunWay({.mode = ReplyMode::kInline});
+  EXPECT_EQ(found.stats.mapped_pages + found.stats.pushed_pages, 0u);
+  EXPECT_GT(found.landed, 0u);
+  EXPECT_EQ(found.direct + found.pushed, 0u);
+}
+
+TEST_P(PageWays, AServerPushesPagesWhenAskedTo) {
+  const Found found = RunWay({.way = PageWay::kIpc, .pushes = true});
+  EXPECT_EQ(found.stats.pushed_pages, found.pages);
+  EXPECT_EQ(found.landed + found.direct, 0u);
+  EXPECT_EQ(found.pushed, found.pages * 2 * limits::kPageTokens * kShape.row_bytes());
+}
+
+TEST_P(PageWays, AutoIsPushingWhereExtentsAreNotRead) {
+  const Found found = RunWay({.mode = ReplyMode::kInline, .pushes = true});
+  EXPECT_EQ(found.stats.pushed_pages, found.pages);
+  EXPECT_EQ(found.landed + found.direct, 0u);
+}
+
+TEST_P(PageWays, PushedPagesAreNeverCoded) {
+  const Found found =
+      RunWay({.way = PageWay::kIpc, .mode = ReplyMode::kInline, .int8 = true, .pushes = true});
+  EXPECT_EQ(found.stats.pushed_pages, found.pages);
+  EXPECT_EQ(found.stats.coded_pages, 0u);
+}
+
+TEST_P(PageWays, WithoutAServerThatPushesPagesAreLanded) {
+  const Found found = RunWay({.way = PageWay::kIpc, .mode = ReplyMode::kInline});
+  EXPECT_EQ(found.stats.pushed_pages, 0u);
+  EXPECT_GT(found.landed, 0u);
+}
+
+TEST_P(PageWays, WhatDoesNotFitIsLanded) {
+  constexpr size_t kRows = 2 * limits::kPageTokens * kShape.row_bytes();
+  const Found found = RunWay(
+      {.way = PageWay::kIpc, .mode = ReplyMode::kInline, .push_bytes = 6 * kRows, .pushes = true});
+  EXPECT_EQ(found.stats.pushed_pages, 6u);
+  EXPECT_EQ(found.pushed, 6 * kRows);
+  EXPECT_EQ(found.landed, (found.pages - 6) * kRows);
+}
+
+TEST_P(PageWays, NothingIsPushedWhileThereAreFramesOnTheHost) {
+  const Found found = RunWay({.way = PageWay::kIpc, .pushes = true, .host_frames = true});
+  EXPECT_EQ(found.stats.pushed_pages, 0u);
+}
+
+TEST_P(PageWays, APageThatIsOverwrittenAfterThePushComesAgain) {
+  if (GetParam().name == "cuda") GTEST_SKIP() << "a process cannot open what it has exported";
+  const Found found =
+      RunWay({.way = PageWay::kIpc, .mode = ReplyMode::kInline, .pushes = true, .spoils = true});
+  EXPECT_EQ(found.stats.bad_pages, 1u);  // at the start of the memory
+  EXPECT_GT(found.landed, 0u);
 }
 
 INSTANTIATE_DEVICES(PageWays);

@@ -18,6 +18,9 @@ Compute OnDevice(std::unique_ptr<gpu::Device> device, PageWay way) {
     Result<std::unique_ptr<gpu::PageIntake>> intake = gpu::PageIntake::Make(*compute.device);
     if (intake.ok()) {
       compute.intake = std::move(*intake);
+      if (way == PageWay::kAuto || way >= PageWay::kIpc) {
+        compute.push = std::make_unique<gpu::PushBuffer>(*compute.device);
+      }
     } else {
       LogWarn("no landing buffer for pages", {{"reason", intake.status().ToString()}});
     }

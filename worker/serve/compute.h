@@ -10,6 +10,7 @@
 #include "kernels/attention.h"
 #include "kernels/gpu/device_frames.h"
 #include "kernels/gpu/page_intake.h"
+#include "kernels/gpu/push_buffer.h"
 #include "worker/shard_link.h"
 
 namespace icecache {
@@ -18,10 +19,11 @@ struct Compute {
   std::unique_ptr<gpu::Device> device;        // null: the CPU
   std::unique_ptr<gpu::DeviceFrames> frames;  // likewise
   std::unique_ptr<gpu::PageIntake> intake;  // null in way frames, and where there is no room for it
+  std::unique_ptr<gpu::PushBuffer> push;    // null in the ways that have no use for it
   PageWay way = PageWay::kAuto;             // as asked for
   std::unique_ptr<AttentionBackend> attention;
 
-  DevicePages pages() const { return {device != nullptr, way, intake.get()}; }
+  DevicePages pages() const { return {device != nullptr, way, intake.get(), push.get()}; }
 };
 
 // INVALID_ARGUMENT unless auto, cpu, cuda or emulated (a slow imitation of a GPU, for tests).

@@ -43,8 +43,8 @@ void AddModelSection(ConfigParser& parser, WorkerOptions* o) {
   parser.Add(
       "page_way", &o->page_way,
       "How pages get into a GPU's memory: registered (read by it in the server's memory, same "
-      "host), landing (through a pinned buffer), frames (verified on the host), auto "
-      "(registered, else landing)");
+      "host), ipc (written there by a server with CUDA, same host), landing (through a pinned "
+      "buffer), frames (verified on the host), auto (the first of these that can be had)");
   parser.AddCheck("page_way", [o] { return ParsePageWay(o->page_way).status(); });
 }
 

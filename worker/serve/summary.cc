@@ -46,11 +46,13 @@ std::string FormatSummary(const GenerateSummary& s) {
     Add(&text, "moved      %s per token, %.1f %% of selected pages were here already\n",
         FormatSize(static_cast<uint64_t>(d.bytes_per_token())).c_str(), 100 * a.hit_rate());
   }
-  if (a.mapped_pages > 0 || a.remote_pages > 0) {
+  if (a.mapped_pages > 0 || a.pushed_pages > 0 || a.remote_pages > 0) {
     Add(&text,
-        "pages      %llu sent, %llu read in the server's memory, %llu attended to by the server\n",
-        static_cast<unsigned long long>(a.page_misses - a.mapped_pages),
+        "pages      %llu sent, %llu read in the server's memory, %llu pushed by it, %llu attended "
+        "to by the server\n",
+        static_cast<unsigned long long>(a.page_misses - a.mapped_pages - a.pushed_pages),
         static_cast<unsigned long long>(a.mapped_pages),
+        static_cast<unsigned long long>(a.pushed_pages),
         static_cast<unsigned long long>(a.remote_pages));
   }
   if (a.grown_steps > 0) {
