@@ -7,6 +7,7 @@
 #include <cerrno>
 #include <cstring>
 #include <limits>
+#include <new>
 #include <string>
 #include <utility>
 
@@ -14,7 +15,13 @@ namespace icecache {
 
 namespace {
 constexpr size_t kHugePageBytes = size_t{2} << 20;
+// From here on malloc would map fresh memory, too, in small pages.
+constexpr size_t kScratchHugeMin = size_t{1} << 17;
+
+size_t WholeHugePages(size_t bytes) {
+  return (bytes + kHugePageBytes - 1) / kHugePageBytes * kHugePageBytes;
 }
+}  // namespace
 
 HostBuffer::~HostBuffer() { Release(); }
 
@@ -50,6 +57,28 @@ void HostBuffer::Release() {
   if (data_ != nullptr) munmap(data_, bytes_);
   data_ = nullptr;
   bytes_ = 0;
+}
+
+// Straight from the kernel, so that malloc's own thresholds stay where they are.
+void* AllocateScratch(size_t bytes) {
+  if (bytes < kScratchHugeMin) return ::operator new(bytes);
+  const size_t rounded = WholeHugePages(bytes), mapped = rounded + kHugePageBytes;
+  void* p = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (p == MAP_FAILED) throw std::bad_alloc();
+  auto* const first = static_cast<std::byte*>(p);
+  const size_t lead = WholeHugePages(reinterpret_cast<size_t>(first)) - reinterpret_cast<size_t>(p);
+  if (lead > 0) munmap(first, lead);
+  if (lead < kHugePageBytes) munmap(first + lead + rounded, kHugePageBytes - lead);
+  (void)madvise(first + lead, rounded, MADV_HUGEPAGE);
+  return first + lead;
+}
+
+void FreeScratch(void* memory, size_t bytes) {
+  if (bytes < kScratchHugeMin) {
+    ::operator delete(memory);
+  } else {
+    munmap(memory, WholeHugePages(bytes));
+  }
 }
 
 }  // namespace icecache

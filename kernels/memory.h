@@ -1,4 +1,5 @@
-// HostBuffer: page-aligned anonymous host memory for arenas and landing buffers.
+// Host memory: HostBuffer, page-aligned and anonymous, for arenas and landing buffers;
+// ScratchVector, a vector of many elements for a while.
 //
 // Zero-filled lazily by the kernel, so reserving far more than is used costs address space only.
 // Owner-thread object: the memory may be shared, allocation and release may not race.
@@ -6,6 +7,7 @@
 
 #include <cstddef>
 #include <span>
+#include <vector>
 
 #include "common/status.h"
 
@@ -36,5 +38,20 @@ class HostBuffer {
   std::byte* data_ = nullptr;
   size_t bytes_ = 0;
 };
+
+// Large blocks in huge pages: the first touch of a small page costs some microseconds, more than
+// all that a build does with the keys in it. Throws std::bad_alloc.
+void* AllocateScratch(size_t bytes);
+void FreeScratch(void* memory, size_t bytes);  // as many as were asked for
+
+template <typename T>
+struct ScratchAllocator {
+  using value_type = T;
+  T* allocate(size_t count) { return static_cast<T*>(AllocateScratch(count * sizeof(T))); }
+  void deallocate(T* memory, size_t count) { FreeScratch(memory, count * sizeof(T)); }
+  bool operator==(const ScratchAllocator&) const = default;
+};
+template <typename T>
+using ScratchVector = std::vector<T, ScratchAllocator<T>>;
 
 }  // namespace icecache

@@ -39,5 +39,26 @@ TEST(HostBuffer, RefusesWhatCannotBe) {
   EXPECT_NE(huge.status().message().find("memory"), std::string::npos);
 }
 
+TEST(ScratchVector, GrowsAndMovesAcrossTheSizeFromWhichItTakesHugePages) {
+  ScratchVector<uint32_t> numbers;
+  for (uint32_t i = 0; i < (1u << 20); ++i) numbers.push_back(i);
+  const ScratchVector<uint32_t> copy = numbers;
+  ScratchVector<uint32_t> moved = std::move(numbers);
+  moved.resize(10);
+  moved.shrink_to_fit();
+  for (uint32_t i = 0; i < moved.size(); ++i) EXPECT_EQ(moved[i], i);
+  for (uint32_t i = 0; i < copy.size(); ++i) ASSERT_EQ(copy[i], i);
+}
+
+TEST(ScratchVector, LargeBlocksAreAlignedToAHugePageAndZeroed) {
+  for (const size_t bytes : {size_t{1} << 17, size_t{1} << 21, (size_t{5} << 20) + 1}) {
+    auto* const memory = static_cast<std::byte*>(AllocateScratch(bytes));
+    EXPECT_EQ(reinterpret_cast<uintptr_t>(memory) % (2u << 20), 0u);
+    EXPECT_EQ(memory[0], std::byte{0});
+    memory[bytes - 1] = std::byte{1};
+    FreeScratch(memory, bytes);
+  }
+}
+
 }  // namespace
 }  // namespace icecache

@@ -62,7 +62,7 @@ void Regroup(Seeds* seeds, Rng& rng) {
       self(group.subspan(left), self);
       return;
     }
-    std::vector<float>& x = seeds->supers.x;
+    ScratchVector<float>& x = seeds->supers.x;
     const size_t at = x.size();
     x.resize(at + dim, 0.0f);
     for (uint32_t seed : group) {
@@ -82,7 +82,7 @@ Result<std::vector<std::vector<uint32_t>>> ProbedBy(std::span<const uint32_t> ro
                                                     const Points& supers, uint32_t probes,
                                                     PointAssigner& assigner) {
   probes = std::min(probes, supers.count());
-  std::vector<uint32_t> nearest(rows.size() * probes);
+  ScratchVector<uint32_t> nearest(rows.size() * probes);
   const AssignTask task{rows, supers.x.data(), supers.count(), probes, nearest.data()};
   KV_RETURN_IF_ERROR(assigner.Assign({&task, 1}));
   std::vector<std::vector<uint32_t>> probed(supers.count());
@@ -99,8 +99,8 @@ Status AssignSeeds(const Points& points, std::span<const uint32_t> rows, const S
   // All supers' tasks at once; room first, since tasks point into it.
   size_t probes_all = 0;
   for (const auto& of_super : probed) probes_all += of_super.size();
-  std::vector<float> centroids, score(probes_all);
-  std::vector<uint32_t> nearest(probes_all);
+  ScratchVector<float> centroids, score(probes_all);
+  ScratchVector<uint32_t> nearest(probes_all);
   centroids.reserve(seeds.means.x.size());
   std::vector<AssignTask> tasks;
   std::vector<size_t> super_of_task;
@@ -134,7 +134,7 @@ void MoveSeeds(const Points& points, std::span<const uint32_t> rows,
                const std::vector<uint32_t>& seed_of, Seeds* seeds) {
   const uint32_t dim = points.dim;
   std::vector<uint32_t> sizes(seeds->count(), 0), into;
-  std::vector<float> sums(seeds->means.x.size(), 0.0f);
+  ScratchVector<float> sums(seeds->means.x.size(), 0.0f);
   for (uint32_t row : rows) into.push_back(seed_of[row]);
   for (uint32_t seed : into) ++sizes[seed];
   AddRowsByIndex(points.table(rows.data()), rows.size(), dim, into.data(), sums.data());

@@ -4,6 +4,7 @@
 #include <numeric>
 
 #include "kernels/distance.h"
+#include "kernels/memory.h"
 #include "kernels/packing.h"
 
 namespace icecache::packing {
@@ -15,8 +16,8 @@ constexpr uint32_t kPageSample = 192;    // pages that purity is measured on
 constexpr float kSketchShare = 0.45f;  // of the variance inside pages that a sketch must see to pay
 
 // Rows first, first + step, ... as f32.
-void SampleRows(const TokenRows& rows, uint32_t sample, std::vector<float>* k,
-                std::vector<float>* v) {
+void SampleRows(const TokenRows& rows, uint32_t sample, ScratchVector<float>* k,
+                ScratchVector<float>* v) {
   k->resize(size_t{sample} * rows.head_dim);
   v->resize(size_t{sample} * rows.head_dim);
   for (uint32_t i = 0; i < sample; ++i) {
@@ -90,7 +91,7 @@ void Moments(const float* rows, uint32_t count, uint32_t dim, float* mean, float
 Basis BasisOf(const TokenRows& rows, std::span<const float> query_energy) {
   Basis basis;
   basis.energy.assign(query_energy.begin(), query_energy.end());
-  std::vector<float> k, v;
+  ScratchVector<float> k, v;
   const uint32_t sample = std::min(rows.count, kBasisSample);
   SampleRows(rows, sample, &k, &v);
   LearnBasis(k.data(), v.data(), sample, rows.head_dim, &basis);

@@ -98,9 +98,9 @@ void Projection::Load(Points* points) {
     LoadRow(points->ids[i], points->x.data() + i * dim_);
 }
 
-std::vector<float> TrainCentroids(const Points& points, uint32_t count, Rng& rng) {
+ScratchVector<float> TrainCentroids(const Points& points, uint32_t count, Rng& rng) {
   const uint32_t dim = points.dim;
-  std::vector<float> centroids(size_t{count} * dim);
+  ScratchVector<float> centroids(size_t{count} * dim);
   for (uint32_t c = 0; c < count; ++c) {
     const size_t low = size_t{c} * points.count() / count;
     const size_t high = std::max(low + 1, size_t{c + 1} * points.count() / count);

@@ -5,6 +5,7 @@
 #include <span>
 #include <vector>
 
+#include "kernels/memory.h"
 #include "kernels/nearest.h"
 #include "kernels/packing.h"
 
@@ -16,7 +17,7 @@ using Rng = std::mt19937_64;
 struct Points {
   uint32_t dim = 0;
   std::vector<uint32_t> ids;
-  std::vector<float> x;
+  ScratchVector<float> x;
 
   uint32_t count() const { return static_cast<uint32_t>(x.size() / (dim > 0 ? dim : 1)); }
   const float* row(size_t i) const { return x.data() + i * dim; }
@@ -48,7 +49,7 @@ class Projection {
 
 // Lloyd's iterations over points; returns centroids[count, dim], which start at points spread over
 // the order. REQUIRES: 1 <= count <= points.count().
-std::vector<float> TrainCentroids(const Points& points, uint32_t count, Rng& rng);
+ScratchVector<float> TrainCentroids(const Points& points, uint32_t count, Rng& rng);
 
 // Members of each of `count` groups, in order.
 std::vector<std::vector<uint32_t>> Group(std::span<const uint32_t> group_of, uint32_t count);
