@@ -47,6 +47,8 @@ class Descender {
   Descent Run(const Tree& tree, const float* z, uint32_t rows, const PagedKv& pages) {
     const uint32_t dim = tree.head_dim;
     rows_ = rows;
+    // Half a row more: logarithms of counts are rounded.
+    log_room_ = std::log(static_cast<float>(kPageRows - rows) + 0.5f);
     pull_.resize(dim);
     for (uint32_t j = 0; j < dim; ++j) pull_[j] = tree.basis.weight[j] * z[j];
     query_.Assign(pull_.data(), 1, dim, 2);
@@ -54,35 +56,43 @@ class Descender {
     Descent descent;
     for (const auto& [distance, super] : NearestSupers(tree)) {
       if (descent.super == kNone) descent.super = super;
-      for (uint32_t b = 0; b < tree.supers[super].block_count; ++b) {
-        Visit(tree, tree.supers[super].blocks[b], pages, &descent);
-      }
+      Visit(tree, tree.supers[super], pages, &descent);
     }
     return descent;
   }
 
  private:
-  // |z - mean|^2 of the 16 slots of a block.
-  void Distances(const NodeTable& nodes, uint32_t block, float* out) {
-    const uint8_t* keys = nodes.keys.row(block);
-    const float* scales = nodes.scale.data() + size_t{block} * kBlockRows;
+  // |z - mean|^2 of the slots of up to kSuperBlocksMax blocks.
+  void Distances(const NodeTable& nodes, std::span<const uint32_t> blocks, float* out) {
+    const uint8_t* keys[kSuperBlocksMax];
+    const float* scales[kSuperBlocksMax];
+    for (size_t b = 0; b < blocks.size(); ++b) {
+      keys[b] = nodes.keys.row(blocks[b]);
+      scales[b] = nodes.scale.data() + size_t{blocks[b]} * kBlockRows;
+    }
     const float zero = 0;
-    ScoreBlocks(query_, &keys, &scales, 1, &zero, out, kBlockRows);
-    for (uint32_t lane = 0; lane < kBlockRows; ++lane) {
-      out[lane] =
-          std::max(0.0f, norm_ - 2 * out[lane] + nodes.square[size_t{block} * kBlockRows + lane]);
+    ScoreBlocks(query_, keys, scales, blocks.size(), &zero, out, blocks.size() * kBlockRows);
+    for (size_t b = 0; b < blocks.size(); ++b) {
+      const float* square = nodes.square.data() + size_t{blocks[b]} * kBlockRows;
+      float* to = out + b * kBlockRows;
+      for (uint32_t lane = 0; lane < kBlockRows; ++lane)
+        to[lane] = std::max(0.0f, norm_ - 2 * to[lane] + square[lane]);
     }
   }
 
   std::span<const std::pair<float, uint32_t>> NearestSupers(const Tree& tree) {
     order_.clear();
-    float distance[kBlockRows];
-    for (uint32_t block = 0; block < tree.super_nodes.block_count(); ++block) {
-      Distances(tree.super_nodes, block, distance);
-      for (uint32_t lane = 0; lane < kBlockRows; ++lane) {
-        const uint32_t s = block * kBlockRows + lane;
+    float distance[kSuperBlocksMax * kBlockRows];
+    uint32_t blocks[kSuperBlocksMax];
+    const uint32_t all = tree.super_nodes.block_count();
+    for (uint32_t first = 0; first < all; first += kSuperBlocksMax) {
+      const uint32_t count = std::min(kSuperBlocksMax, all - first);
+      std::iota(blocks, blocks + count, first);
+      Distances(tree.super_nodes, {blocks, count}, distance);
+      for (uint32_t i = 0; i < count * kBlockRows; ++i) {
+        const uint32_t s = first * kBlockRows + i;
         if (s < tree.super_count() && tree.supers[s].page_count > 0)
-          order_.emplace_back(distance[lane], s);
+          order_.emplace_back(distance[i], s);
       }
     }
     const size_t count = std::min<size_t>(kProbedSupers, order_.size());
@@ -90,21 +100,24 @@ class Descender {
     return {order_.data(), count};
   }
 
-  void Visit(const Tree& tree, uint32_t block, const PagedKv& pages, Descent* descent) {
-    float distance[kBlockRows];
-    Distances(tree.leaves, block, distance);
-    for (uint32_t lane = 0; lane < kBlockRows; ++lane) {
-      // Half the distance is the least that any page size can make of it; most lanes end here.
-      if (0.5f * distance[lane] >= std::max(descent->near.cost, descent->room.cost)) continue;
-      const uint32_t page = tree.page_of_slot[size_t{block} * kBlockRows + lane];
+  void Visit(const Tree& tree, const Super& super, const PagedKv& pages, Descent* descent) {
+    float distance[kSuperBlocksMax * kBlockRows];
+    Distances(tree.leaves, {super.blocks.data(), super.block_count}, distance);
+    for (uint32_t i = 0; i < super.block_count * kBlockRows; ++i) {
+      // Half the distance is the least that any page size can make of it. Most lanes end here, told
+      // by what lies next to each other: pages themselves are far apart in memory.
+      const uint32_t slot = super.blocks[i / kBlockRows] * kBlockRows + i % kBlockRows;
+      const bool room = tree.leaves.log_count[slot] <= log_room_;
+      const float bound =
+          room ? std::max(descent->near.cost, descent->room.cost) : descent->near.cost;
+      if (0.5f * distance[i] >= bound) continue;
+      const uint32_t page = tree.page_of_slot[slot];
       if (page == kNone || pages.pages[page].k == nullptr) continue;
-      const auto n = static_cast<float>(tree.pages[page].count);
+      const auto n = static_cast<float>(tree.pages[page].count), m = static_cast<float>(rows_);
       // Ward's criterion: a small page's mean lies further from its own kind than a full page's.
-      const auto m = static_cast<float>(rows_);
-      const Place place{page, distance[lane] * n * m / (n + m)};
+      const Place place{page, distance[i] * n * m / (n + m)};
       if (place.cost < descent->near.cost) descent->near = place;
-      if (tree.pages[page].count + rows_ <= kPageRows && place.cost < descent->room.cost)
-        descent->room = place;
+      if (room && place.cost < descent->room.cost) descent->room = place;
     }
   }
 
@@ -112,6 +125,7 @@ class Descender {
   std::vector<float> pull_;
   float norm_ = 0;
   uint32_t rows_ = 1;
+  float log_room_ = 0;  // of the most rows a page may have to take them
   std::vector<std::pair<float, uint32_t>> order_;
 };
 
