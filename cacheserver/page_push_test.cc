@@ -181,6 +181,16 @@ TEST_F(PagePushTest, OnlyWhoHasAttachedMayOffer) {
   EXPECT_EQ(Targets(), 0);
 }
 
+TEST_F(PagePushTest, AServerThatPushesNothingTakesNoMemory) {
+  const Offered offered(*device_);
+  RunningServer other(TwoTenants());
+  Worker worker(other.address(), 4, "alice", "alice");
+  ASSERT_TRUE(worker.Create("doc", "sequential").ok());
+  const Status status = Offer(worker.shard(0), worker.grant().ticket, offered.handle);
+  EXPECT_EQ(status.code(), StatusCode::kUnimplemented);
+  EXPECT_THAT(status.message(), HasSubstr("pushes no pages"));
+}
+
 TEST_F(PagePushTest, ForgedHandlesAreRefused) {
   Offered offered(*device_);
   const gpu::MemoryHandle real = gpu::DecodeMemoryHandle(offered.handle).value();

@@ -116,6 +116,15 @@ TEST_F(PushDeath, AWorkerOutlivesAServerThatDies) {
   }
 }
 
+TEST(PushPages, AServerWithoutAGpuSaysSo) {
+  const auto gpus = gpu::CountCudaDevices();
+  if (gpus.ok()) GTEST_SKIP() << "there is a GPU";
+  TestServer server({"--memory-size", "256MiB", "--push-pages", "auto"});
+  const std::string log = server.process().Err();
+  EXPECT_NE(log.find("no pages are pushed to GPUs"), std::string::npos) << log;
+  EXPECT_NE(log.find(gpus.status().message()), std::string::npos) << log;
+}
+
 // The process that is killed.
 int RunWorker(const char* address) {
   ApplyUcxEnvironment();
