@@ -19,8 +19,8 @@ Counter& PrefixCounter(MetricsRegistry& metrics, const char* result) {
 }  // namespace
 
 const char* ControlRequestName(const ControlRequestBody& request) {
-  constexpr const char* kNames[] = {"hello",   "create",  "open", "fork", "seal",
-                                    "publish", "release", "drop", "list", "describe",
+  constexpr const char* kNames[] = {"hello",   "create",  "open",  "fork",        "seal",
+                                    "publish", "release", "drop",  "list",        "describe",
                                     "renew",   "inspect", "drain", "match_prefix"};
   static_assert(std::size(kNames) == std::variant_size_v<ControlRequestBody>);
   return kNames[request.index()];
@@ -196,11 +196,10 @@ void ContextService::Do(const Caller& caller, const wire::Seal& request, Done do
   if (record->sealed) return done(wire::Done{});
   const Lease lease = *leases_.Find(caller.connection, record->id);
   using Ends = Result<std::optional<uint32_t>>;
-  shards_.Gather<Ends>([id = record->id](Shard& shard) { return shard.CheckSealable(id); },
-                       [this, id = record->id, lease, keys = request.keys,
-                        done = std::move(done)](const std::vector<Ends>& ends) {
-                         SealChecked(id, lease, keys, ends, done);
-                       });
+  shards_.Gather<Ends>(
+      [id = record->id](Shard& shard) { return shard.CheckSealable(id); },
+      [this, id = record->id, lease, keys = request.keys, done = std::move(done)](
+          const std::vector<Ends>& ends) { SealChecked(id, lease, keys, ends, done); });
 }
 
 void ContextService::SealChecked(ContextId id, const Lease& lease, std::vector<PrefixKey> keys,
@@ -224,12 +223,11 @@ void ContextService::SealChecked(ContextId id, const Lease& lease, std::vector<P
   const bool added_nothing =
       record != nullptr && record->chain.size() > 1 && end == record->tokens - record->tail_tokens;
   using Sealed = Result<std::optional<SegmentEnds>>;
-  shards_.Gather<Sealed>(
-      [id, end](Shard& shard) { return shard.SealContext(id, end); },
-      [this, id, added_nothing, keys = std::move(keys),
-       done = std::move(done)](const std::vector<Sealed>& sealed) {
-        FinishSeal(id, added_nothing, keys, sealed, done);
-      });
+  shards_.Gather<Sealed>([id, end](Shard& shard) { return shard.SealContext(id, end); },
+                         [this, id, added_nothing, keys = std::move(keys),
+                          done = std::move(done)](const std::vector<Sealed>& sealed) {
+                           FinishSeal(id, added_nothing, keys, sealed, done);
+                         });
 }
 
 void ContextService::FinishSeal(ContextId id, bool added_nothing,
@@ -341,86 +339,6 @@ void ContextService::Do(const Caller& caller, const wire::Renew&, Done done) {
 
 void ContextService::Do(const Caller&, const wire::Hello&, Done done) {
   done(InvalidArgument("hello was said already on this connection"));
-}
-
-wire::ContextInfo ContextService::Info(const ContextRecord& record,
-                                       const std::vector<Holdings>& holdings) const {
-  wire::ContextInfo info;
-  info.id = record.id;
-  info.name = record.name;
-  info.shape = record.traits.shape;
-  info.model = record.traits.model;
-  info.tokens = record.tokens;
-  info.sink_tokens = record.traits.sink_tokens;
-  info.window_tokens = record.traits.window_tokens;
-  info.tail_tokens = record.tail_tokens;
-  info.policy = std::string(PolicyKindName(record.traits.policy));
-  info.seed = record.traits.seed;
-  info.sealed = record.sealed;
-  info.published = record.published;
-  info.durable = record.durable && record.published;
-  info.shared = record.shared;
-  info.prefix_keys = record.prefix ? static_cast<uint32_t>(record.prefix->keys.size()) : 0;
-  info.prefix_forks = record.prefix_forks;
-  info.prefix_tokens = record.prefix_tokens;
-  info.tenant = tenants_.Get(record.tenant).name;
-  for (const Holdings& of_shard : holdings) {
-    auto end = of_shard.ends.find(record.id);
-    if (end != of_shard.ends.end()) info.tokens = std::max(info.tokens, end->second);
-  }
-  for (SegmentId id : record.chain) {
-    const std::optional<SegmentRecord> segment = table_.FindSegment(id);
-    KV_CHECK(segment.has_value());
-    wire::SegmentInfo part;
-    part.id = id;
-    part.sealed = segment->sealed;
-    part.references = segment->references;
-    part.tokens =
-        segment->sealed ? segment->tokens() : info.tokens - (record.tokens - record.tail_tokens);
-    for (const Holdings& of_shard : holdings) {
-      auto bytes = of_shard.segments.find(id);
-      if (bytes == of_shard.segments.end()) continue;
-      part.bytes += bytes->second.kv_bytes;
-      part.index_bytes += bytes->second.index_bytes;
-    }
-    info.segments.push_back(part);
-  }
-  return info;
-}
-
-void ContextService::Describe(std::vector<ContextRecord> records,
-                              std::function<void(std::vector<wire::ContextInfo>)> done) {
-  std::vector<ContextId> ids;
-  for (const ContextRecord& record : records) ids.push_back(record.id);
-  shards_.Gather<Holdings>(
-      [ids](Shard& shard) { return shard.HoldingsOf(ids); },
-      [this, ids, done = std::move(done)](const std::vector<Holdings>& holdings) {
-        std::vector<wire::ContextInfo> contexts;
-        for (ContextId id : ids) {
-          // As it is now: it may have been sealed or dropped meanwhile.
-          if (const ContextRecord* record = table_.Find(id))
-            contexts.push_back(Info(*record, holdings));
-        }
-        done(std::move(contexts));
-      });
-}
-
-void ContextService::Report(std::function<void(ContextReport)> done) {
-  Describe(table_.ListAll(), [done = std::move(done)](std::vector<wire::ContextInfo> contexts) {
-    ContextReport report;
-    std::map<SegmentId, const wire::SegmentInfo*> distinct;
-    for (const wire::ContextInfo& context : contexts) {
-      for (const wire::SegmentInfo& segment : context.segments)
-        distinct.emplace(segment.id, &segment);
-    }
-    report.segments = distinct.size();
-    for (const auto& [id, segment] : distinct) {
-      report.kv_bytes += segment->bytes;
-      report.index_bytes += segment->index_bytes;
-    }
-    report.contexts = std::move(contexts);
-    done(std::move(report));
-  });
 }
 
 void ContextService::EndLeases(const std::vector<Lease>& ended, const char* reason) {

@@ -43,16 +43,6 @@ struct ShardOptions {
   uint64_t memory_bytes = 0;
 };
 
-struct SegmentBytes {
-  uint64_t kv_bytes = 0;
-  uint64_t index_bytes = 0;
-};
-// This shard's part of some contexts. A segment that several of them share is there once.
-struct Holdings {
-  std::map<SegmentId, SegmentBytes> segments;
-  std::map<ContextId, uint32_t> ends;  // of contexts that grow: after the last position held
-};
-
 // A child of a sealed context (ForkPlan): its first `keep` segments are the parent's; then comes a
 // cut of the parent's next one, if any; then the child's own.
 struct ForkSpec {
@@ -61,20 +51,6 @@ struct ForkSpec {
   SegmentId segment;  // the child's own
   uint32_t keep = 0;
   std::optional<std::pair<SegmentId, SegmentEnds>> cut;
-};
-
-struct ShardStatus {
-  ShardId id;
-  PoolUsage pool;
-  TierUsage tier;
-  std::map<TenantId, TenantUsage> tenants;
-  std::map<TenantId, TenantLoad> loads;
-  uint64_t contexts = 0;
-  uint64_t leases = 0;
-  uint64_t jobs = 0;         // clustering: running or waiting for a thread
-  uint64_t connections = 0;  // of the data plane; filled in by the server
-  std::string address;       // likewise
-  std::string transport;     // likewise
 };
 
 class Shard {

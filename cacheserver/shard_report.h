@@ -1,4 +1,5 @@
-// What a shard tells of a context to those who ask: icecachectl's explain and verify. Values.
+// What a shard tells of itself and of contexts: to the control plane, /status, and icecachectl's
+// explain and verify. Values.
 #pragma once
 
 #include <cstdint>
@@ -6,10 +7,37 @@
 #include <string>
 #include <vector>
 
+#include "cacheserver/store/page_pool.h"
+#include "cacheserver/tenant_work.h"
+#include "cacheserver/tier.h"
 #include "common/clock.h"
 #include "common/ids.h"
 
 namespace icecache {
+
+struct SegmentBytes {
+  uint64_t kv_bytes = 0;
+  uint64_t index_bytes = 0;
+};
+// This shard's part of some contexts. A segment that several of them share is there once.
+struct Holdings {
+  std::map<SegmentId, SegmentBytes> segments;
+  std::map<ContextId, uint32_t> ends;  // of contexts that grow: after the last position held
+};
+
+struct ShardStatus {
+  ShardId id;
+  PoolUsage pool;
+  TierUsage tier;
+  std::map<TenantId, TenantUsage> tenants;
+  std::map<TenantId, TenantLoad> loads;
+  uint64_t contexts = 0;
+  uint64_t leases = 0;
+  uint64_t jobs = 0;         // clustering: running or waiting for a thread
+  uint64_t connections = 0;  // of the data plane; filled in by the server
+  std::string address;       // likewise
+  std::string transport;     // likewise
+};
 
 // What `explain` tells of a context on one shard.
 struct SegmentDetail {
