@@ -87,6 +87,8 @@ Result<std::unique_ptr<HeadSlice>> HeadSlice::Cut(const HeadSlice& from,
   KV_CHECK(from.sealed_ && from.index_loaded_ && options.policy == from.options_.policy);
   KV_CHECK(options.first_position == from.options_.first_position);
   KV_CHECK(tail_first >= options.first_position && tail_first <= from.next_append_);
+  // Asking for frames may evict, but not what is about to be copied.
+  const PageHold held(from.table());
   auto slice = std::make_unique<HeadSlice>(from.pool_, options);
   const uint32_t sinks = std::min(from.sink_count(), tail_first - options.first_position);
   if (sinks > 0) {

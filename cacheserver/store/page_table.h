@@ -164,4 +164,21 @@ class PageTable {
   uint32_t loading_count_ = 0;
 };
 
+// Keeps all pages of a table that are in memory there, for a scope in which memory is asked for.
+class PageHold {
+ public:
+  explicit PageHold(PageTable& table) : table_(table), count_(table.page_count()) {
+    for (uint32_t p = 0; p < count_; ++p) table_.Hold(PageId(p));
+  }
+  ~PageHold() {
+    for (uint32_t p = 0; p < count_; ++p) table_.Unhold(PageId(p));
+  }
+  PageHold(const PageHold&) = delete;
+  PageHold& operator=(const PageHold&) = delete;
+
+ private:
+  PageTable& table_;
+  const uint32_t count_;
+};
+
 }  // namespace icecache
