@@ -185,10 +185,10 @@ class ControlService::Connection : public std::enable_shared_from_this<Connectio
     Status status;
     if (hello == nullptr) {
       status = Unauthenticated("the first request on a control connection must be Hello");
-    } else if (hello->protocol_version != wire::HelloReply{}.protocol_version) {
+    } else if (hello->protocol_version != wire::kProtocolVersion) {
       status = Unimplemented("hello: protocol version " + std::to_string(hello->protocol_version) +
                              ", this server speaks " +
-                             std::to_string(wire::HelloReply{}.protocol_version) +
+                             std::to_string(wire::kProtocolVersion) +
                              "; use worker and server of one release");
     } else if (Result<TenantId> tenant = impl_->tenants.Authenticate(hello->tenant, hello->secret);
                !tenant.ok()) {

@@ -15,6 +15,7 @@
 #include "common/model_shape.h"
 #include "common/prefix_key.h"
 #include "common/status.h"
+#include "common/wire/protocol_version.h"
 
 namespace icecache::wire {
 
@@ -55,7 +56,7 @@ struct Grant {
 };
 
 // Requests.
-struct Hello { uint16_t protocol_version = 1; std::string tenant, secret, client; };
+struct Hello { uint16_t protocol_version = kProtocolVersion; std::string tenant, secret, client; };
 struct Create {
   std::string name;
   ModelShape shape;
@@ -105,7 +106,7 @@ struct ControlRequest {
 
 // Replies.
 struct HelloReply {
-  uint16_t protocol_version = 1;
+  uint16_t protocol_version = kProtocolVersion;
   std::string version;
   std::vector<std::string> shards;  // data-plane address of each shard, in order
   uint32_t heartbeat_ms = 0;

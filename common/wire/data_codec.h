@@ -15,10 +15,9 @@
 #include "common/page_layout.h"
 #include "common/status.h"
 #include "common/transport.h"
+#include "common/wire/protocol_version.h"
 
 namespace icecache::wire {
-
-inline constexpr uint16_t kProtocolVersion = 1;
 
 // OutMessage::kind of requests; a reply repeats the kind of its request.
 enum DataKind : uint16_t {
