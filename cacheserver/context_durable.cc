@@ -1,5 +1,6 @@
 // The part of ContextService that has to do with the cold store: durable publication, and contexts
 // of an earlier run.
+#include <algorithm>
 #include <utility>
 
 #include "cacheserver/context_service.h"
@@ -22,6 +23,7 @@ ContextSpec ContextService::SpecOf(const ContextRecord& record) const {
 
 ContextManifest ContextService::ManifestOf(const ContextRecord& record) const {
   ContextManifest manifest;
+  manifest.named_by = record.named_by;
   manifest.tenant = tenants_.Get(record.tenant).name;
   manifest.name = record.name;
   manifest.shape = record.traits.shape;
@@ -32,8 +34,8 @@ ContextManifest ContextService::ManifestOf(const ContextRecord& record) const {
   manifest.seed = record.traits.seed;
   for (const SegmentId id : record.chain) {
     const SegmentRecord segment = *table_.FindSegment(id);
-    manifest.segments.push_back({id, tenants_.Get(segment.tenant).name, segment.first,
-                                 segment.tail_first, segment.end});
+    manifest.segments.push_back(
+        {id, tenants_.Get(segment.tenant).name, segment.first, segment.tail_first, segment.end});
   }
   manifest.shared = record.shared;
   if (record.prefix) manifest.prefix_keys = record.prefix->keys;
@@ -42,9 +44,9 @@ ContextManifest ContextService::ManifestOf(const ContextRecord& record) const {
 
 void ContextService::PublishDurable(const ContextRecord& record, bool shared, Done done) {
   if (store_ == nullptr) {
-    return done(
-        FailedPrecondition("publish: the server keeps nothing on disk; start it with --data-dir, or "
-                           "publish without durable"));
+    return done(FailedPrecondition(
+        "publish: the server keeps nothing on disk; start it with --data-dir, or "
+        "publish without durable"));
   }
   if (!record.sealed) {
     return done(FailedPrecondition("context '" + record.name +
@@ -65,7 +67,11 @@ void ContextService::PublishDurable(const ContextRecord& record, bool shared, Do
           });
         }
       },
-      [this, id = record.id, shared, done = std::move(done)](const std::vector<Status>& stored) {
+      [this, id = record.id, chain = record.chain, shared,
+       done = std::move(done)](const std::vector<Status>& stored) {
+        const ContextRecord* now = table_.Find(id);
+        if (now != nullptr && now->chain != chain)
+          return PublishDurable(*now, shared, done);  // merged
         for (const Status& status : stored) {
           if (!status.ok()) return done(status.WithContext("publish"));
         }
@@ -87,6 +93,7 @@ void ContextService::Commit(ContextId id, bool shared, const Done& done) {
   table_.SetDurable(id, true);
   ContextManifest manifest = ManifestOf(*record);
   manifest.shared |= shared;
+  merger_.Recommitted(id);
   store_->Commit(manifest, [this, id, shared, was_durable, done](const Status& status) {
     const auto waiting = std::move(committing_.extract(id).mapped());
     FinishCommit(id, shared, was_durable, status, done);
@@ -94,8 +101,8 @@ void ContextService::Commit(ContextId id, bool shared, const Done& done) {
   });
 }
 
-void ContextService::FinishCommit(ContextId id, bool shared, bool was_durable,
-                                  const Status& status, const Done& done) {
+void ContextService::FinishCommit(ContextId id, bool shared, bool was_durable, const Status& status,
+                                  const Done& done) {
   const ContextRecord* committed = table_.Find(id);
   if (committed == nullptr) return done(Cancelled("publish: the context was dropped"));
   if (!status.ok()) {
@@ -115,6 +122,26 @@ void ContextService::FinishCommit(ContextId id, bool shared, bool was_durable,
   done(wire::Done{});
 }
 
+void ContextService::CommitMerged(ContextId id, const MergedRun& merge,
+                                  std::function<void(Status)> done) {
+  ContextManifest manifest = ManifestOf(*table_.Find(id));
+  const auto is = [](SegmentId wanted) {
+    return [wanted](const SegmentManifest& segment) { return segment.id == wanted; };
+  };
+  std::vector<SegmentManifest>& chain = manifest.segments;
+  const auto first = std::find_if(chain.begin(), chain.end(), is(merge.run.front()));
+  const auto last = std::find_if(first, chain.end(), is(merge.run.back()));
+  KV_CHECK(last != chain.end());
+  *first = {merge.merged, first->tenant, first->first_position, last->tail_first, last->end};
+  chain.erase(first + 1, last + 1);
+  committing_[id];
+  store_->Commit(manifest, [this, id, done = std::move(done)](const Status& status) {
+    const auto waiting = std::move(committing_.extract(id).mapped());
+    done(status);
+    for (const auto& next : waiting) next();
+  });
+}
+
 Status ContextService::Recover(const ContextManifest& manifest) {
   const auto tenant_of = [this](const std::string& name) -> Result<TenantId> {
     for (const Tenant& tenant : tenants_.all()) {
@@ -125,6 +152,7 @@ Status ContextService::Recover(const ContextManifest& manifest) {
   ContextRecord record;
   KV_ASSIGN_OR_RETURN(record.tenant, tenant_of(manifest.tenant));
   record.name = manifest.name;
+  record.named_by = manifest.named_by;
   record.traits = {.shape = manifest.shape,
                    .model = manifest.model,
                    .sink_tokens = manifest.sink_tokens,
@@ -207,8 +235,8 @@ void ContextService::FinishLoading(ContextId id, const Status& status) {
     shards_.Tell([id](Shard& shard) { shard.DropContext(id); });
   }
   if (!status.ok()) {
-    LogError("durable context not loaded", {{"context", std::to_string(id.value)},
-                                            {"status", status.ToString()}});
+    LogError("durable context not loaded",
+             {{"context", std::to_string(id.value)}, {"status", status.ToString()}});
   }
   const Status answer =
       here || !status.ok() ? status : Cancelled("the context was dropped while it was read");

@@ -48,6 +48,7 @@ wire::ContextInfo ContextService::Info(const ContextRecord& record,
     part.id = id;
     part.sealed = segment->sealed;
     part.references = segment->references;
+    part.merged = segment->merged;
     part.tokens =
         segment->sealed ? segment->tokens() : info.tokens - (record.tokens - record.tail_tokens);
     for (const Holdings& of_shard : holdings) {

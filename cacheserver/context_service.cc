@@ -42,7 +42,15 @@ ContextService::ContextService(ShardGroup& shards, TenantTable& tenants, LeaseTa
           "icecache_prefix_tokens_reused_total",
           "Tokens of forks that began with a match: what workers did not prefill.")),
       store_(store),
-      table_(first_segment) {}
+      table_(first_segment),
+      merger_(shards, table_, store, leases.clock(), metrics,
+              {.commit =
+                   [this](ContextId id, const MergedRun& merge, std::function<void(Status)> done) {
+                     CommitMerged(id, merge, std::move(done));
+                   },
+               .busy =
+                   [this](ContextId id) { return loading_.contains(id) || committing_.contains(id); }}) {
+}
 
 void ContextService::CountGauges() {
   lease_gauge_.Set(leases_.count());
@@ -400,7 +408,11 @@ void ContextService::Do(const Caller& caller, const wire::Drain&, Done done) {
   if (hooks_.drain) hooks_.drain();
 }
 
-void ContextService::ExpireLeases() { EndLeases(leases_.EndExpired(), "expired"); }
+void ContextService::Sweep() {
+  EndLeases(leases_.EndExpired(), "expired");
+  merger_.Turn();
+  CountGauges();
+}
 
 void ContextService::ApplyQuotas() {
   for (const Tenant& tenant : tenants_.all()) {

@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "cacheserver/chain_merger.h"
 #include "cacheserver/context/context_table.h"
 #include "cacheserver/context/lease_table.h"
 #include "cacheserver/context/tenant.h"
@@ -57,10 +58,15 @@ class ContextService {
 
   void EndConnection(ConnectionId connection);
   void Renew(ConnectionId connection) { leases_.Renew(connection); }
-  void ExpireLeases();
+  // Ends leases that have expired and does what merging is due. Every second or oftener.
+  void Sweep();
+  void SetMergeTokens(uint32_t tokens) { merger_.SetTokensMax(tokens); }
   void SetHooks(ServerHooks hooks) { hooks_ = std::move(hooks); }
   // Create, open and fork answer UNAVAILABLE from now on.
-  void StopAdmitting() { admitting_ = false; }
+  void StopAdmitting() {
+    admitting_ = false;
+    merger_.Stop();
+  }
   // Sends the tenants' quotas to the shards: at start and after a reload.
   void ApplyQuotas();
 
@@ -119,6 +125,7 @@ class ContextService {
   void Commit(ContextId id, bool shared, const Done& done);
   void FinishCommit(ContextId id, bool shared, bool was_durable, const Status& status,
                     const Done& done);
+  void CommitMerged(ContextId id, const MergedRun& merge, std::function<void(Status)> done);
   ContextManifest ManifestOf(const ContextRecord& record) const;
   ContextSpec SpecOf(const ContextRecord& record) const;
   void GrantRead(const Caller& caller, ContextId id, const Done& done);
@@ -147,6 +154,7 @@ class ContextService {
   Counter& prefix_tokens_;
   ContextStore* const store_;
   ContextTable table_;
+  ChainMerger merger_;
   ServerHooks hooks_;
   struct Ended {
     TenantId tenant;

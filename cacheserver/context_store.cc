@@ -15,7 +15,7 @@ namespace {
 constexpr uint64_t kIdsPerStart = uint64_t{1} << 32;
 
 std::string KeyOf(const ContextManifest& manifest) {
-  return cold_keys::ContextRecord(manifest.segments.back().id, manifest.tenant, manifest.name);
+  return cold_keys::ContextRecord(manifest.named_by, manifest.tenant, manifest.name);
 }
 
 SegmentId SegmentOfKey(std::string_view key, std::string_view prefix) {
@@ -52,13 +52,14 @@ Result<ContextStore::Recovered> ContextStore::Recover(uint64_t now_us) {
         Result<ContextManifest> manifest = DecodeManifest(value);
         if (manifest.status().code() == StatusCode::kFailedPrecondition) newer = manifest.status();
         if (!manifest.ok()) {
-          // Kept for whoever repairs it. Its segments have no other name than the last one's.
+          // Kept for whoever repairs it.
           const SegmentId last = SegmentOfKey(key, cold_keys::kContexts);
           LogError("durable context not recovered", {{"segment", std::to_string(last.value)},
                                                      {"status", manifest.status().ToString()}});
           ++found.unreadable;
           return newer.ok();
         }
+        manifest->named_by = SegmentOfKey(key, cold_keys::kContexts);
         for (const SegmentManifest& s : manifest->segments) named.insert(s.id);
         found.contexts.push_back(std::move(manifest).value());
         return true;

@@ -36,6 +36,7 @@ class ContextStoreTest : public ::testing::Test {
     manifest.shape = {
         .layers = 1, .kv_heads = 1, .query_heads = 1, .head_dim = 64, .dtype = DType::kF16};
     manifest.model = "tiny";
+    manifest.named_by = SegmentId(7);
     manifest.segments = {{SegmentId(7), "alice", 0, 16, 16}};
     return manifest;
   }

@@ -1,5 +1,6 @@
 #include "cacheserver/control_service.h"
 
+#include <algorithm>
 #include <deque>
 #include <map>
 #include <utility>
@@ -293,14 +294,14 @@ void ControlService::Impl::Accept(const std::shared_ptr<Impl>& self) {
 }
 
 void ControlService::Impl::Sweep(const std::weak_ptr<Impl>& weak) {
-  contexts.ExpireLeases();
+  contexts.Sweep();
   const TimePoint now = reactor.clock().Now();
   std::vector<std::shared_ptr<Connection>> all;
   for (const auto& [id, connection] : connections) all.push_back(connection);
   for (const auto& connection : all) connection->CheckTimes(now);
   // A quarter of the lease time late at most, and never busier than 20 times a second.
-  const Duration interval =
-      std::max<Duration>(std::chrono::milliseconds(50), options.lease_time / 8);
+  const Duration interval = std::clamp<Duration>(
+      options.lease_time / 8, std::chrono::milliseconds(50), limits::kMergeInterval);
   sweep = reactor.After(interval, [weak] {
     if (auto impl = weak.lock()) impl->Sweep(weak);
   });

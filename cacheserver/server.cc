@@ -107,7 +107,9 @@ struct Server::ControlPlane {
         contexts(shards, server.parts_.tenants, leases, server.metrics_,
                  server.context_store_.get(), first_id),
         service(*server.reactor_, contexts, server.parts_.tenants, server.metrics_,
-                std::move(options)) {}
+                std::move(options)) {
+    contexts.SetMergeTokens(server.parts_.config.merge_tokens);
+  }
 
   ShardGroup shards;
   LeaseTable leases;

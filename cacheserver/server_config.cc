@@ -262,6 +262,10 @@ void AddKeys(ConfigParser& parser, ServerConfig& c) {
              limits::kShardsMax);
   parser.Add("build_threads", &c.build_threads, "threads that cluster pages in the background", 1,
              256);
+  parser.Add("merge_tokens", &c.merge_tokens,
+             "small sealed segments of a chain are merged in the background, to at most so many "
+             "tokens; 0: never",
+             0, limits::kContextTokensMax);
   parser.Add("transports", &c.transports,
              "what UCX may use (UCX_TLS), as posix,cma,tcp,self; must contain tcp");
   parser.Add("push_pages", &c.push_pages,

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "common/config.h"
+#include "common/limits.h"
 #include "common/log.h"
 #include "common/status.h"
 
@@ -32,6 +33,7 @@ struct ServerConfig {
   uint32_t build_threads = 1;
   std::string transports;           // UCX_TLS; empty: the default of common/transport.h
   std::string push_pages = "auto";  // into memory of workers' GPUs: ChoosePushDevice
+  uint32_t merge_tokens = limits::kMergedTokensDefault;  // 0: segments are never merged
   std::string token_file;
   std::string tls_cert;  // PEM; empty: the control plane is in the clear
   std::string tls_key;

@@ -18,6 +18,7 @@ json ContextJson(const wire::ContextInfo& context) {
                         {"tokens", segment.tokens},
                         {"sealed", segment.sealed},
                         {"references", segment.references},
+                        {"merged", segment.merged},
                         {"bytes", segment.bytes},
                         {"index_bytes", segment.index_bytes}});
   }
@@ -278,6 +279,7 @@ std::string ExplainJson(const std::string& name, const std::string& why,
                         {"tokens", segment.tokens},
                         {"sealed", segment.sealed},
                         {"references", segment.references},
+                        {"merged", segment.merged},
                         {"stored", sum.stored},
                         {"warm_pages", sum.warm_pages},
                         {"cold_pages", sum.cold_pages},

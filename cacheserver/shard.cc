@@ -48,6 +48,7 @@ Shard::Shard(const ShardOptions& options, Reactor& reactor, BuildPool& builds,
       work_(reactor),
       pool_(options.memory_bytes),
       tier_(reactor, pool_, cold, metrics),
+      merge_(reactor, pool_, tier_, builds, work_, [this] { return !jobs_.empty(); }),
       attention_(MakeCpuAttention()),
       checksum_failures_(
           metrics.GetCounter("icecache_checksum_failures_total",

@@ -28,6 +28,7 @@
 #include "cacheserver/context/context.h"
 #include "cacheserver/context/lease_table.h"
 #include "cacheserver/context_store.h"
+#include "cacheserver/shard_merge.h"
 #include "cacheserver/shard_report.h"
 #include "cacheserver/store/page_pool.h"
 #include "cacheserver/tenant_work.h"
@@ -66,12 +67,18 @@ class Shard {
   // spec.shard and spec.shard_count are filled in here. RESOURCE_EXHAUSTED, INVALID_ARGUMENT.
   Status CreateContext(ContextSpec spec);
   // The child takes shape, policy and sizes from its parent. Answers at once, or, when something is
-  // cut, on a later turn (shard_fork.cc). CANCELLED: the child was dropped meanwhile.
+  // cut, on a later turn (shard_chains.cc). CANCELLED: the child was dropped meanwhile.
   void ForkContext(const ForkSpec& fork, std::function<void(Status)> done);
   // A sealed context from the cold store: spec and chain describe it, rows are those of the chain's
   // segments. Segments that this shard holds already are shared. Harmless when repeated.
   Status RestoreContext(ContextSpec spec, std::span<const SegmentSpec> chain,
                         std::span<const SegmentEnds> ends, const ContextStore::Rows& rows);
+  // Builds one segment of this run of the context's chain (ShardMerge::Start; NOT_FOUND: it is not
+  // there), and puts it in the place of [first, last] in every chain, or drops it.
+  void MergeSegments(ContextId context, std::span<const SegmentId> run, SegmentId merged,
+                     std::function<void(Status)> done);
+  void ReplaceRun(SegmentId first, SegmentId last, SegmentId merged);
+  void DropMerge(SegmentId merged) { merge_.Drop(merged); }
   // Where the slices of the private segment end if all of them can be sealed now; nullopt when the
   // shard owns none. FAILED_PRECONDITION names the slice that is behind or being built. Changes
   // nothing.
@@ -153,6 +160,7 @@ class Shard {
   TenantWork work_;
   PagePool pool_;
   Tier tier_;
+  ShardMerge merge_;
   std::unique_ptr<AttentionBackend> attention_;
   std::unordered_map<ContextId, std::unique_ptr<Context>> contexts_;
   std::unordered_map<Epoch, Lease> leases_;

@@ -48,6 +48,8 @@ class Tier {
   // nullptr: none that is alive.
   std::shared_ptr<const Segment> Find(SegmentId segment) const;
 
+  // Whether there is a cold store, so that memory can be had again from what is used least.
+  bool evicts() const { return cold_ != nullptr; }
   // Whether this shard's part of it is on disk.
   bool Stored(SegmentId segment) const {
     const auto it = entries_.find(segment);

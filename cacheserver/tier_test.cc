@@ -1,5 +1,5 @@
-// One shard over a cold store in memory: what is evicted comes back and answers the same; a broken or
-// full store spoils nothing else; and whatever happens, the ledger adds up to the byte.
+// One shard over a cold store in memory: what is evicted comes back and answers the same; a broken
+// or full store spoils nothing else; and whatever happens, the ledger adds up to the byte.
 #include "cacheserver/tier.h"
 
 #include <gmock/gmock.h>
@@ -27,10 +27,13 @@ class TierTest : public ::testing::Test {
   void Open(uint64_t memory_bytes, uint32_t tenants = 1) {
     QuietLog();
     ColdFaults faults;
-    faults.before = [this](std::string_view operation) { return fault_ ? fault_(operation) : OkStatus(); };
+    faults.before = [this](std::string_view operation) {
+      return fault_ ? fault_(operation) : OkStatus();
+    };
     cold_ = std::make_unique<ColdPool>(MakeMemoryColdStore(faults), 2, *clock_, metrics_);
-    shard_ = std::make_unique<Shard>(ShardOptions{.id = ShardId(0), .count = 1, .memory_bytes = memory_bytes},
-                                     reactor_, builds_, metrics_, cold_.get());
+    shard_ = std::make_unique<Shard>(
+        ShardOptions{.id = ShardId(0), .count = 1, .memory_bytes = memory_bytes}, reactor_, builds_,
+        metrics_, cold_.get());
     for (uint32_t t = 0; t < tenants; ++t) shard_->SetQuota(TenantId(t), 0);
   }
   void TearDown() override {
@@ -48,9 +51,8 @@ class TierTest : public ::testing::Test {
   Status Put(ContextId id, uint32_t first, uint32_t count) {
     for (uint16_t head = 0; head < kShape.kv_heads; ++head) {
       TestRows& rows = Rows(id, head);
-      KV_RETURN_IF_ERROR(shard_->FindContext(id)->PutRows(kLayer, KvHeadId(head), first, count,
-                                                          rows.K(first, count),
-                                                          rows.V(first, count)));
+      KV_RETURN_IF_ERROR(shard_->FindContext(id)->PutRows(
+          kLayer, KvHeadId(head), first, count, rows.K(first, count), rows.V(first, count)));
     }
     return OkStatus();
   }
@@ -58,10 +60,11 @@ class TierTest : public ::testing::Test {
     Status status;
     uint32_t missing = kShape.kv_heads;
     for (uint16_t head = 0; head < kShape.kv_heads; ++head) {
-      shard_->Build(id, kLayer, KvHeadId(head), tokens, {}, nullptr, [&](const Result<uint32_t>& pages) {
-        if (!pages.ok()) status = pages.status();
-        --missing;
-      });
+      shard_->Build(id, kLayer, KvHeadId(head), tokens, {}, nullptr,
+                    [&](const Result<uint32_t>& pages) {
+                      if (!pages.ok()) status = pages.status();
+                      --missing;
+                    });
     }
     EXPECT_TRUE(Until([&] { return missing == 0; }));
     return status;
@@ -91,11 +94,20 @@ class TierTest : public ::testing::Test {
   }
   // tokens: of a context of one segment; 0: all.
   Status Fork(ContextId parent, ContextId child, uint32_t tokens = 0, uint32_t tenant = 0) {
-    ForkSpec fork{.parent = parent, .child = child, .tenant = TenantId(tenant),
-                  .segment = SegmentId(next_++), .keep = 0, .cut = {}};
-    fork.keep = static_cast<uint32_t>(shard_->FindContext(parent)->chain().size());
+    if (tokens > 0) return ForkAt(parent, child, 0, tokens, tenant);
+    return ForkAt(parent, child, static_cast<uint32_t>(shard_->FindContext(parent)->chain().size()),
+                  0, tenant);
+  }
+  // Shares `keep` segments; tokens > 0: and cuts the next one there.
+  Status ForkAt(ContextId parent, ContextId child, uint32_t keep, uint32_t tokens,
+                uint32_t tenant = 0) {
+    ForkSpec fork{.parent = parent,
+                  .child = child,
+                  .tenant = TenantId(tenant),
+                  .segment = SegmentId(next_++),
+                  .keep = keep,
+                  .cut = {}};
     if (tokens > 0) {
-      fork.keep = 0;
       const uint32_t tail_first =
           std::max(std::min(kSinks, tokens), tokens - std::min(kWindow, tokens));
       fork.cut = {SegmentId(next_++), {tail_first, tokens}};
@@ -121,6 +133,37 @@ class TierTest : public ::testing::Test {
       }
     }
   }
+  // Of segments [first, first + count) of the context's chain; exchanged in all chains, or dropped.
+  Status Merge(ContextId id, size_t first, size_t count, bool exchange = true) {
+    std::vector<SegmentId> run;
+    for (size_t i = first; i < first + count; ++i)
+      run.push_back(shard_->FindContext(id)->chain()[i]->id());
+    const SegmentId merged(next_++);
+    std::optional<Status> built;
+    shard_->MergeSegments(id, run, merged, [&](const Status& status) { built = status; });
+    EXPECT_TRUE(Until([&] { return built.has_value(); }));
+    const Status status = built.value_or(Internal("no answer"));
+    if (status.ok() && exchange) {
+      shard_->ReplaceRun(run.front(), run.back(), merged);
+    } else {
+      shard_->DropMerge(merged);
+    }
+    return status;
+  }
+  // `segments` of `each` tokens, each a fork of the one before, which is dropped.
+  ContextId Chain(uint32_t segments, uint32_t each) {
+    ContextId id = Sealed(each);
+    for (uint32_t i = 1; i < segments; ++i) {
+      const ContextId child(next_++);
+      EXPECT_TRUE(Fork(id, child).ok());
+      EXPECT_TRUE(Put(child, i * each - kWindow, each + kWindow).ok());
+      EXPECT_TRUE(Build(child, each + kWindow).ok());
+      EXPECT_TRUE(Seal(child).ok());
+      shard_->DropContext(id);
+      id = child;
+    }
+    return id;
+  }
   struct Answer {
     Status status;
     std::string text;
@@ -142,7 +185,8 @@ class TierTest : public ::testing::Test {
       if (!answer.status.ok()) return answer;
       if (misses.empty()) {
         for (const wire::PagePayload& page : out.pages) {
-          answer.text += std::to_string(page.page.value) + "#" + std::to_string(page.checksum) + " ";
+          answer.text +=
+              std::to_string(page.page.value) + "#" + std::to_string(page.checksum) + " ";
           EXPECT_EQ(page.checksum, PageChecksum({page.segment.value, page.page.value, page.version},
                                                 page.k_rows, page.v_rows, page.positions));
         }
@@ -169,8 +213,9 @@ class TierTest : public ::testing::Test {
 
 TEST_F(TierTest, EvictedPagesComeBackAndEveryPolicyAnswersTheSame) {
   Open(64u << 20);
-  for (const PolicyKind policy : {PolicyKind::kClusterTree, PolicyKind::kDciTree,
-                                  PolicyKind::kExact, PolicyKind::kSequential, PolicyKind::kQuest}) {
+  for (const PolicyKind policy :
+       {PolicyKind::kClusterTree, PolicyKind::kDciTree, PolicyKind::kExact, PolicyKind::kSequential,
+        PolicyKind::kQuest}) {
     SCOPED_TRACE(std::string(PolicyKindName(policy)));
     const ContextId id = Sealed(3000, policy);
     std::vector<Answer> warm;
@@ -238,9 +283,8 @@ TEST_F(TierTest, APageThatCannotBeReadIsAnErrorOfItsRequestAlone) {
     ASSERT_TRUE(cold_->store().Put({&write, 1}, false).ok());
   }
   EXPECT_EQ(Select(bad, 0, 1, 1000).status.code(), StatusCode::kDataLoss);
-  ASSERT_TRUE(cold_->store()
-                  .DeletePrefix(ColdColumn::kPages, cold_keys::SegmentPrefix(segment))
-                  .ok());
+  ASSERT_TRUE(
+      cold_->store().DeletePrefix(ColdColumn::kPages, cold_keys::SegmentPrefix(segment)).ok());
   EXPECT_EQ(Select(bad, 1, 1, 1000).status.code(), StatusCode::kDataLoss);
   const Answer cold = Select(good, 0, 1, 1000);
   EXPECT_TRUE(cold.status.ok());
@@ -264,6 +308,67 @@ TEST_F(TierTest, AFullDiskKeepsContextsInMemoryAndSaysSo) {
   EXPECT_EQ(metrics_.GetGauge("icecache_cold_store_degraded", "").value(), 0);
 }
 
+// Asking for the copy's frames evicts, but never what is being copied: its pages are stored, and
+// used by nobody else.
+TEST_F(TierTest, AForkAtATokenAndAMergeKeepWhatTheyCopyInMemory) {
+  constexpr uint32_t kEach = 3000;
+  Open(32u << 20);
+  const ContextId id = Chain(2, kEach);
+  const auto fill = [&] {  // with what is stored, and so may go
+    for (int i = 0; i < 12; ++i) ASSERT_TRUE(Store(Sealed(6000)).ok());  // 3 MB each
+  };
+  const std::string before = Select(id, 0, 1, 2 * kEach).text;
+  for (const auto& segment : shard_->FindContext(id)->chain()) {
+    std::optional<Status> stored;
+    shard_->tier().Store(segment->id(), [&](const Status& status) { stored = status; });
+    ASSERT_TRUE(Until([&] { return stored.has_value(); }));
+  }
+  fill();
+  for (int i = 0; i < 4; ++i) {
+    const ContextId child(next_++);
+    const Status forked = ForkAt(id, child, 1, kEach + 500 + i * 500);
+    ASSERT_TRUE(forked.ok()) << forked.ToString();
+    const Status merged = Merge(id, 0, 2, false);
+    ASSERT_TRUE(merged.ok()) << merged.ToString();
+    ASSERT_TRUE(Seal(child).ok());
+    ASSERT_TRUE(Store(child).ok());
+    EXPECT_TRUE(Select(child, 0, 1, 2 * kEach).status.ok());
+  }
+  EXPECT_EQ(Select(id, 0, 1, 2 * kEach).text, before);
+}
+
+TEST_F(TierTest, AMergedSegmentIsStoredEvictedAndAnswersAsBefore) {
+  Open(256u << 20);
+  const ContextId id = Chain(4, 2000);
+  ASSERT_TRUE(Store(id).ok());
+  EvictAll(id);  // of its last segment: what is merged may be on disk
+  const Status merged = Merge(id, 0, 4);
+  ASSERT_TRUE(merged.ok()) << merged.ToString();
+  ASSERT_EQ(shard_->FindContext(id)->chain().size(), 1u);
+  EXPECT_TRUE(shard_->FindContext(id)->Validate().ok());
+  const Answer warm = Select(id, 0, 1, 8000);
+  ASSERT_TRUE(warm.status.ok());
+  ASSERT_TRUE(Store(id).ok());
+  EvictAll(id);
+  const Answer cold = Select(id, 0, 1, 8000);
+  EXPECT_GT(cold.rounds, 0);
+  EXPECT_EQ(cold.text, warm.text);
+}
+
+// Without a cold store, nothing that others may need is taken for it.
+TEST_F(TierTest, AMergeTakesOnlyMemoryToSpare) {
+  Open(64u << 20);
+  const ContextId id = Chain(2, 4000);  // 4 MB
+  EXPECT_TRUE(Merge(id, 0, 2, false).ok());
+  shard_->SetQuota(TenantId(0), 1);
+  EXPECT_EQ(Merge(id, 0, 2).code(), StatusCode::kResourceExhausted);
+  shard_->SetQuota(TenantId(0), 0);
+  const ContextId large = Chain(2, 9000);  // more than an eighth
+  EXPECT_EQ(Merge(large, 0, 2).code(), StatusCode::kResourceExhausted);
+  EXPECT_EQ(shard_->FindContext(large)->chain().size(), 2u);
+  EXPECT_TRUE(Merge(id, 0, 2).ok());
+}
+
 // Random life of contexts of three tenants, in memory that is too small for them.
 class Ledger : public TierTest {
  protected:
@@ -274,7 +379,7 @@ class Ledger : public TierTest {
   };
   void Step() {
     const size_t at = living_.empty() ? 0 : random_() % living_.size();
-    switch (living_.size() < 3 ? 0 : random_() % 7) {
+    switch (living_.size() < 3 ? 0 : random_() % 8) {
       case 0:
         if (living_.size() < 12) living_.push_back({Create(random_() % 3)});
         return;
@@ -307,6 +412,14 @@ class Ledger : public TierTest {
       case 5:
         if (living_[at].sealed) (void)Select(living_[at].id, 0, random_(), 100);
         return;
+      case 6: {  // of segments of one tenant; built and given up, too
+        const auto& chain = shard_->FindContext(living_[at].id)->chain();
+        if (chain.size() < 2) return;
+        const size_t first = random_() % (chain.size() - 1);
+        if (chain[first]->spec().tenant != chain[first + 1]->spec().tenant) return;
+        (void)Merge(living_[at].id, first, 2, random_() % 3 > 0);
+        return;
+      }
       default:
         if (random_() % 2 == 0) Drop(at);
     }

@@ -131,6 +131,18 @@ inline constexpr uint32_t kBuildsQueuedMax = 4096;              // per shard and
 inline constexpr uint32_t kReclustersInFlightMax = 4;           // per shard
 inline constexpr milliseconds kHelloTimeout{5000};              // a control connection must say Hello within
 inline constexpr milliseconds kAttachTimeout{10000};            // a data connection must attach within
+
+// Merging of small sealed segments (docs/adr/0019-merging-segments.md).
+inline constexpr uint32_t kMergeGrowth = 4;         // a segment joins those behind it that hold more than a quarter of it
+inline constexpr uint32_t kMergedTokensDefault = 128u << 10;  // of a merged segment, at most: --merge-tokens
+inline constexpr uint32_t kMergeCopyShare = 8;      // of a tenant's bytes, an eighth may be held twice for merging
+inline constexpr uint32_t kMergeMemoryShare = 8;    // of a shard's memory, an eighth may be taken by a merge
+inline constexpr milliseconds kMergeInterval{1000};     // how often chains are looked at
+inline constexpr milliseconds kMergeQuietTime{3000};    // a run stands so long before it is merged
+inline constexpr milliseconds kMergePause{100};         // of a shard's merge while something else is clustered
+inline constexpr milliseconds kMergeBackoffMin{5000};   // after a merge that came to nothing, until the next try
+inline constexpr milliseconds kMergeBackoffMax{600000};
+
 inline constexpr milliseconds kLoopLagInterval{250};            // how often a loop measures its own lag
 
 // Cold tier and durable publication.

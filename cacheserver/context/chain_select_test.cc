@@ -11,42 +11,7 @@ namespace {
 
 class ChainSelect : public OneSliceTest {
  protected:
-  static constexpr uint32_t kSegments = 8, kEach = 400, kPages = 12;
-
-  // All sealed but for the sinks and the last window.
-  std::unique_ptr<Context> Chain(uint32_t segments) {
-    auto context = Make(1, PolicyKind::kClusterTree);
-    for (uint32_t i = 0; i < segments; ++i) {
-      if (i > 0) {
-        ContextSpec spec = context->spec();
-        spec.id = ContextId(1 + i);
-        spec.segment = SegmentId(1 + i);
-        context = Context::Fork(*context, spec).value();
-      }
-      const uint32_t first = *context->NextPosition(kLayer, kHead);
-      KV_CHECK(
-          context
-              ->PutRows(kLayer, kHead, first, kEach, rows_.K(first, kEach), rows_.V(first, kEach))
-              .ok());
-      auto job = context->PrepareBuild(kLayer, kHead, kEach, {}).value();
-      job->Run();
-      KV_CHECK(context->Install(kLayer, kHead, std::move(job)).ok());
-      KV_CHECK(context->Seal().ok());
-    }
-    queries_ = rows_.Queries(3, kGroup, segments * kEach / 2);
-    return context;
-  }
-  wire::HeadSelection AskWithin(const Context& context, uint32_t pages, uint32_t read_cap) {
-    SelectRequest request;
-    request.queries = queries_.data();
-    request.group = kGroup;
-    request.max_pages = pages;
-    request.read_cap = read_cap;
-    wire::HeadSelection selection;
-    Misses misses;
-    EXPECT_TRUE(context.Select(kLayer, kHead, request, {}, &selection, &misses).ok());
-    return selection;
-  }
+  static constexpr uint32_t kSegments = 8, kPages = 12;
 };
 
 TEST_F(ChainSelect, TheBestPagesOfAllSegmentsAreChosen) {

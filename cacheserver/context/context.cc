@@ -271,6 +271,19 @@ void Context::VisitPrivateSlices(const Segment::SliceVisitor& visit) const {
   if (tail_) tail_->VisitSlices(visit);
 }
 
+// A shard without slices may hold more links than the control plane counts (those of forks that added
+// nothing); they go with the run.
+bool Context::ReplaceLinks(std::vector<std::shared_ptr<const Segment>>* chain, SegmentId first,
+                           SegmentId last, const std::shared_ptr<const Segment>& merged) {
+  const auto is = [](SegmentId id) { return [id](const auto& segment) { return segment->id() == id; }; };
+  const auto begin = std::find_if(chain->begin(), chain->end(), is(first));
+  const auto end = std::find_if(begin, chain->end(), is(last));
+  if (end == chain->end()) return false;
+  *begin = merged;
+  chain->erase(begin + 1, end + 1);
+  return true;
+}
+
 Status Context::Validate() const {
   for (size_t i = 0; i < chain_.size(); ++i) {
     const Segment& segment = *chain_[i];

@@ -145,6 +145,15 @@ class Context {
   // Position of the next Append to the slice; of a sealed context, the first tail position.
   Result<uint32_t> NextPosition(LayerId layer, KvHeadId head) const;
 
+  // Puts `merged`, which holds the same tokens, in place of what the chain holds from segment `first`
+  // to `last`. False: it does not hold both, and nothing has changed. Selections that are under way
+  // elsewhere keep what they read.
+  bool ReplaceRun(SegmentId first, SegmentId last, const std::shared_ptr<const Segment>& merged) {
+    return ReplaceLinks(&chain_, first, last, merged);
+  }
+  static bool ReplaceLinks(std::vector<std::shared_ptr<const Segment>>* chain, SegmentId first,
+                           SegmentId last, const std::shared_ptr<const Segment>& merged);
+
   const ContextSpec& spec() const { return spec_; }
   const std::vector<std::shared_ptr<const Segment>>& chain() const { return chain_; }
   size_t segment_count() const { return chain_.size() + (tail_ ? 1 : 0); }

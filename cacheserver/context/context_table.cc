@@ -56,14 +56,15 @@ Result<ContextRecord> ContextTable::Insert(ContextRecord record,
   }
   ++next_context_;
   if (cut) {
-    record.chain.emplace_back(next_segment_++);
+    record.chain.push_back(NewSegmentId());
     segments_.emplace(record.chain.back(), *cut);
   }
-  const SegmentId tail(next_segment_++);
+  const SegmentId tail = NewSegmentId();
   record.chain.push_back(tail);
   SegmentRecord grows;
   grows.tenant = record.tenant;
   grows.first = record.tokens - record.tail_tokens;
+  grows.token_bytes = record.traits.shape.token_bytes();
   segments_.emplace(tail, grows);
   for (SegmentId segment : record.chain) ++segments_.at(segment).references;
   names_.emplace(std::pair(record.tenant, record.name), record.id);
@@ -100,6 +101,7 @@ void ContextTable::PlanFork(const ContextRecord& parent, uint32_t tokens, ForkPl
     cut.first = segment.first;
   }
   cut.tenant = plan->child.tenant;
+  cut.token_bytes = parent.traits.shape.token_bytes();
   cut.sealed = true;
   cut.tail_first = tail_first;
   cut.end = tokens;
@@ -153,6 +155,7 @@ void ContextTable::MarkSealed(ContextId id, uint32_t tokens, uint32_t tail_token
   segment.end = tokens;
   segment.tail_first = tokens - tail_tokens;
   record.sealed = true;
+  record.named_by = record.chain.back();
   record.tokens = tokens;
   record.tail_tokens = tail_tokens;
 }
@@ -165,6 +168,7 @@ void ContextTable::MarkSealedEmpty(ContextId id) {
   segments_.erase(segment);
   record.chain.pop_back();
   record.sealed = true;
+  record.named_by = record.chain.back();
 }
 
 Status ContextTable::SetPrefix(ContextId id, std::vector<PrefixKey> keys) {
@@ -223,6 +227,7 @@ Result<ContextRecord> ContextTable::Recover(ContextRecord record,
   for (size_t i = 0; i < segments.size(); ++i) {
     const auto [it, fresh] = segments_.try_emplace(record.chain[i], segments[i]);
     it->second.sealed = true;
+    it->second.token_bytes = record.traits.shape.token_bytes();
     it->second.references = fresh ? 1 : it->second.references + 1;
   }
   names_.emplace(std::pair(record.tenant, record.name), record.id);
@@ -235,13 +240,7 @@ std::optional<std::vector<SegmentId>> ContextTable::Remove(ContextId id) {
   auto it = contexts_.find(id);
   if (it == contexts_.end()) return std::nullopt;
   std::vector<SegmentId> freed;
-  for (SegmentId segment : it->second.chain) {
-    auto held = segments_.find(segment);
-    KV_CHECK(held != segments_.end() && held->second.references > 0);
-    if (--held->second.references > 0) continue;
-    freed.push_back(segment);
-    segments_.erase(held);
-  }
+  for (SegmentId segment : it->second.chain) Release(segment, &freed);
   names_.erase({it->second.tenant, it->second.name});
   prefixes_.Remove(id);
   contexts_.erase(it);

@@ -10,6 +10,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <optional>
 #include <span>
@@ -47,6 +48,7 @@ struct ContextRecord {
   bool published = false;
   uint32_t tokens = 0;       // of the sealed segments of the chain
   uint32_t tail_tokens = 0;  // unindexed rows at the end of the last sealed segment
+  SegmentId named_by;        // the last of its chain when it was sealed: names its record on disk
   bool durable = false;      // a record of it is on disk, or on its way there
   bool loaded = true;        // false: the shards do not know it yet; it is in the cold store
   bool shared = false;       // published to all tenants
@@ -62,7 +64,16 @@ struct SegmentRecord {
   uint32_t tail_first = 0;  // a child starts here
   uint32_t end = 0;
   uint32_t references = 0;
+  uint64_t token_bytes = 0;  // K and V of a token, all layers
+  uint32_t merged = 0;       // segments that were put together in it, since the server's start
+  uint64_t copied_bytes = 0;  // of those, what stayed with other contexts when it took their place
   uint32_t tokens() const { return end - first; }  // sinks, indexed, tail
+};
+
+// Adjacent sealed segments of `context` that are worth being one.
+struct MergeChoice {
+  ContextId context;
+  std::vector<SegmentId> run;  // oldest first
 };
 
 // A child and what of its parent's chain it shares: the first `keep` segments, and then, in a fork
@@ -112,6 +123,19 @@ class ContextTable {
   void SetDurable(ContextId id, bool durable) { contexts_.at(id).durable = durable; }
   void SetLoaded(ContextId id) { contexts_.at(id).loaded = true; }
 
+  // Merging (merge_plan.h; context_table_merge.cc). The first context whose chain is worth it, of those
+  // that the shards know; what stays behind in other chains is bounded by kMergeCopyShare of its
+  // owner's bytes. `may` is asked of every sealed segment in a chain of several: whether a run may end
+  // there. Cost: all chains.
+  std::optional<MergeChoice> ChooseMerge(uint32_t tokens_max,
+                                         const std::function<bool(SegmentId last)>& may) const;
+  SegmentId NewSegmentId() { return SegmentId(next_segment_++); }
+  // Contexts whose chains hold the whole run, ascending.
+  std::vector<ContextId> HoldersOf(std::span<const SegmentId> run) const;
+  // Puts `merged` in the place of the run in all those chains; there is at least one. Answers with the
+  // segments that nobody holds any more.
+  std::vector<SegmentId> Merge(std::span<const SegmentId> run, SegmentId merged);
+
   // Takes the context out; its segments live on while other chains hold them. Answers with those
   // that nobody holds any more; nullopt: it was not there.
   std::optional<std::vector<SegmentId>> Remove(ContextId id);
@@ -133,10 +157,12 @@ class ContextTable {
  private:
   Result<ContextRecord> Insert(ContextRecord record, const std::optional<SegmentRecord>& cut = {});
   void PlanFork(const ContextRecord& parent, uint32_t tokens, ForkPlan* plan) const;
+  uint64_t CopyRoom(TenantId tenant) const;
+  void Release(SegmentId segment, std::vector<SegmentId>* freed);
 
   uint64_t next_context_ = 1;
   uint64_t next_segment_;
-  std::unordered_map<ContextId, ContextRecord> contexts_;
+  std::map<ContextId, ContextRecord> contexts_;
   std::map<std::pair<TenantId, std::string>, ContextId> names_;
   std::unordered_map<SegmentId, SegmentRecord> segments_;
   PrefixIndex prefixes_;  // of published contexts

@@ -200,5 +200,109 @@ TEST(ContextTable, StaysValidUnderRandomOperations) {
   EXPECT_EQ(table.segment_count(), 0u);
 }
 
+class MergeInTable : public ::testing::Test {
+ protected:
+  static constexpr uint32_t kEach = 1000, kTail = 16, kNoBound = 1u << 30;
+  static bool Any(SegmentId) { return true; }
+
+  // "c0" and forks "c1"... of it, all sealed and published.
+  void MakeChain(uint32_t segments) {
+    for (uint32_t i = 0; i < segments; ++i) {
+      const ContextRecord made = i == 0 ? *table_.Create(kAlice, "c0", Traits())
+                                        : table_.Fork(ids_.back(), Name(i), kAlice)->child;
+      ids_.push_back(made.id);
+      table_.MarkSealed(made.id, (i + 1) * kEach, kTail);
+      ASSERT_TRUE(table_.Publish(made.id).ok());
+    }
+  }
+  static std::string Name(uint32_t i) { return "c" + std::to_string(i); }
+  const ContextRecord& Get(uint32_t i) { return *table_.FindByName(kAlice, Name(i)); }
+  std::vector<SegmentId> MergeNext(SegmentId* merged) {
+    const std::optional<MergeChoice> choice = table_.ChooseMerge(kNoBound, Any);
+    KV_CHECK(choice.has_value());
+    *merged = table_.NewSegmentId();
+    const std::vector<SegmentId> freed = table_.Merge(choice->run, *merged);
+    EXPECT_TRUE(table_.Validate().ok()) << table_.Validate().ToString();
+    return freed;
+  }
+
+  ContextTable table_;
+  std::vector<ContextId> ids_;
+};
+
+TEST_F(MergeInTable, AChainOfOneContextBecomesOneSegmentOfTheSameTokens) {
+  MakeChain(4);
+  const std::vector<SegmentId> chain = Get(3).chain;
+  for (const uint32_t i : {0u, 1u, 2u}) (void)table_.Remove(ids_[i]);
+  EXPECT_EQ(table_.HoldersOf(chain), std::vector<ContextId>{ids_[3]});
+  SegmentId merged;
+  EXPECT_EQ(MergeNext(&merged), chain);
+  EXPECT_EQ(Get(3).chain, std::vector<SegmentId>{merged});
+  EXPECT_EQ(Get(3).named_by, chain.back());  // its record on disk keeps its name
+  const SegmentRecord segment = *table_.FindSegment(merged);
+  EXPECT_EQ(segment.first, 0u);
+  EXPECT_EQ(segment.end, 4 * kEach);
+  EXPECT_EQ(segment.tail_first, 4 * kEach - kTail);
+  EXPECT_EQ(segment.references, 1u);
+  EXPECT_EQ(segment.merged, 4u);
+  EXPECT_EQ(segment.copied_bytes, 0u);
+  EXPECT_EQ(table_.segment_count(), 1u);
+  EXPECT_FALSE(table_.ChooseMerge(kNoBound, Any).has_value());
+  // A fork at a token that ended a segment is a cut now.
+  const Result<ForkPlan> early = table_.Fork(ids_[3], "early", kAlice, 2 * kEach);
+  ASSERT_TRUE(early.ok());
+  EXPECT_TRUE(early->cut.has_value());
+  EXPECT_TRUE(table_.Validate().ok());
+}
+
+TEST_F(MergeInTable, AllContextsThatHoldARunGetItAndOthersKeepWhatTheyHave) {
+  MakeChain(4);
+  (void)table_.Remove(ids_[0]);
+  (void)table_.Remove(ids_[2]);
+  const std::vector<SegmentId> chain = Get(3).chain;
+  SegmentId merged;
+  MergeNext(&merged);  // what c1 and c3 share
+  EXPECT_EQ(Get(1).chain, std::vector<SegmentId>{merged});
+  EXPECT_EQ(Get(3).chain, (std::vector<SegmentId>{merged, chain[2], chain[3]}));
+  SegmentId behind;
+  MergeNext(&behind);  // c3's own
+  EXPECT_EQ(Get(3).chain, (std::vector<SegmentId>{merged, behind}));
+  // Half of what is there would be held twice.
+  EXPECT_FALSE(table_.ChooseMerge(kNoBound, Any).has_value());
+  (void)table_.Remove(ids_[1]);
+  MergeNext(&merged);
+  EXPECT_EQ(Get(3).chain, std::vector<SegmentId>{merged});
+  EXPECT_EQ(table_.FindSegment(merged)->merged, 4u);
+}
+
+// A growing child counts among those that hold the run, and keeps its own segment.
+TEST_F(MergeInTable, AGrowingChildOfTheChainGoesWithIt) {
+  MakeChain(3);
+  (void)table_.Remove(ids_[0]);
+  (void)table_.Remove(ids_[1]);
+  const ForkPlan child = *table_.Fork(ids_[2], "child", kBob);
+  SegmentId merged;
+  EXPECT_EQ(MergeNext(&merged).size(), 3u);
+  EXPECT_EQ(table_.Find(child.child.id)->chain,
+            (std::vector<SegmentId>{merged, child.child.chain.back()}));
+  EXPECT_EQ(table_.FindSegment(merged)->references, 2u);
+  table_.MarkSealed(child.child.id, 3 * kEach + 900, kTail);
+  EXPECT_FALSE(table_.ChooseMerge(kNoBound, Any).has_value());  // of another tenant, and small
+}
+
+TEST_F(MergeInTable, WhatIsHeldTwiceIsBoundedForEachTenant) {
+  MakeChain(24);
+  for (uint32_t i = 1; i + 1 < 24; ++i) (void)table_.Remove(ids_[i]);
+  const std::vector<SegmentId> chain = Get(23).chain;
+  SegmentId merged;
+  // c0 stays, with a twenty-fourth.
+  EXPECT_EQ(MergeNext(&merged).size(), 23u);
+  EXPECT_EQ(Get(0).chain, std::vector<SegmentId>{chain[0]});
+  EXPECT_EQ(table_.FindSegment(merged)->copied_bytes,
+            (kEach - kTail) * Traits().shape.token_bytes());
+  const auto none = [](SegmentId) { return false; };
+  EXPECT_FALSE(table_.ChooseMerge(kNoBound, none).has_value());
+}
+
 }  // namespace
 }  // namespace icecache

@@ -189,11 +189,9 @@ Result<std::unique_ptr<SliceJob>> HeadSlice::PrepareRecluster() {
                       NewJob(SliceJob::Kind::kRecluster, count, energy_.value()));
   job->rows_ = NewRows();
   KV_RETURN_IF_ERROR(job->rows_->Reserve(count, true));
+  job->rows_->Extend(count);
   job->first_position_ = options_.first_position + sink_count();
-  const PagedKv view = table_->view();
-  job->snapshot_.assign(view.pages, view.pages + view.page_count);
-  for (uint32_t p = 0; p < view.page_count; ++p)
-    job->snapshot_positions_.push_back(table_->positions(PageId(p)));
+  AddSnapshot(*job);
   job->pin_ = pool_.Pin();
   job->version_ = next_version_++;
   job_ = Job::kRecluster;

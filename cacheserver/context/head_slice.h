@@ -58,6 +58,10 @@ class HeadSlice {
                                                  uint32_t window_tokens,
                                                  std::span<const float> query_energy,
                                                  std::shared_ptr<const Packing> proposed = nullptr);
+  // A build of an empty slice from the tokens of sealed ones that join, oldest first, all in memory:
+  // sinks of the first, tail of the last, and what they have indexed clustered anew, as PrepareBuild
+  // would those rows. RESOURCE_EXHAUSTED; INTERNAL: they do not join.
+  Result<std::unique_ptr<SliceJob>> PrepareMerge(std::span<const HeadSlice* const> from);
   // Re-clusters the index from a snapshot, for queries such as ObserveQueries has seen; queries and
   // appends go on meanwhile. Same errors.
   Result<std::unique_ptr<SliceJob>> PrepareRecluster();
@@ -159,6 +163,7 @@ class HeadSlice {
   Status OwnTail();
   Result<std::unique_ptr<SliceJob>> NewJob(SliceJob::Kind kind, uint32_t token_count,
                                            std::span<const float> query_energy);
+  void AddSnapshot(SliceJob& job) const;
   Status InstallBuild(SliceJob& job);
   Status CatchUp(SliceJob& job);
   Status EnsurePolicy();

@@ -26,6 +26,7 @@ struct SegmentManifest {
 };
 
 struct ContextManifest {
+  SegmentId named_by;  // names the record, and stands in its key alone
   std::string tenant;
   std::string name;
   ModelShape shape;

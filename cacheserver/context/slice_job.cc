@@ -7,7 +7,7 @@ namespace icecache {
 
 void SliceJob::Run() {
   KV_CHECK(!done_);
-  if (kind_ == Kind::kRecluster) GatherSnapshot();
+  GatherSnapshot();
   const TokenRows rows = IndexRows();
   BuildHints hints;
   hints.query_energy = query_energy_;
@@ -32,13 +32,13 @@ void SliceJob::Run() {
 // tokens in the order of the text, which is what a sequential layout needs.
 void SliceJob::GatherSnapshot() {
   const size_t row_bytes = rows_->rows().row_bytes();
-  rows_->Extend(token_count_);
   for (size_t p = 0; p < snapshot_.size(); ++p) {
     for (uint32_t row = 0; row < snapshot_[p].fill; ++row) {
       const uint32_t index = snapshot_positions_[p][row] - first_position_;
       KV_CHECK(index < token_count_);
-      std::memcpy(rows_->mutable_k(index), snapshot_[p].k + row * row_bytes, row_bytes);
-      std::memcpy(rows_->mutable_v(index), snapshot_[p].v + row * row_bytes, row_bytes);
+      const uint32_t to = first_row_ + index;
+      std::memcpy(rows_->mutable_k(to), snapshot_[p].k + row * row_bytes, row_bytes);
+      std::memcpy(rows_->mutable_v(to), snapshot_[p].v + row * row_bytes, row_bytes);
     }
   }
 }

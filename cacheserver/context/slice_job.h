@@ -1,6 +1,6 @@
 // SliceJob: the clustering of one head slice, made to run away from the slice's thread.
 //
-//   1. HeadSlice::PrepareBuild | PrepareRecluster   owner's thread: takes the snapshot, sets memory
+//   1. HeadSlice::PrepareBuild | PrepareMerge | PrepareRecluster   owner's thread: takes the snapshot, sets memory
 //   aside
 //   2. Run                                          any thread, once; touches neither slice nor
 //   pool
@@ -52,8 +52,8 @@ class SliceJob {
   uint32_t first_row_ = 0;           // its row in rows_
   uint32_t staged_count_ = 0;        // kBuild: all rows of the segment, sinks and tail included
   uint32_t version_ = 0;             // of every page of the result
-  std::shared_ptr<RowBuffer> rows_;  // kBuild: the staged rows. kRecluster: room to gather into
-  std::vector<PageView> snapshot_;   // kRecluster: pages as they stood
+  std::shared_ptr<RowBuffer> rows_;  // the staged rows, or room to gather the snapshot into
+  std::vector<PageView> snapshot_;   // pages as they stood: of the slice, or of those to merge
   std::vector<const uint32_t*> snapshot_positions_;
   std::shared_ptr<const void> pin_;  // keeps the snapshot's frames
 

@@ -33,18 +33,19 @@ std::string State(const json& context) {
 }
 
 std::string Contexts(const json& document) {
-  Table table({"NAME", "TENANT", "TOKENS", "STATE", "SEGMENTS", "BYTES", "INDEX", "MATCHED", "REUSED",
+  Table table({"NAME", "TENANT", "TOKENS", "STATE", "SEGMENTS", "MERGED", "BYTES", "INDEX", "MATCHED", "REUSED",
                "MODEL", "POLICY"});
   for (const json& context : document.at("contexts")) {
-    uint64_t bytes = 0, index = 0;
+    uint64_t bytes = 0, index = 0, merged = 0;
     for (const json& segment : context.at("segments")) {
+      merged += segment.value("merged", 0u);
       bytes += segment.at("bytes").get<uint64_t>();
       index += segment.at("index_bytes").get<uint64_t>();
     }
     table.Add({context.at("name"), context.at("tenant"), Number(context.at("tokens")),
                State(context) + (context.at("shared").get<bool>() ? ",shared" : ""),
-               std::to_string(context.at("segments").size()), FormatSize(bytes),
-               FormatSize(index), Number(context.at("prefix").at("forks")),
+               std::to_string(context.at("segments").size()), std::to_string(merged),
+               FormatSize(bytes), FormatSize(index), Number(context.at("prefix").at("forks")),
                Number(context.at("prefix").at("tokens_reused")), context.at("model"),
                context.at("policy")});
   }
@@ -108,13 +109,13 @@ std::string Explain(const json& document) {
          "), " + Number(document.at("leases")) + " leases\n";
   out += "pages " + Number(document.at("pages").at("warm")) + " in memory, " +
          Number(document.at("pages").at("cold")) + " on disk only\n\n";
-  Table segments({"SEGMENT", "TOKENS", "SEALED", "ON_DISK", "REFERENCES", "WARM", "COLD",
+  Table segments({"SEGMENT", "TOKENS", "SEALED", "ON_DISK", "REFERENCES", "MERGED", "WARM", "COLD",
                   "PENDING_ROWS", "BYTES", "INDEX"});
   for (const json& segment : document.at("segments")) {
     segments.Add({Number(segment.at("id")), Number(segment.at("tokens")),
                   segment.at("sealed").get<bool>() ? "yes" : "no",
                   segment.at("stored").get<bool>() ? "yes" : "no", Number(segment.at("references")),
-                  Number(segment.at("warm_pages")), Number(segment.at("cold_pages")),
+                  std::to_string(segment.value("merged", 0u)), Number(segment.at("warm_pages")), Number(segment.at("cold_pages")),
                   Number(segment.at("pending_rows")), Bytes(segment.at("bytes")),
                   Bytes(segment.at("index_bytes"))});
   }

@@ -18,6 +18,7 @@ struct SegmentInfo {
   references @3 :UInt32;      # contexts that hold it
   bytes @4 :UInt64;           # page frames and row buffers
   indexBytes @5 :UInt64;
+  merged @6 :UInt32;          # segments that were put together in it, since the server's start
 }
 struct ContextInfo {
   id @0 :UInt64;

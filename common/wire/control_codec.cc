@@ -62,6 +62,7 @@ void Write(const ContextInfo& in, schema::ContextInfo::Builder out) {
     segment.setReferences(from.references);
     segment.setBytes(from.bytes);
     segment.setIndexBytes(from.index_bytes);
+    segment.setMerged(from.merged);
   }
 }
 
@@ -216,7 +217,8 @@ Status ReadContext(const MessageChecks& check, schema::ContextInfo::Reader in, C
     KV_RETURN_IF_ERROR(
         check.AtMost("segment.tokens", segment.getTokens(), limits::kContextTokensMax));
     out->segments.push_back({SegmentId(segment.getId()), segment.getTokens(), segment.getSealed(),
-                             segment.getReferences(), segment.getBytes(), segment.getIndexBytes()});
+                             segment.getReferences(), segment.getBytes(), segment.getIndexBytes(),
+                             segment.getMerged()});
   }
   return OkStatus();
 }

@@ -26,6 +26,7 @@ struct SegmentInfo {
   uint32_t references = 0;
   uint64_t bytes = 0;
   uint64_t index_bytes = 0;
+  uint32_t merged = 0;  // segments that were put together in it; 0: it is what was appended
 };
 struct ContextInfo {
   ContextId id;

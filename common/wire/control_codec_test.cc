@@ -56,7 +56,8 @@ class Random {
     c.tenant = Label();
     c.segments.resize(Below(limits::kSegmentsPerContextMax + 1));
     for (auto& s : c.segments) {
-      s = {SegmentId(U64()), Below(limits::kContextTokensMax), Flip(), Below(~0u), U64(), U64()};
+      s = {SegmentId(U64()), Below(limits::kContextTokensMax), Flip(), Below(~0u), U64(), U64(),
+           Below(~0u)};
     }
     return c;
   }
@@ -94,6 +95,7 @@ void ExpectEqual(const ContextInfo& a, const ContextInfo& b) {
     EXPECT_EQ(x.references, y.references);
     EXPECT_EQ(x.bytes, y.bytes);
     EXPECT_EQ(x.index_bytes, y.index_bytes);
+    EXPECT_EQ(x.merged, y.merged);
   }
 }
 

@@ -1,5 +1,6 @@
 // icecache-bench chain: what it costs that a context is a chain of segments, as it is after forks:
-// the same tokens in 1, 2, 4, 8 sealed segments, asked the same queries under the same budget.
+// the same tokens in 1, 2, 4, 8 sealed segments, asked the same queries under the same budget; and
+// again after the merging that a server would do (context/merge_plan.h).
 //
 // Selections of all lengths are timed in turns, so that each meets the same machine; every line
 // holds the ratios to one segment in the same run. Before anything is timed, pages and residual are
@@ -9,6 +10,8 @@
 #include <nlohmann/json.hpp>
 
 #include "cacheserver/context/context.h"
+#include "cacheserver/context/merge_plan.h"
+#include "cacheserver/context/segment_merge.h"
 #include "tests/bench/command.h"
 #include "tests/bench/measure.h"
 #include "tests/bench/trace.h"
@@ -35,6 +38,7 @@ struct Flags {
 // One chain over a trace, and what it answered.
 struct Chain {
   uint32_t segments = 0;
+  bool merged = false;
   std::unique_ptr<Context> context;
   std::vector<double> micros, mass, error, tokens_read;
 };
@@ -45,14 +49,16 @@ class ChainBench {
       : flags_(flags),
         trace_(trace),
         lengths_(std::move(lengths)),
-        pool_((lengths_.size() + 3) * size_t{4} * trace.keys * trace.dim * DTypeBytes(trace.dtype) +
-              lengths_.size() * 16 * limits::kExtentBytes) {}
+        pool_((2 * lengths_.size() + 3) * size_t{4} * trace.keys * trace.dim *
+                  DTypeBytes(trace.dtype) +
+              2 * lengths_.size() * 16 * limits::kExtentBytes) {}
 
   Status Run(const std::string& trace_name);
 
  private:
   Result<std::unique_ptr<Context>> Build(uint32_t segments, PolicyKind policy);
   Status Fill(Context& context, uint32_t first, uint32_t end);
+  Status Merge(Context& context);
   Status Select(const Context& context, uint32_t query, uint32_t read_cap);
   Status Check(const Context& context);
   Status Measure(Chain* chain, uint32_t query);
@@ -107,6 +113,29 @@ Status ChainBench::Fill(Context& context, uint32_t first, uint32_t end) {
                       context.PrepareBuild(kLayer, kHead, end - first, trace_.energy));
   job->Run();
   return context.Install(kLayer, kHead, std::move(job));
+}
+
+// What a server does in the background, until nothing is left to do.
+Status ChainBench::Merge(Context& context) {
+  for (;;) {
+    std::vector<MergeLink> links;
+    for (const std::shared_ptr<const Segment>& segment : context.chain()) {
+      const uint32_t tokens = segment->ends()->tail_first - segment->spec().first_position;
+      links.push_back({.tokens = tokens, .holders = 1, .may_end = true});
+    }
+    const std::optional<MergeRun> run = PlanMerge(links, limits::kContextTokensMax);
+    if (!run) return context.Validate();
+    const auto begin = context.chain().begin() + run->first, end = begin + run->count;
+    const SegmentId first = (*begin)->id(), last = (*(end - 1))->id();
+    SegmentMerge merge(pool_, {begin, end}, SegmentId(next_id_++));
+    while (!merge.done()) {
+      Misses misses;
+      KV_ASSIGN_OR_RETURN(std::unique_ptr<SliceJob> job, merge.Prepare(&misses));
+      job->Run();
+      KV_RETURN_IF_ERROR(merge.Install(std::move(job)));
+    }
+    if (!context.ReplaceRun(first, last, merge.Take())) return Internal("the run is not there");
+  }
 }
 
 Status ChainBench::Select(const Context& context, uint32_t query, uint32_t read_cap) {
@@ -164,8 +193,10 @@ void ChainBench::Print(const std::string& trace_name, const Chain& chain,
   const double mass = Mean(chain.mass), error = Mean(chain.error);
   const double time_ratio = p50 / Quantile(alone.micros, 0.5), mass_ratio = mass / Mean(alone.mass);
   if (!flags_.json) {
-    std::printf("%-22s %8u %9.1f %9.1f %7.2f %9.4f %7.3f %9.4f %8.0f\n", trace_name.c_str(),
-                chain.segments, p50, p99, time_ratio, mass, mass_ratio, error,
+    std::string segments = std::to_string(chain.segments);
+    if (chain.merged) segments += " > " + std::to_string(chain.context->segment_count());
+    std::printf("%-22s %8s %9.1f %9.1f %7.2f %9.4f %7.3f %9.4f %8.0f\n", trace_name.c_str(),
+                segments.c_str(), p50, p99, time_ratio, mass, mass_ratio, error,
                 Mean(chain.tokens_read));
     return;
   }
@@ -173,6 +204,7 @@ void ChainBench::Print(const std::string& trace_name, const Chain& chain,
                      {"trace", trace_name},
                      {"policy", flags_.policy},
                      {"segments", chain.segments},
+                     {"merged_to", chain.context->segment_count()},
                      {"keys", trace_.keys},
                      {"dim", trace_.dim},
                      {"group", trace_.group},
@@ -201,9 +233,12 @@ Status ChainBench::Run(const std::string& trace_name) {
   for (const uint32_t length : lengths_) {
     KV_ASSIGN_OR_RETURN(std::unique_ptr<Context> context, Build(length, policy));
     KV_RETURN_IF_ERROR(Check(*context));
-    Chain& chain = chains.emplace_back();
-    chain.segments = length;
-    chain.context = std::move(context);
+    chains.push_back({.segments = length, .context = std::move(context)});
+    if (length == 1) continue;
+    KV_ASSIGN_OR_RETURN(context, Build(length, policy));
+    KV_RETURN_IF_ERROR(Merge(*context));
+    KV_RETURN_IF_ERROR(Check(*context));
+    chains.push_back({.segments = length, .merged = true, .context = std::move(context)});
   }
   for (uint32_t q = 0; q < trace_.query_count; ++q) {
     for (Chain& chain : chains) KV_RETURN_IF_ERROR(Measure(&chain, q));

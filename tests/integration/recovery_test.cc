@@ -10,6 +10,7 @@
 #include <thread>
 
 #include "cacheserver/store/cold_store.h"
+#include "cacheserver/test_chain.h"
 #include "cacheserver/test_worker.h"
 #include "tests/support/process.h"
 
@@ -276,6 +277,90 @@ TEST(RecoveryOf, KilledAtAnyMomentAContextIsWholeOrAbsent) {
       });
     }
   }
+}
+
+// Segments that the store holds, as soon as they are so many: a server takes its time to delete
+// others.
+size_t SegmentsOnDisk(TestServer& server, const TempDir& dir, size_t count) {
+  std::set<std::string> segments;
+  for (int tries = 1; tries <= 40 && segments.size() != count; ++tries) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(50 * tries));
+    server.process().Signal(SIGTERM);
+    server.process().Wait(std::chrono::seconds(30));
+    segments.clear();
+    {
+      auto store = OpenRocksColdStore({.directory = dir.path("data")});
+      KV_CHECK(store.ok());
+      KV_CHECK((*store)
+                   ->Scan(ColdColumn::kRecords, "segment/",
+                          [&](std::string_view key, std::string_view) {
+                            segments.insert(std::string(key));
+                            return true;
+                          })
+                   .ok());
+    }
+    server.Restart();
+  }
+  return segments.size();
+}
+
+// Chains of four that become one, many in a row, until the server is killed under it: whatever was
+// on the disk by then, every chain is whole, and the next server goes on with what is left.
+TEST(RecoveryOf, KilledWhileChainsAreMergedEveryChainIsWhole) {
+  constexpr uint32_t kEach = 200, kChains = 6, kLong = 4 * kEach;
+  const uint64_t seed = std::random_device{}();
+  SCOPED_TRACE("seed " + std::to_string(seed));
+  std::mt19937_64 random(seed);
+  TempDir dir;
+  TestServer server(Args(dir));
+  {
+    Worker writer(server.address(), 8);
+    for (uint32_t i = 0; i < kChains; ++i) {
+      const std::string name = "doc" + std::to_string(i);
+      MakeChain(writer, name, 4, kEach, false, {}, 0, true);
+      if (HasFatalFailure()) return;
+      for (const char* parent : {".0", ".1", ".2"}) {
+        ASSERT_TRUE(writer.control().Do(wire::Drop{name + parent}).ok());
+      }
+    }
+  }
+  uint32_t merged = 0;
+  for (int round = 0; merged < kChains; ++round) {
+    ASSERT_LT(round, 40) << merged << " merged";
+    Worker reader(server.address(), 8);
+    // Unread contexts are left alone.
+    for (uint32_t i = 0; i < kChains; ++i) {
+      const std::string name = "doc" + std::to_string(i) + ".3";
+      const Status opened = OpenContext(reader, name);
+      ASSERT_TRUE(opened.ok()) << name << ": " << opened.ToString();
+      EXPECT_EQ(reader.grant().context.tokens, kLong);
+      ForEachSlice([&](uint16_t layer, uint16_t head) {
+        reader.CheckStep(layer, head, kLong, kLong - kWindow, 0, 1u << 10, seed);
+      });
+    }
+    if (HasFatalFailure()) return;
+    // The first rounds die between nothing and the first merges; later ones get further.
+    const auto begin = std::chrono::steady_clock::now();
+    const auto patience = std::chrono::milliseconds(200 * round);
+    while (server.Metric("icecache_segments_merged_total") < 1 &&
+           std::chrono::steady_clock::now() - begin < std::chrono::seconds(4) + patience) {
+    }
+    std::this_thread::sleep_for(std::chrono::microseconds(random() % 100000));
+    server.process().Signal(SIGKILL);
+    server.process().Wait(std::chrono::seconds(10));
+    server.Restart();
+    Worker after(server.address(), 8);
+    merged = 0;
+    const auto list = after.control().Call<wire::ContextList>(wire::List{});
+    ASSERT_TRUE(list.ok());
+    ASSERT_EQ(list->contexts.size(), kChains);
+    for (const wire::ContextInfo& context : list->contexts) {
+      ASSERT_TRUE(context.segments.size() == 1 || context.segments.size() == 4) << context.name;
+      merged += context.segments.size() == 1;
+    }
+  }
+  // Nothing of the old segments is left.
+  EXPECT_EQ(SegmentsOnDisk(server, dir, kChains), kChains);
 }
 
 // Somebody goes back to an older server: it changes nothing and says what to do.

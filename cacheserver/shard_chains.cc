@@ -1,5 +1,6 @@
-// Forking, at the end of a context or at an earlier token: then its last segment is cut, one slice a
-// turn, and what is not in memory is brought first.
+// What changes chains. Forking, at the end of a context or at an earlier token: then its last segment
+// is cut, one slice a turn, and what is not in memory is brought first. Merging: the exchange; the work
+// is ShardMerge's.
 #include <utility>
 
 #include "cacheserver/context/segment_cut.h"
@@ -43,6 +44,28 @@ void Shard::ForkContext(const ForkSpec& fork, std::function<void(Status)> done) 
   }
   forks_.emplace(fork.child, std::move(job));
   CutSome(fork.child);
+}
+
+void Shard::MergeSegments(ContextId id, std::span<const SegmentId> run, SegmentId merged,
+                          std::function<void(Status)> done) {
+  const Context* context = FindContext(id);
+  if (context == nullptr) return done(NotFound("merge: the context was dropped"));
+  std::vector<std::shared_ptr<const Segment>> segments;
+  for (const SegmentId wanted : run) {
+    for (const std::shared_ptr<const Segment>& segment : context->chain()) {
+      if (segment->id() == wanted) segments.push_back(segment);
+    }
+  }
+  if (segments.size() != run.size()) return done(NotFound("merge: the chain has changed"));
+  merge_.Start(std::move(segments), merged, std::move(done));
+}
+
+// What is being cut keeps the chain that it was given; what the child shares changes with the rest.
+void Shard::ReplaceRun(SegmentId first, SegmentId last, SegmentId merged) {
+  const std::shared_ptr<const Segment> segment = merge_.Take(merged);
+  KV_CHECK(segment != nullptr);
+  for (const auto& [id, context] : contexts_) context->ReplaceRun(first, last, segment);
+  for (const auto& [child, job] : forks_) Context::ReplaceLinks(&job->chain, first, last, segment);
 }
 
 void Shard::CutSome(ContextId child) {
