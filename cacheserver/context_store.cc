@@ -20,7 +20,8 @@ std::string KeyOf(const ContextManifest& manifest) {
 
 SegmentId SegmentOfKey(std::string_view key, std::string_view prefix) {
   uint64_t value = 0;
-  for (const char c : key.substr(prefix.size(), sizeof value)) value = value << 8 | static_cast<uint8_t>(c);
+  for (const char c : key.substr(prefix.size(), sizeof value))
+    value = value << 8 | static_cast<uint8_t>(c);
   return SegmentId(value);
 }
 
@@ -46,24 +47,26 @@ Result<ContextStore::Recovered> ContextStore::Recover(uint64_t now_us) {
   KV_ASSIGN_OR_RETURN(found.first_id, NextFirstId(store, now_us));
   std::unordered_set<SegmentId> named;
   Status newer;
-  KV_RETURN_IF_ERROR(store.Scan(
-      ColdColumn::kRecords, cold_keys::kContexts,
-      [&](std::string_view key, std::string_view value) {
-        Result<ContextManifest> manifest = DecodeManifest(value);
-        if (manifest.status().code() == StatusCode::kFailedPrecondition) newer = manifest.status();
-        if (!manifest.ok()) {
-          // Kept for whoever repairs it.
-          const SegmentId last = SegmentOfKey(key, cold_keys::kContexts);
-          LogError("durable context not recovered", {{"segment", std::to_string(last.value)},
-                                                     {"status", manifest.status().ToString()}});
-          ++found.unreadable;
-          return newer.ok();
-        }
-        manifest->named_by = SegmentOfKey(key, cold_keys::kContexts);
-        for (const SegmentManifest& s : manifest->segments) named.insert(s.id);
-        found.contexts.push_back(std::move(manifest).value());
-        return true;
-      }));
+  KV_RETURN_IF_ERROR(store.Scan(ColdColumn::kRecords, cold_keys::kContexts,
+                                [&](std::string_view key, std::string_view value) {
+                                  Result<ContextManifest> manifest = DecodeManifest(value);
+                                  if (manifest.status().code() == StatusCode::kFailedPrecondition)
+                                    newer = manifest.status();
+                                  if (!manifest.ok()) {
+                                    // Kept for whoever repairs it.
+                                    const SegmentId last = SegmentOfKey(key, cold_keys::kContexts);
+                                    LogError("durable context not recovered",
+                                             {{"segment", std::to_string(last.value)},
+                                              {"status", manifest.status().ToString()}});
+                                    ++found.unreadable;
+                                    return newer.ok();
+                                  }
+                                  manifest->named_by = SegmentOfKey(key, cold_keys::kContexts);
+                                  for (const SegmentManifest& s : manifest->segments)
+                                    named.insert(s.id);
+                                  found.contexts.push_back(std::move(manifest).value());
+                                  return true;
+                                }));
   KV_RETURN_IF_ERROR(newer);
   std::vector<SegmentId> orphans;
   KV_RETURN_IF_ERROR(store.Scan(ColdColumn::kRecords, cold_keys::kSegments,
@@ -80,6 +83,10 @@ Result<ContextStore::Recovered> ContextStore::Recover(uint64_t now_us) {
   if (found.unreadable > 0) return found;
   found.orphans = orphans.size();
   for (const SegmentId id : orphans) pool_.DeleteSegment(id);
+  // A server that writes nothing more would leave them to the next one.
+  if (!orphans.empty()) {
+    pool_.SubmitRecord([this] { (void)pool_.NoteWrite(pool_.store().Sync()); });
+  }
   return found;
 }
 
@@ -99,8 +106,8 @@ void ContextStore::Answer(std::function<void(T)> done, T value) {
 void ContextStore::Commit(const ContextManifest& manifest, std::function<void(Status)> done) {
   // One that is on its way runs before this, in the pool's order of records, and is not repeated.
   for (const auto& record : forgetting_) record->again |= record->key == KeyOf(manifest);
-  pool_.SubmitRecord([this, record = EncodeManifest(manifest),
-                      key = KeyOf(manifest), done = std::move(done)]() mutable {
+  pool_.SubmitRecord([this, record = EncodeManifest(manifest), key = KeyOf(manifest),
+                      done = std::move(done)]() mutable {
     const ColdWrite write{ColdColumn::kRecords, std::move(key), std::move(record)};
     Status status = pool_.store().Put({&write, 1}, true);
     Answer<Status>(std::move(done), pool_.NoteWrite(std::move(status)));
@@ -159,8 +166,9 @@ void ContextStore::ReadRows(std::vector<SegmentId> segments, uint32_t slices,
               std::optional<std::string> blob,
               pool_.store().Get(ColdColumn::kIndex, cold_keys::Rows(segment, flat)));
           if (!blob) {
-            return DataLoss("segment " + std::to_string(segment.value) + ": the stored rows of slice " +
-                            std::to_string(flat) + " are missing; drop the context");
+            return DataLoss("segment " + std::to_string(segment.value) +
+                            ": the stored rows of slice " + std::to_string(flat) +
+                            " are missing; drop the context");
           }
           of_segment.push_back(*std::move(blob));
         }

@@ -42,7 +42,7 @@ class TestControlServer {
 
   bool silent = false;  // answers nothing any more
   bool refuse_renewals = false;
-  uint16_t version = 1;
+  uint16_t version = wire::kProtocolVersion;
   int renewals = 0;
   std::function<void(const wire::ControlRequest&)> on_request;  // all but hello and renew
 
@@ -151,7 +151,7 @@ TEST_F(ControlClientTest, NobodyThereIsUnavailableWithTheAddress) {
 }
 
 TEST_F(ControlClientTest, AnotherProtocolVersionIsRefused) {
-  server_.version = 2;
+  server_.version = wire::kProtocolVersion + 1;
   EXPECT_EQ(Connect().status().code(), StatusCode::kUnimplemented);
 }
 

@@ -33,13 +33,14 @@ Document Document::Extended(uint32_t count, uint64_t seed) const {
   more.parts.push_back({tokens, seed});
   more.tokens += count;
   more.durable = false;
-  more.answers = 0;
+  more.answers = more.segments = 0;
   return more;
 }
 
 std::string Document::ToLine() const {
   std::ostringstream line;
-  line << name << ' ' << tokens << ' ' << durable << ' ' << answers << ' ' << parts.size();
+  line << name << ' ' << tokens << ' ' << durable << ' ' << answers << ' ' << segments << ' '
+       << parts.size();
   for (const Part& part : parts) line << ' ' << part.first << ' ' << part.seed;
   return line.str();
 }
@@ -48,7 +49,8 @@ std::optional<Document> Document::Parse(const std::string& text) {
   std::istringstream line(text);
   Document document;
   size_t parts = 0;
-  line >> document.name >> document.tokens >> document.durable >> document.answers >> parts;
+  line >> document.name >> document.tokens >> document.durable >> document.answers >>
+      document.segments >> parts;
   if (!line || parts == 0 || parts > 64) return std::nullopt;
   for (size_t i = 0; i < parts; ++i) {
     Part part;

@@ -30,8 +30,9 @@ struct Document {
   };
   std::string name;
   uint32_t tokens = 0;
-  bool durable = false;  // published with the promise that it survives the server
-  uint64_t answers = 0;  // hash of the pages that Questions() select in it; 0: never asked
+  bool durable = false;   // published with the promise that it survives the server
+  uint64_t answers = 0;   // hash of the pages that fixed questions select in it; 0: never asked
+  uint64_t segments = 0;  // hash of the segments that those pages are of
   std::vector<Part> parts;
 
   // This document and `count` more tokens of another seed.

@@ -17,6 +17,7 @@ Document Two() {
   document = document.Extended(10, 8);
   document.durable = true;
   document.answers = 12345;
+  document.segments = 678;
   return document;
 }
 
@@ -52,6 +53,7 @@ TEST(ChaosDocument, ItsLineComesBackAsItWas) {
   EXPECT_EQ(again->tokens, 40u);
   EXPECT_TRUE(again->durable);
   EXPECT_EQ(again->answers, 12345u);
+  EXPECT_EQ(again->segments, 678u);
   EXPECT_FALSE(Document::Parse("doc 30").has_value());
 }
 

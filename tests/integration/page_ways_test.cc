@@ -24,12 +24,7 @@ class PageWays : public gpu::DeviceSuite {
     const std::vector<KvHeadId> heads = {KvHeadId(0), KvHeadId(1)};
     const TokenPos end(LinkedWorker::kTokens);
     selection.Begin(heads, {TokenPos(0), end, end.value}, nullptr);
-    const std::vector<float> queries(size_t{kShape.query_heads} * kShape.head_dim);
-    SelectParams params;
-    params.queries = queries.data();
-    params.max_pages = LinkedWorker::kPages;
-    params.append_first = end;
-    params.deadline = kPatience;
+    SelectParams params = worker.Params();
     params.int8 = int8;
     const auto outcome = worker.link().cache().Select(worker.context(), params, sink, {});
     EXPECT_TRUE(outcome.ok() && outcome->complete) << outcome.status().ToString();

@@ -39,15 +39,9 @@ class PushedWorker {
     const std::vector<KvHeadId> heads = {KvHeadId(0), KvHeadId(1)};
     const TokenPos end(LinkedWorker::kTokens);
     selection.Begin(heads, {TokenPos(0), end, end.value}, nullptr);
-    const std::vector<float> queries(size_t{kShape.query_heads} * kShape.head_dim);
-    SelectParams params;
-    params.queries = queries.data();
-    params.max_pages = LinkedWorker::kPages;
-    params.append_first = end;
-    params.deadline = kPatience;
     const uint64_t before = stats_.page_misses;
     const auto outcome =
-        worker_->link().cache().Select(worker_->context(), params, selection, meanwhile);
+        worker_->link().cache().Select(worker_->context(), worker_->Params(), selection, meanwhile);
     KV_RETURN_IF_ERROR(outcome.status());
     if (outcome->complete && stats_.page_misses - before == kPagesOfStep) return OkStatus();
     return DataLoss("pages are missing");

@@ -51,13 +51,19 @@ class LinkedWorker final : public SelectionSink {
     return upload.WaitAll();
   }
 
-  // OK: every page of every head came, and is what was sent.
-  Status Select(Duration deadline, const std::function<void()>& meanwhile = {}) {
-    right_pages_ = 0;
+  // Asks for kPages of every head, with patience. The queries stay the worker's.
+  SelectParams Params() const {
     SelectParams params;
     params.queries = queries_.data();
     params.max_pages = kPages;
     params.append_first = TokenPos(kTokens);
+    params.deadline = kPatience;
+    return params;
+  }
+  // OK: every page of every head came, and is what was sent.
+  Status Select(Duration deadline, const std::function<void()>& meanwhile = {}) {
+    right_pages_ = 0;
+    SelectParams params = Params();
     params.deadline = deadline;
     KV_ASSIGN_OR_RETURN(const SelectOutcome outcome,
                         link_->cache().Select(context_, params, *this, meanwhile));
