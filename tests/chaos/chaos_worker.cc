@@ -316,16 +316,14 @@ class ChaosWorker {
     return hash;
   }
 
-  // Hash of the ids of a context's segments.
-  Result<uint64_t> Segments(ContextId id) {
-    KV_ASSIGN_OR_RETURN(const std::vector<wire::ContextInfo> mine, link_->control().List());
-    for (const wire::ContextInfo& context : mine) {
-      if (context.id != id) continue;
-      std::vector<uint64_t> ids;
-      for (const wire::SegmentInfo& segment : context.segments) ids.push_back(segment.id.value);
-      return Checksum64(std::as_bytes(std::span(ids)));
+  // Hash of the ids of a context's sealed segments, which a fork has in common with its parent.
+  Result<uint64_t> Segments(const std::string& name) {
+    KV_ASSIGN_OR_RETURN(const wire::ContextInfo context, link_->control().Describe(name));
+    std::vector<uint64_t> ids;
+    for (const wire::SegmentInfo& segment : context.segments) {
+      if (segment.sealed) ids.push_back(segment.id.value);
     }
-    return NotFound("the list of contexts lacks " + std::to_string(id.value));
+    return Checksum64(std::as_bytes(std::span(ids)));
   }
 
   Status CheckAnswers(const ContextHandle& handle, const Document& document, const Content& content,
@@ -334,7 +332,7 @@ class ChaosWorker {
     KV_ASSIGN_OR_RETURN(const uint64_t answers, Answers(handle, document, content, next));
     if (answers == document.answers) return OkStatus();
     // Asked after the answers: segments may be merged meanwhile, and never come back.
-    KV_ASSIGN_OR_RETURN(const uint64_t segments, Segments(handle.id));
+    KV_ASSIGN_OR_RETURN(const uint64_t segments, Segments(document.name));
     if (segments == document.segments)
       Fail("the same questions select other pages than when it was sealed: " + document.ToLine());
     return OkStatus();
@@ -367,7 +365,7 @@ class ChaosWorker {
     KV_RETURN_IF_ERROR(link_->control().Seal(handle.id));
     const TokenPos next(longer.tokens - kWindowTokens);
     KV_RETURN_IF_ERROR(CheckPages(handle, content, next));
-    KV_ASSIGN_OR_RETURN(longer.segments, Segments(handle.id));
+    KV_ASSIGN_OR_RETURN(longer.segments, Segments(longer.name));
     KV_ASSIGN_OR_RETURN(longer.answers, Answers(handle, longer, content, next));
     longer.durable = random_() % 2 == 0;
     const uint64_t asked_ms = registry_.Publishing(longer);
