@@ -17,11 +17,6 @@ Counter& Merges(MetricsRegistry& metrics, const char* result) {
                             {{"result", result}});
 }
 
-Status FirstError(const std::vector<Status>& all) {
-  for (const Status& status : all) KV_RETURN_IF_ERROR(status);
-  return OkStatus();
-}
-
 }  // namespace
 
 ChainMerger::ChainMerger(ShardGroup& shards, ContextTable& table, ContextStore* store,

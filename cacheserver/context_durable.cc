@@ -72,9 +72,8 @@ void ContextService::PublishDurable(const ContextRecord& record, bool shared, Do
         const ContextRecord* now = table_.Find(id);
         if (now != nullptr && now->chain != chain)
           return PublishDurable(*now, shared, done);  // merged
-        for (const Status& status : stored) {
-          if (!status.ok()) return done(status.WithContext("publish"));
-        }
+        if (Status status = FirstError(stored); !status.ok())
+          return done(status.WithContext("publish"));
         Commit(id, shared, done);
       });
 }

@@ -166,8 +166,11 @@ void DataService::Sweep() {
       const bool dead = shard_.FindLease(it->second) == nullptr;
       it = dead ? connection->attached.erase(it) : std::next(it);
     }
-    if (connection->attached.empty()) connection->push.reset();  // whoever lent it may have ended
-    if (!connection->attached.empty()) connection->last_attached = now;
+    if (!connection->attached.empty()) {
+      connection->last_attached = now;
+    } else {
+      connection->push.reset();  // whoever lent it may have ended
+    }
     if (now - connection->last_attached > limits::kAttachTimeout) idle.push_back(id);
   }
   for (uint64_t id : idle) {

@@ -158,8 +158,8 @@ class PagePush::Lane {
       LogWarn("an extent is not registered; pages are copied before they are pushed",
               {{"reason", seen.status().ToString()}});
     }
-    seen_[piece.extent] = {piece.view, seen.ok() ? *seen : nullptr};
-    return seen_[piece.extent].seen;
+    const Registered registered{piece.view, seen.ok() ? *seen : nullptr};
+    return seen_.emplace(piece.extent, registered).first->second.seen;
   }
 
   void End() {

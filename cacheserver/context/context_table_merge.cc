@@ -48,8 +48,9 @@ std::optional<MergeChoice> ContextTable::ChooseMerge(
                        .may_end = s.sealed && may(segment),
                        .copied_max = room->second / std::max<uint64_t>(1, s.token_bytes)});
     }
+    if (choice) continue;  // the others are looked at for `may`, which counts from the first look
     const std::optional<MergeRun> run = PlanMerge(links, tokens_max);
-    if (!run || choice) continue;
+    if (!run) continue;
     const auto begin = record.chain.begin() + run->first;
     choice = MergeChoice{id, {begin, begin + run->count}};
   }
