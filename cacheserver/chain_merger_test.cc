@@ -7,6 +7,7 @@
 
 #include "cacheserver/test_chain.h"
 #include "cacheserver/test_worker.h"
+#include "tests/support/tenants.h"
 
 namespace icecache {
 namespace {
@@ -15,14 +16,6 @@ using ::testing::ElementsAre;
 using ::testing::SizeIs;
 
 constexpr uint32_t kEach = 300;
-
-TenantTable TwoTenants() {
-  const auto tenant = [](const std::string& name) {
-    return "[[tenant]]\nname = \"" + name +
-           "\"\nsecret_sha256 = \"saltsalt:" + HashSecret("saltsalt", name) + "\"\n";
-  };
-  return *TenantTable::Parse(tenant("alice") + tenant("bob"), "test");
-}
 
 class ChainMergerTest : public ::testing::Test {
  protected:
@@ -51,7 +44,7 @@ class ChainMergerTest : public ::testing::Test {
     });
   }
 
-  RunningServer server_{TwoTenants()};
+  RunningServer server_{test::TwoTenants()};
   Worker alice_{server_.address(), 7, "alice", "alice"};
   Worker bob_{server_.address(), 7, "bob", "bob"};
 };

@@ -7,6 +7,7 @@
 
 #include "cacheserver/test_client.h"
 #include "common/limits.h"
+#include "tests/support/tenants.h"
 
 namespace icecache {
 namespace {
@@ -225,11 +226,10 @@ TEST_F(ControlServiceTest, DrainRefusesNewWorkAndFinishesOld) {
 }
 
 TEST_F(ControlServiceTest, TenantsDoNotSeeEachOther) {
-  const std::string file =
-      "[[tenant]]\nname = \"alice\"\nsecret_sha256 = \"saltsalt:" + HashSecret("saltsalt", "a") +
-      "\"\n[[tenant]]\nname = \"bob\"\nsecret_sha256 = \"saltsalt:" + HashSecret("saltsalt", "b") +
-      "\"\nrights = [\"read\", \"share\"]\n";
-  tenants_ = *TenantTable::Parse(file, "t");
+  tenants_ =
+      *TenantTable::Parse(test::TenantEntry("alice", "a") +
+                              test::TenantEntry("bob", "b", "rights = [\"read\", \"share\"]\n"),
+                          "t");
   EXPECT_EQ(Connect()->Hello("alice", "b").status().code(), StatusCode::kUnauthenticated);
   auto alice = Hello("alice", "a"), bob = Hello("bob", "b");
   const wire::Grant grant = *alice->Call<wire::Grant>(Create("doc"));

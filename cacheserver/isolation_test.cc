@@ -16,20 +16,16 @@ namespace {
 using ::testing::HasSubstr;
 using ::testing::Not;
 
-TenantTable TwoTenants() {
-  const auto tenant = [](const std::string& name, const std::string& rights) {
-    return "[[tenant]]\nname = \"" + name +
-           "\"\nsecret_sha256 = \"saltsalt:" + HashSecret("saltsalt", name) + "\"\nrights = [" +
-           rights + "]\n";
-  };
-  const std::string all = R"("read", "write", "share")";
+TenantTable TwoTenantsAndTheirOperator() {
   return *TenantTable::Parse(
-      tenant("alice", all) + tenant("bob", all) + tenant("root", all + R"(, "admin")"), "test");
+      test::TenantEntry("alice", "alice") + test::TenantEntry("bob", "bob") +
+          test::TenantEntry("root", "root", R"(rights = ["read", "write", "share", "admin"])"),
+      "test");
 }
 
 class Isolation : public ::testing::Test {
  protected:
-  Isolation() : server_(TwoTenants()) {
+  Isolation() : server_(TwoTenantsAndTheirOperator()) {
     EXPECT_TRUE(alice_.Create("doc", "exact").ok());
     EXPECT_TRUE(alice_.Prefill(300).ok());
     const ContextId doc = alice_.grant().context.id;

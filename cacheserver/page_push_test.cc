@@ -11,6 +11,7 @@
 #include "cacheserver/test_worker.h"
 #include "common/wire/push_codec.h"
 #include "kernels/gpu/memory_handle.h"
+#include "tests/support/tenants.h"
 
 namespace icecache {
 namespace {
@@ -19,15 +20,6 @@ using ::testing::HasSubstr;
 
 constexpr uint32_t kTokens = 300, kPages = 6;
 constexpr std::byte kUntouched{0xab};
-
-TenantTable TwoTenants() {
-  const auto tenant = [](const std::string& name) {
-    return "[[tenant]]\nname = \"" + name +
-           "\"\nsecret_sha256 = \"saltsalt:" + HashSecret("saltsalt", name) +
-           "\"\nrights = [\"read\", \"write\"]\n";
-  };
-  return *TenantTable::Parse(tenant("alice") + tenant("bob"), "test");
-}
 
 // Memory of a device of this process, and its name.
 struct Offered {
@@ -121,7 +113,7 @@ class PagePushTest : public ::testing::Test {
   }
 
   std::unique_ptr<gpu::Device> device_ = gpu::MakeEmulatedDevice({});
-  RunningServer server_{TwoTenants(), "emulated"};
+  RunningServer server_{test::TwoTenants(), "emulated"};
   Worker alice_{server_.address(), 1, "alice", "alice"};
 };
 
@@ -183,7 +175,7 @@ TEST_F(PagePushTest, OnlyWhoHasAttachedMayOffer) {
 
 TEST_F(PagePushTest, AServerThatPushesNothingTakesNoMemory) {
   const Offered offered(*device_);
-  RunningServer other(TwoTenants());
+  RunningServer other(test::TwoTenants());
   Worker worker(other.address(), 4, "alice", "alice");
   ASSERT_TRUE(worker.Create("doc", "sequential").ok());
   const Status status = Offer(worker.shard(0), worker.grant().ticket, offered.handle);

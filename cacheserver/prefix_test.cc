@@ -1,5 +1,5 @@
-// Forks at an earlier token, and contexts that are found by the tokens of a prompt: within a tenant,
-// and across tenants only where they were shared.
+// Forks at an earlier token, and contexts that are found by the tokens of a prompt: within a
+// tenant, and across tenants only where they were shared.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -7,19 +7,12 @@
 #include <numeric>
 
 #include "cacheserver/test_worker.h"
+#include "tests/support/tenants.h"
 
 namespace icecache {
 namespace {
 
 constexpr uint32_t kBlock = limits::kPrefixBlockTokens;
-
-TenantTable TwoTenants() {
-  const auto tenant = [](const std::string& name) {
-    return "[[tenant]]\nname = \"" + name +
-           "\"\nsecret_sha256 = \"saltsalt:" + HashSecret("saltsalt", name) + "\"\n";
-  };
-  return *TenantTable::Parse(tenant("alice") + tenant("bob"), "test");
-}
 
 PrefixIdentity Identity() { return {.model = "tiny", .shape = kShape, .policy = "cluster_tree"}; }
 
@@ -38,23 +31,22 @@ class PrefixTest : public ::testing::Test {
     ASSERT_TRUE(worker.Create(name, "cluster_tree").ok());
     ASSERT_TRUE(worker.Prefill(static_cast<uint32_t>(tokens.size())).ok());
     const ContextId id = worker.grant().context.id;
-    const Status sealed =
-        worker.control().Do(wire::Seal{id, PrefixKeys(Identity(), tokens, true)});
+    const Status sealed = worker.control().Do(wire::Seal{id, PrefixKeys(Identity(), tokens, true)});
     ASSERT_TRUE(sealed.ok()) << sealed.ToString();
     ASSERT_TRUE(worker.control().Do(wire::Publish{id, false, shared}).ok());
   }
   std::vector<wire::PrefixCandidate> Match(Worker& worker, const std::vector<int32_t>& tokens,
                                            bool shared = false) {
-    const auto found = worker.control().Call<wire::Prefixes>(
-        wire::MatchPrefix{PrefixKeys(Identity(), tokens, false),
-                          static_cast<uint32_t>(tokens.size()), shared});
+    const auto found = worker.control().Call<wire::Prefixes>(wire::MatchPrefix{
+        PrefixKeys(Identity(), tokens, false), static_cast<uint32_t>(tokens.size()), shared});
     EXPECT_TRUE(found.ok()) << found.status().ToString();
     return found.ok() ? found->candidates : std::vector<wire::PrefixCandidate>{};
   }
   // Everything that a fork at `tokens` holds, exactly and under a small budget; then it decodes on.
   void CheckFork(Worker& worker, uint32_t tokens) {
     ForEachSlice([&](uint16_t layer, uint16_t head) {
-      const uint32_t indexed = std::max(std::min(kSinks, tokens), tokens - std::min(tokens, kWindow));
+      const uint32_t indexed =
+          std::max(std::min(kSinks, tokens), tokens - std::min(tokens, kWindow));
       worker.CheckStep(layer, head, tokens, indexed, 0, 1u << 10, tokens);
       worker.CheckStep(layer, head, tokens, indexed, 0, 2, tokens + 1);
       const Result<OwnedMessage> tail = worker.FetchRows(layer, head, wire::RowsPart::kTail);
@@ -71,7 +63,7 @@ class PrefixTest : public ::testing::Test {
     });
   }
 
-  RunningServer server_{TwoTenants()};
+  RunningServer server_{test::TwoTenants()};
   Worker alice_{server_.address(), 7, "alice", "alice"};
   Worker bob_{server_.address(), 7, "bob", "bob"};
 };
@@ -88,10 +80,11 @@ TEST_F(PrefixTest, AForkAtAnyTokenHoldsExactlyTheTokensBeforeItAndItsParentStays
   const ContextId longer = alice_.grant().context.id;
   ASSERT_TRUE(alice_.control().Do(wire::Seal{longer}).ok());
   ASSERT_TRUE(alice_.control().Do(wire::Publish{longer}).ok());
-  for (const uint32_t tokens : {kSinks, kSinks + kWindow, 90u, 467u, 499u, 500u, 501u, 640u, 700u}) {
+  for (const uint32_t tokens :
+       {kSinks, kSinks + kWindow, 90u, 467u, 499u, 500u, 501u, 640u, 700u}) {
     SCOPED_TRACE("fork at " + std::to_string(tokens));
-    const Status forked = alice_.Fork(
-        {.parent = "longer", .name = "at" + std::to_string(tokens), .tokens = tokens});
+    const Status forked =
+        alice_.Fork({.parent = "longer", .name = "at" + std::to_string(tokens), .tokens = tokens});
     ASSERT_TRUE(forked.ok()) << forked.ToString();
     EXPECT_EQ(alice_.grant().context.tokens, tokens);
     CheckFork(alice_, tokens);
@@ -148,7 +141,8 @@ TEST_F(PrefixTest, APromptFindsTheLongestContextThatBeginsAsItDoes) {
   found = Match(alice_, other);
   ASSERT_EQ(found.size(), 1u);
   EXPECT_EQ(found[0].tokens, kBlock);
-  ASSERT_TRUE(alice_.Fork({.parent = "doc", .name = "mine", .tokens = kBlock, .key = found[0].key}).ok());
+  ASSERT_TRUE(
+      alice_.Fork({.parent = "doc", .name = "mine", .tokens = kBlock, .key = found[0].key}).ok());
   CheckFork(alice_, kBlock);
   EXPECT_TRUE(Match(alice_, Tokens(3, kBlock - 1, 4 * kBlock)).empty());
   EXPECT_TRUE(Match(alice_, Tokens(0, 0, kBlock - 1)).empty());
@@ -160,10 +154,12 @@ TEST_F(PrefixTest, APromptFindsTheLongestContextThatBeginsAsItDoes) {
   ASSERT_TRUE(alice_.control().Do(wire::Drop{"doc"}).ok());
   EXPECT_TRUE(Match(alice_, prompt).empty());
   Publish(alice_, "doc", Tokens(9, 0, kEnd));
-  EXPECT_EQ(alice_.Fork({.parent = "doc", .name = "y", .tokens = kBlock, .key = found[0].key}).code(),
-            StatusCode::kFailedPrecondition);
-  EXPECT_THAT(server_.Page("/metrics"),
-              ::testing::HasSubstr("icecache_prefix_tokens_reused_total " + std::to_string(kBlock)));
+  EXPECT_EQ(
+      alice_.Fork({.parent = "doc", .name = "y", .tokens = kBlock, .key = found[0].key}).code(),
+      StatusCode::kFailedPrecondition);
+  EXPECT_THAT(
+      server_.Page("/metrics"),
+      ::testing::HasSubstr("icecache_prefix_tokens_reused_total " + std::to_string(kBlock)));
 }
 
 TEST_F(PrefixTest, OfOtherTenantsOnlyWhatTheyShareIsFound) {
@@ -188,8 +184,12 @@ TEST_F(PrefixTest, OfOtherTenantsOnlyWhatTheyShareIsFound) {
   EXPECT_EQ(found[0].tokens, 3 * kBlock);
   for (const uint32_t tokens : {3 * kBlock, kBlock}) {
     const PrefixKey at = PrefixKeyOf(Identity(), std::span(shared).first(tokens));
-    ASSERT_TRUE(bob_.Fork({.parent = "open", .name = "b" + std::to_string(tokens),
-                           .tokens = tokens, .owner = "alice", .key = at}).ok());
+    ASSERT_TRUE(bob_.Fork({.parent = "open",
+                           .name = "b" + std::to_string(tokens),
+                           .tokens = tokens,
+                           .owner = "alice",
+                           .key = at})
+                    .ok());
     CheckFork(bob_, tokens);
   }
   // It is his: alice neither sees nor finds it, and he goes on when she drops hers.

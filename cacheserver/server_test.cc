@@ -10,6 +10,7 @@
 
 #include "cacheserver/test_worker.h"
 #include "kernels/packing.h"
+#include "tests/support/tenants.h"
 
 namespace icecache {
 namespace {
@@ -187,13 +188,10 @@ TEST(Server, WhatAWorkerHeldIsFreeWhenItIsGone) {
 }
 
 TEST(Server, QuotaHoldsForItsTenantAlone) {
-  std::string file;
-  for (const char* name : {"small", "large"}) {
-    file += std::string("[[tenant]]\nname = \"") + name +
-            "\"\nsecret_sha256 = \"saltsalt:" + HashSecret("saltsalt", name) + "\"\n";
-    if (name[0] == 's') file += "quota = \"256KiB\"\n";
-  }
-  RunningServer server(*TenantTable::Parse(file, "test"));
+  RunningServer server(
+      *TenantTable::Parse(test::TenantEntry("small", "small", "quota = \"256KiB\"\n") +
+                              test::TenantEntry("large", "large"),
+                          "test"));
   Worker small(server.address(), 31, "small", "small"),
       large(server.address(), 31, "large", "large");
   ASSERT_TRUE(small.Create("doc", "exact").ok());
@@ -239,10 +237,10 @@ TEST(Server, AProposedLayoutThatIsNoneIsRefusedAndNothingElseHappens) {
   Packing sound = packing::PackSequential(kIndexed);
   const auto build = [&](const Packing& layout) {
     OutMessage out;
-    wire::Encode(wire::BuildRequest{.slices = worker.Slices(0, 0),
-                                    .token_count = kTokens,
-                                    .layouts = {layout}},
-                 &out);
+    wire::Encode(
+        wire::BuildRequest{
+            .slices = worker.Slices(0, 0), .token_count = kTokens, .layouts = {layout}},
+        &out);
     return worker.shard_of(0, 0).Call(std::move(out)).status();
   };
   Packing twice = sound, many = sound, loose = sound;

@@ -1,17 +1,19 @@
 // Tenants: who may talk to the server, with what rights and how much memory.
 //
-// The token file is TOML; this subset of it is read (anything else is refused with file:line):
+// The token file is TOML (token_file.cc); what it does not know it refuses with file:line:
 //
 //   [[tenant]]
 //   name = "alice"
-//   secret_sha256 = "c0ffee42:9f86d0..."      # salt, ':', hex SHA-256 of salt followed by the
-//   secret quota = "8GiB"                            # optional; no key or "0": no limit but the
-//   pool weight = 2                                # optional, 1..100: share of the server under
-//   load rights = ["read", "write", "share"]       # optional; all but "admin" by default
+//   # salt, ':', hex SHA-256 of salt followed by the secret
+//   secret_sha256 = "c0ffee42:9f86d0..."
+//   quota = "8GiB"                        # optional; no key or 0: no limit but the pool
+//   weight = 2                            # optional, 1..100: share of the server under load
+//   rights = ["read", "write", "share"]   # optional; all but "admin" by default
 //
-// A line for it:  s=$(openssl rand -hex 16); printf '%s%s' "$s" "$SECRET" | sha256sum    ->
-// "$s:<hex>" Secrets are meant to be random tokens of 128 bits and more (openssl rand -hex 32): one
-// hash is enough then.
+// A line for it:
+//   s=$(openssl rand -hex 16); printf '%s%s' "$s" "$SECRET" | sha256sum    -> "$s:<hex>"
+// Secrets are meant to be random tokens of 128 bits and more (openssl rand -hex 32): one hash is
+// enough then.
 //
 // Without a token file there is one tenant, "default", without a secret and with all rights; the
 // configuration admits that on loopback only. Thread: control. OpenSSL stays behind tenant.cc.

@@ -10,17 +10,13 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include "tests/support/tenants.h"
+
 namespace icecache {
 namespace {
 
+using test::TenantEntry;
 using ::testing::HasSubstr;
-
-std::string Entry(const std::string& name, const std::string& secret,
-                  const std::string& more = "") {
-  const std::string salt = "salt-of-" + name;
-  return "[[tenant]]\nname = \"" + name + "\"  # who\nsecret_sha256 = \"" + salt + ":" +
-         HashSecret(salt, secret) + "\"\n" + more;
-}
 
 TEST(Tenant, HashIsThatOfTheCommandLineTool) {
   // printf '%s%s' abc "" | sha256sum
@@ -31,9 +27,9 @@ TEST(Tenant, HashIsThatOfTheCommandLineTool) {
 TEST(Tenant, ReadsEveryKey) {
   Result<TenantTable> table = TenantTable::Parse(
       "# tenants\n" +
-          Entry("alice", "s3cret",
-                "quota = \"8GiB\"\nweight = 3\nrights = [\"read\", \"admin\"]\n") +
-          "\n" + Entry("bob.b-1", "other"),
+          TenantEntry("alice", "s3cret",
+                      "quota = \"8GiB\"\nweight = 3\nrights = [\"read\", \"admin\"]\n") +
+          "\n" + TenantEntry("bob.b-1", "other"),
       "tokens.toml");
   ASSERT_TRUE(table.ok()) << table.status().ToString();
   ASSERT_EQ(table->all().size(), 2u);
@@ -50,7 +46,8 @@ TEST(Tenant, ReadsEveryKey) {
 }
 
 TEST(Tenant, RightSecretIsAdmittedAndEverythingElseLooksTheSame) {
-  Result<TenantTable> table = TenantTable::Parse(Entry("alice", "s3cret") + Entry("bob", "b"), "t");
+  Result<TenantTable> table =
+      TenantTable::Parse(TenantEntry("alice", "s3cret") + TenantEntry("bob", "b"), "t");
   ASSERT_TRUE(table.ok());
   EXPECT_EQ(table->Authenticate("alice", "s3cret")->value, 0u);
   EXPECT_EQ(table->Authenticate("bob", "b")->value, 1u);
@@ -71,7 +68,7 @@ TEST(Tenant, OpenTableKnowsDefaultOnly) {
 }
 
 TEST(Tenant, ErrorsNameLineKeyAndRemedy) {
-  const std::string good = Entry("alice", "s");
+  const std::string good = TenantEntry("alice", "s");
   const std::vector<std::pair<std::string, std::string>> cases = {
       {"", "no [[tenant]]"},
       {"name = \"x\"\n", "t.toml:1"},
@@ -80,14 +77,20 @@ TEST(Tenant, ErrorsNameLineKeyAndRemedy) {
       {"[[tenant]]\nsecret_sha256 = \"12345678:xyz\"\n", "t.toml:2: secret_sha256"},
       {"[[tenant]]\nsecret_sha256 = \"1:" + std::string(64, 'a') + "\"\n", "salt is shorter"},
       {good + "weight = 0\n", "t.toml:4: weight"},
-      {good + "weight = 3x\n", "1 to 100"},
+      {good + "weight = 3x\n", "t.toml:4: not TOML"},
+      {good + "weight = 101\n", "1 to 100"},
+      {good + "weight = \"3\"\n", "1 to 100"},
       {good + "quota = \"much\"\n", "t.toml:4: quota"},
       {good + "rights = [\"root\"]\n", "'root' is no right"},
       {good + "rights = \"read\"\n", "expected a list"},
       {good + "colour = \"red\"\n", "unknown key"},
-      {good + "name = \"b\"\n", "set twice"},
+      {good + "name = \"b\"\n", "t.toml:4: not TOML"},
       {good + good, "there twice"},
-      {good + "[tenant]\n", "expected [[tenant]]"},
+      {"[tenant]\nname = \"a\"\n", "expected [[tenant]]"},
+      {good + "[tenants]\n", "t.toml:4: found 'tenants'"},
+      {good + "[tenant]\n", "t.toml:4: not TOML"},
+      {good + "quota = -1\n", "t.toml:4: quota"},
+      {good + "rights = [1]\n", "is no right"},
   };
   for (const auto& [text, expected] : cases) {
     Result<TenantTable> table = TenantTable::Parse(text, "t.toml");
@@ -101,7 +104,7 @@ TEST(Tenant, RandomTextNeverCrashesTheReader) {
   const uint32_t seed = std::random_device{}();
   SCOPED_TRACE("seed " + std::to_string(seed));
   std::mt19937 random(seed);
-  const std::string good = Entry("alice", "s", "quota = \"1GiB\"\nrights = [\"read\"]\n");
+  const std::string good = TenantEntry("alice", "s", "quota = \"1GiB\"\nrights = [\"read\"]\n");
   for (int i = 0; i < 5000; ++i) {
     std::string text = good;
     for (uint32_t n = random() % 8; n > 0; --n)
@@ -112,20 +115,20 @@ TEST(Tenant, RandomTextNeverCrashesTheReader) {
 }
 
 TEST(Tenant, UpdateKeepsIdsAndDeactivatesWhoIsGone) {
-  TenantTable table = *TenantTable::Parse(Entry("alice", "a") + Entry("bob", "b"), "t");
-  table.Update(*TenantTable::Parse(Entry("carol", "c") + Entry("bob", "new"), "t"));
+  TenantTable table = *TenantTable::Parse(TenantEntry("alice", "a") + TenantEntry("bob", "b"), "t");
+  table.Update(*TenantTable::Parse(TenantEntry("carol", "c") + TenantEntry("bob", "new"), "t"));
   EXPECT_FALSE(table.Authenticate("alice", "a").ok());
   EXPECT_FALSE(table.Get(TenantId(0)).active);
   EXPECT_FALSE(table.Authenticate("bob", "b").ok());
   EXPECT_EQ(table.Authenticate("bob", "new")->value, 1u);
   EXPECT_EQ(table.Authenticate("carol", "c")->value, 2u);
-  table.Update(*TenantTable::Parse(Entry("alice", "again"), "t"));
+  table.Update(*TenantTable::Parse(TenantEntry("alice", "again"), "t"));
   EXPECT_EQ(table.Authenticate("alice", "again")->value, 0u);
 }
 
 TEST(Tenant, LoadRefusesAFileThatOthersMayWrite) {
   const std::string path = ::testing::TempDir() + "/tokens-" + std::to_string(getpid()) + ".toml";
-  std::ofstream(path) << Entry("alice", "s");
+  std::ofstream(path) << TenantEntry("alice", "s");
   ASSERT_EQ(chmod(path.c_str(), 0600), 0);
   EXPECT_TRUE(TenantTable::Load(path).ok());
   ASSERT_EQ(chmod(path.c_str(), 0622), 0);

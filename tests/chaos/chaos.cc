@@ -26,6 +26,7 @@
 #include "tests/chaos/schedule.h"
 #include "tests/chaos/store_disk.h"
 #include "tests/support/process.h"
+#include "tests/support/tenants.h"
 
 namespace icecache::chaos {
 namespace {
@@ -58,8 +59,7 @@ class Chaos {
         started_(Clock::now()),
         disk_(dir_.path()) {
     for (const std::string tenant : kTenants) {
-      tokens_ += "[[tenant]]\nname = \"" + tenant + "\"\nsecret_sha256 = \"chaos-salt:" +
-                 HashSecret("chaos-salt", tenant + "-secret") + "\"\nquota = \"40MiB\"\n";
+      tokens_ += test::TenantEntry(tenant, tenant + "-secret", "quota = \"40MiB\"\n");
       test::WriteFile(RegistryFile(tenant), "");
     }
     test::WriteFile(dir_.path("tokens.toml"), tokens_);

@@ -6,6 +6,7 @@
 #include "cacheserver/context/tenant.h"
 #include "common/config.h"
 #include "tests/fuzz/fuzz_target.h"
+#include "tests/support/tenants.h"
 
 namespace icecache::fuzz {
 namespace {
@@ -35,11 +36,9 @@ void CheckConfig(const std::string& text) {
 
 std::vector<Target> Targets() {
   const std::string tokens =
-      "[[tenant]]\nname = \"alice\"\nsecret_sha256 = \"c0ffeec0ffee:" +
-      HashSecret("c0ffeec0ffee", "s") +
-      "\"\nquota = \"8GiB\"\nweight = 2\nrights = [\"read\", \"write\"]\n\n[[tenant]]\nname = "
-      "\"bob\"\nsecret_sha256 = \"saltsalt:" +
-      HashSecret("saltsalt", "t") + "\"\n";
+      test::TenantEntry("alice", "s",
+                        "quota = \"8GiB\"\nweight = 2\nrights = [\"read\", \"write\"]\n") +
+      "\n" + test::TenantEntry("bob", "t");
   return {
       {"config",
        {"host = \"::1\"\nport = 7400\nmemory_size = \"4GiB\"\nflag = true\nlease_ms = \"2s\"\n",

@@ -1,5 +1,5 @@
-// `icecache-worker generate --requests` with real processes: sequences that decode together say what
-// each of them says alone, as they join and leave, and one that fails leaves the others be.
+// `icecache-worker generate --requests` with real processes: sequences that decode together say
+// what each of them says alone, as they join and leave, and one that fails leaves the others be.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <signal.h>
@@ -25,18 +25,15 @@ struct Request {
 class BatchProcess : public ::testing::TestWithParam<const char*> {
  protected:
   void SetUp() override {
-    const std::string text = ReadFile(SourcePath("LICENSE"));
-    WriteFile(dir_.path("prompt"), "<bos> " + text.substr(0, 3000) +
-                                       " <fact> amberfalcon oslo tokyo <end> " +
-                                       text.substr(3000, 3000));
-    Ran({"--prompt-file", dir_.path("prompt"), "--context", "doc",
-         "--publish", "--max-new-tokens", "0"});
+    WriteFile(dir_.path("prompt"), FactPrompt(EnglishText(450)));
+    Ran({"--prompt-file", dir_.path("prompt"), "--context", "doc", "--publish", "--max-new-tokens",
+         "0"});
   }
   std::vector<std::string> Args(const std::vector<std::string>& more) const {
     std::vector<std::string> args = {
-        "generate",       "--model",  SourcePath("tests/models/recall"), "--server",
-        server_.address(), "--device", "cpu",                             "--transports",
-        GetParam()};
+        "generate", "--model",         SourcePath("tests/models/recall"),
+        "--server", server_.address(), "--device",
+        "cpu",      "--transports",    GetParam()};
     args.insert(args.end(), more.begin(), more.end());
     return args;
   }
@@ -61,9 +58,9 @@ class BatchProcess : public ::testing::TestWithParam<const char*> {
                  std::to_string(batch)});
   }
   std::string Alone(const Request& r) const {
-    const std::string out = Ran({"--fork-of", "doc", "--question", r.question, "--budget",
-                                 std::to_string(r.budget), "--max-new-tokens",
-                                 std::to_string(r.count)});
+    const std::string out =
+        Ran({"--fork-of", "doc", "--question", r.question, "--budget", std::to_string(r.budget),
+             "--max-new-tokens", std::to_string(r.count)});
     return out.substr(0, out.size() - 1);  // its line's end
   }
   // The lines that end requests, by id; their pieces of text must add up to their answers.
@@ -94,13 +91,13 @@ INSTANTIATE_TEST_SUITE_P(Transports, BatchProcess,
 
 TEST_P(BatchProcess, EachSaysWhatItSaysAloneAsTheyJoinAndLeave) {
   const std::vector<Request> requests = {
-      {"fact", "<ask> amberfalcon", 64, 6},   {"prose", " you may copy and", 128, 20},
-      {"all", "<ask> amberfalcon", 1000000, 12}, {"short", " the licensor", 48, 3},
+      {"fact", kFactQuestion, 64, 6},      {"prose", " you may copy and", 128, 20},
+      {"all", kFactQuestion, 1000000, 12}, {"short", " the licensor", 48, 3},
       {"none", " the work", 96, 16},
   };
   std::map<std::string, std::string> alone;
   for (const Request& r : requests) alone[r.id] = Alone(r);
-  EXPECT_THAT(alone["fact"], HasSubstr("oslo"));
+  EXPECT_THAT(alone["fact"], HasSubstr(kFactAnswer));
   for (const int batch : {1, 3, 5}) {
     Process worker("icecache-worker", Batch(requests, batch));
     const ProcessResult r = worker.Wait(100s);
@@ -139,8 +136,8 @@ TEST_P(BatchProcess, ADroppedContextEndsItsSequenceAlone) {
 }
 
 TEST_P(BatchProcess, AKilledServerEndsAllRequestsWithAClearError) {
-  std::vector<std::string> args = Batch(
-      {{"a", " the", 64, 1000000}, {"b", " the work", 64, 1000000}, {"c", " the", 64, 5}}, 2);
+  std::vector<std::string> args =
+      Batch({{"a", " the", 64, 1000000}, {"b", " the work", 64, 1000000}, {"c", " the", 64, 5}}, 2);
   args.emplace_back("--ignore-eos");
   Process worker("icecache-worker", args);
   ASSERT_TRUE(worker.WaitForOutput("\"b\"", 60s)) << worker.Err();

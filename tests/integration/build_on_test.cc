@@ -13,12 +13,7 @@ using ::testing::HasSubstr;
 
 class BuildOn : public ::testing::Test {
  protected:
-  void SetUp() override {
-    const std::string text = ReadFile(SourcePath("LICENSE"));
-    WriteFile(dir_.path("prompt"), "<bos> " + text.substr(0, 3000) +
-                                       " <fact> amberfalcon oslo tokyo <end> " +
-                                       text.substr(3000, 3000));
-  }
+  void SetUp() override { WriteFile(dir_.path("prompt"), FactPrompt(EnglishText(450))); }
   std::string Run(const TestServer& server, const std::vector<std::string>& more) const {
     std::vector<std::string> args = {
         "generate",   "--model", SourcePath("tests/models/recall"), "--server", server.address(),
@@ -35,7 +30,7 @@ class BuildOn : public ::testing::Test {
                  "--max-new-tokens", "0", "--build-on", build_on});
   }
   std::string Ask(const TestServer& server, const std::string& budget) const {
-    return Run(server, {"--fork-of", "doc", "--question", "<ask> amberfalcon", "--budget", budget,
+    return Run(server, {"--fork-of", "doc", "--question", kFactQuestion, "--budget", budget,
                         "--max-new-tokens", "16"});
   }
   TempDir dir_;
@@ -52,7 +47,7 @@ TEST_F(BuildOn, TheWorkersLayoutsChangeNeitherPagesNorTokens) {
   // All tokens, and so few that pages have to be chosen well.
   for (const char* budget : {"1000000", "96"}) {
     const std::string said = Ask(server, budget);
-    EXPECT_THAT(said, HasSubstr("oslo"));
+    EXPECT_THAT(said, HasSubstr(kFactAnswer));
     EXPECT_EQ(Ask(filing, budget), said) << "budget " << budget;
   }
 }

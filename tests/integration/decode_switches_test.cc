@@ -17,17 +17,18 @@ class DecodeSwitches : public ::testing::TestWithParam<const char*> {
  protected:
   std::vector<std::string> Worker(const std::string& command,
                                   const std::vector<std::string>& more) const {
-    std::vector<std::string> args = {command,          "--model",      SourcePath("tests/models/recall"),
-                                     "--server",       server_.address(), "--transports",
-                                     GetParam(),       "--budget",     "96",
-                                     "--reply-mode",   "inline"};
+    std::vector<std::string> args = {
+        command,        "--model",         SourcePath("tests/models/recall"),
+        "--server",     server_.address(), "--transports",
+        GetParam(),     "--budget",        "96",
+        "--reply-mode", "inline"};
     args.insert(args.end(), more.begin(), more.end());
     return args;
   }
   std::string Generate(const std::vector<std::string>& switches, std::string* err) const {
     std::vector<std::string> args = Worker("generate", switches);
-    for (const char* arg : {"--fork-of", "doc", "--question", "<ask> amberfalcon",
-                            "--max-new-tokens", "24"}) {
+    for (const char* arg :
+         {"--fork-of", "doc", "--question", kFactQuestion, "--max-new-tokens", "24"}) {
       args.emplace_back(arg);
     }
     Process worker("icecache-worker", args);
@@ -37,10 +38,7 @@ class DecodeSwitches : public ::testing::TestWithParam<const char*> {
     return worker.Out();
   }
   void Publish() const {
-    const std::string text = ReadFile(SourcePath("LICENSE"));
-    WriteFile(dir_.path("prompt"), "<bos> " + text.substr(0, 3000) +
-                                       " <fact> amberfalcon oslo tokyo <end> " +
-                                       text.substr(3000, 3000));
+    WriteFile(dir_.path("prompt"), FactPrompt(EnglishText(450)));
     Process worker("icecache-worker",
                    Worker("generate", {"--prompt-file", dir_.path("prompt"), "--context", "doc",
                                        "--publish", "--max-new-tokens", "0"}));
@@ -59,7 +57,7 @@ TEST_P(DecodeSwitches, OffOrTrustingNothingTheyChangeNoToken) {
   Publish();
   std::string err;
   const std::string plain = Generate({}, &err);
-  EXPECT_THAT(plain, HasSubstr("oslo"));
+  EXPECT_THAT(plain, HasSubstr(kFactAnswer));
   EXPECT_EQ(Generate({"--no-prefetch", "--layer-reuse", "1", "--transfer", "native"}, &err), plain);
   EXPECT_EQ(err.find("int8"), std::string::npos);
   EXPECT_EQ(err.find("prefetch"), std::string::npos);
@@ -72,8 +70,8 @@ TEST_P(DecodeSwitches, OffOrTrustingNothingTheyChangeNoToken) {
 TEST_P(DecodeSwitches, OnTheyStillFindTheFacts) {
   const auto recall = [this](const std::vector<std::string>& switches) {
     std::vector<std::string> args = switches;
-    for (const char* arg : {"--tokens", "1500", "--facts", "16", "--question-count", "12",
-                            "--methods", "icecache"}) {
+    for (const char* arg :
+         {"--tokens", "1500", "--facts", "16", "--question-count", "12", "--methods", "icecache"}) {
       args.emplace_back(arg);
     }
     Process worker("icecache-worker", Worker("recall", args));

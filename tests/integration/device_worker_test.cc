@@ -15,10 +15,10 @@ using ::testing::HasSubstr;
 class DeviceWorker : public ::testing::Test {
  protected:
   void SetUp() override {
-    std::string text = "<bos>";
+    std::string text;
     for (int i = 0; i < 6; ++i) text += " the work of others, and";
-    WriteFile(dir_.path("prompt"), text + " <fact> amberfalcon oslo tokyo <end> " + text.substr(5));
-    WriteFile(dir_.path("question"), "<ask> amberfalcon");
+    WriteFile(dir_.path("prompt"), FactPrompt(text.substr(1)));
+    WriteFile(dir_.path("question"), kFactQuestion);
   }
   std::string Answer(const std::string& device, const std::string& method,
                      const std::string& server) {
@@ -41,7 +41,7 @@ class DeviceWorker : public ::testing::Test {
 TEST_F(DeviceWorker, EmulatedDeviceSaysWhatTheCpuSays) {
   if (gpu::kEmulatorIsSlow) GTEST_SKIP() << "kernels are not emulated under ThreadSanitizer";
   const std::string expected = Answer("cpu", "full_kv", "");
-  EXPECT_THAT(expected, HasSubstr("oslo"));
+  EXPECT_THAT(expected, HasSubstr(kFactAnswer));
   EXPECT_EQ(Answer("emulated", "full_kv", ""), expected);
 }
 
@@ -50,7 +50,7 @@ TEST_F(DeviceWorker, GpuFindsTheFact) {
     GTEST_SKIP() << device.status().ToString();
   }
   TestServer server({"--memory-size", "512MiB"});
-  EXPECT_THAT(Answer("cuda", "icecache", server.address()), HasSubstr("oslo"));
+  EXPECT_THAT(Answer("cuda", "icecache", server.address()), HasSubstr(kFactAnswer));
 }
 
 TEST_F(DeviceWorker, WithoutAGpuAutoSaysSoAndCudaRefuses) {

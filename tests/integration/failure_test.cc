@@ -41,10 +41,7 @@ void ExpectBestWithin(std::vector<Duration> took, Duration bound) {
 
 class Failures : public ::testing::TestWithParam<const char*> {
  protected:
-  void SetUp() override {
-    WriteFile(dir_.path("prompt"), "<bos> " + EnglishText(700) +
-                                       " <fact> amberfalcon oslo tokyo <end> " + EnglishText(700));
-  }
+  void SetUp() override { WriteFile(dir_.path("prompt"), FactPrompt(EnglishText(700))); }
   std::vector<std::string> ServerArgs(std::vector<std::string> more = {}) const {
     std::vector<std::string> args = {"--memory-size", "512MiB",  "--threads", "2",
                                      "--transports",  GetParam()};
@@ -245,7 +242,7 @@ TEST_P(Failures, WorkerBeyondTheFileLimitIsRefusedWithTheRemedyAndTheOthersGoOn)
 // ---------------------------------------------------------------------------------
 
 TEST_P(Failures, KilledWorkerLeavesNothingAndTheOtherGoesOn) {
-  WriteFile(dir_.path("question"), "<ask> amberfalcon");
+  WriteFile(dir_.path("question"), kFactQuestion);
   TestServer server(ServerArgs({"--lease-ms", "1500"}));
   const nlohmann::json before = Ledger(server);
   Process a("icecache-worker", GenerateOnAndOn(server));
@@ -257,7 +254,7 @@ TEST_P(Failures, KilledWorkerLeavesNothingAndTheOtherGoesOn) {
   a.Signal(SIGKILL);
   const ProcessResult r = b.Wait(100s);
   EXPECT_TRUE(r.exited && r.exit_code == 0) << b.Err();
-  EXPECT_THAT(b.Out(), HasSubstr("oslo"));
+  EXPECT_THAT(b.Out(), HasSubstr(kFactAnswer));
   ExpectLedgerComesBack(server, before);
 }
 

@@ -10,6 +10,7 @@
 #include "cacheserver/context/tenant.h"
 #include "cacheserver/test_worker.h"
 #include "tests/support/process.h"
+#include "tests/support/tenants.h"
 
 namespace icecache::test {
 namespace {
@@ -71,13 +72,8 @@ class Flood {
 class FairShare : public ::testing::Test {
  protected:
   static std::string TokenFile(const TempDir& dir) {
-    std::string text;
-    for (const auto& [name, weight] : {std::pair("heavy", 3), std::pair("light", 1)}) {
-      text += std::string("[[tenant]]\nname = \"") + name +
-              "\"\nsecret_sha256 = \"saltsalt:" + HashSecret("saltsalt", name) +
-              "\"\nweight = " + std::to_string(weight) + "\n";
-    }
-    WriteFile(dir.path("tenants.toml"), text);
+    WriteFile(dir.path("tenants.toml"), TenantEntry("heavy", "heavy", "weight = 3\n") +
+                                            TenantEntry("light", "light", "weight = 1\n"));
     return dir.path("tenants.toml");
   }
   void TurnUntil(const std::function<bool()>& done) {

@@ -7,6 +7,7 @@
 
 #include "cacheserver/context/tenant.h"
 #include "tests/support/process.h"
+#include "tests/support/tenants.h"
 
 namespace icecache::test {
 namespace {
@@ -163,12 +164,8 @@ TEST(Icecachectl, BenchSmokeComparesWhatItGets) {
 
 TEST(Icecachectl, TenantsAreAskedForTheirSecretAndSeeTheirOwn) {
   TempDir dir;
-  std::string file;
-  for (const std::string name : {"alice", "bob"}) {
-    file += "[[tenant]]\nname = \"" + name +
-            "\"\nsecret_sha256 = \"saltsalt:" + HashSecret("saltsalt", name + "-secret") + "\"\n";
-  }
-  WriteFile(dir.path("tokens.toml"), file);
+  WriteFile(dir.path("tokens.toml"),
+            TenantEntry("alice", "alice-secret") + TenantEntry("bob", "bob-secret"));
   TestServer server(
       {"--memory-size", "256MiB", "--threads", "1", "--token-file", dir.path("tokens.toml")});
   PublishDocument(server, "doc", {"--tenant", "alice", "--secret", "alice-secret"});

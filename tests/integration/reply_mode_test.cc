@@ -15,9 +15,8 @@ using ::testing::Not;
 class ReplyModes : public ::testing::TestWithParam<const char*> {
  protected:
   void SetUp() override {
-    WriteFile(dir_.path("prompt"),
-              "<bos> " + EnglishText(500) + " <fact> amberfalcon oslo tokyo <end> " + EnglishText(500));
-    WriteFile(dir_.path("question"), "<ask> amberfalcon");
+    WriteFile(dir_.path("prompt"), FactPrompt(EnglishText(500)));
+    WriteFile(dir_.path("question"), kFactQuestion);
   }
   // stdout; stderr goes to *err.
   std::string Answer(const TestServer& server, const std::string& mode, std::string* err,
@@ -59,7 +58,7 @@ TEST_P(ReplyModes, GiveTheSameTokens) {
   TestServer server({"--memory-size", "256MiB", "--threads", "2", "--transports", GetParam()});
   std::string err;
   const std::string sent = Answer(server, "inline", &err);
-  EXPECT_THAT(sent, HasSubstr("oslo"));
+  EXPECT_THAT(sent, HasSubstr(kFactAnswer));
   EXPECT_THAT(err, Not(HasSubstr("read in the server's memory")));
   EXPECT_GT(server.Metric("icecache_pages_sent_total"), 0);
   EXPECT_EQ(server.Metric("icecache_pages_mapped_total"), 0);

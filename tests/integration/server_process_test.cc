@@ -8,6 +8,7 @@
 #include "cacheserver/context/tenant.h"
 #include "common/control_client.h"
 #include "tests/support/process.h"
+#include "tests/support/tenants.h"
 
 namespace icecache::test {
 namespace {
@@ -144,8 +145,7 @@ TEST(ServerProcess, PromtoolAcceptsTheMetrics) {
 // Tenants come and go with SIGHUP; a file that is broken changes nothing and is named.
 TEST(ServerProcess, AHangUpReadsTheTokenFileAgain) {
   const auto tenant = [](const std::string& name) {
-    return "[[tenant]]\nname = \"" + name + "\"\nsecret_sha256 = \"saltsalt:" +
-           HashSecret("saltsalt", name + "-secret") + "\"\n";
+    return TenantEntry(name, name + "-secret");
   };
   TempDir dir;
   const std::string tokens = dir.path("tokens.toml");

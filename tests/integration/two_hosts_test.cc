@@ -14,6 +14,7 @@
 
 #include "cacheserver/context/tenant.h"
 #include "tests/support/process.h"
+#include "tests/support/tenants.h"
 
 namespace icecache::test {
 namespace {
@@ -42,10 +43,8 @@ class TwoHosts : public ::testing::Test {
       GTEST_SKIP() << "not tested: network namespaces are not permitted here ('" << step
                    << "': " << p.Err() << "); needs root, or CAP_SYS_ADMIN and CAP_NET_ADMIN";
     }
-    WriteFile(dir_.path("tokens.toml"), "[[tenant]]\nname = \"t\"\nsecret_sha256 = \"saltsalt:" +
-                                            HashSecret("saltsalt", "secret") + "\"\n");
-    WriteFile(dir_.path("prompt"), "<bos> " + EnglishText(400) +
-                                       " <fact> amberfalcon oslo tokyo <end> " + EnglishText(400));
+    WriteFile(dir_.path("tokens.toml"), TenantEntry("t", "secret"));
+    WriteFile(dir_.path("prompt"), FactPrompt(EnglishText(400)));
     StartServer();
   }
   void TearDown() override {
@@ -120,15 +119,14 @@ class TwoHosts : public ::testing::Test {
 };
 
 TEST_F(TwoHosts, AnswerAsOneDoesAndPagesAreSent) {
-  const std::vector<std::string> ask = {"--question", "<ask> amberfalcon", "--max-new-tokens",
-                                        "24"};
+  const std::vector<std::string> ask = {"--question", kFactQuestion, "--max-new-tokens", "24"};
   std::vector<std::string> full = ask, served = ask;
   full.insert(full.end(), {"--method", "full_kv"});
   served.insert(served.end(), {"--budget", "1000000"});
   const auto alone = Generate(full), across = Generate(served);
   ASSERT_EQ(alone->Wait(100s).exit_code, 0) << alone->Err();
   ASSERT_EQ(across->Wait(100s).exit_code, 0) << across->Err();
-  EXPECT_THAT(across->Out(), HasSubstr("oslo"));
+  EXPECT_THAT(across->Out(), HasSubstr(kFactAnswer));
   EXPECT_EQ(across->Out(), alone->Out());
   EXPECT_THAT(across->Err(), HasSubstr("inline"));
   EXPECT_THAT(across->Err(), HasSubstr("cannot be mapped here"));

@@ -1,5 +1,5 @@
-// Workers and a server as real processes: one answer whatever serves the attention, and sharing. What
-// happens when one of them dies: failure_test.cc.
+// Workers and a server as real processes: one answer whatever serves the attention, and sharing.
+// What happens when one of them dies: failure_test.cc.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -15,9 +15,8 @@ class Workers : public ::testing::TestWithParam<const char*> {
  protected:
   // A prompt with one fact in its middle, and the question for it.
   void SetUp() override {
-    WriteFile(dir_.path("prompt"),
-              "<bos> " + EnglishText(700) + " <fact> amberfalcon oslo tokyo <end> " + EnglishText(700));
-    WriteFile(dir_.path("question"), "<ask> amberfalcon");
+    WriteFile(dir_.path("prompt"), FactPrompt(EnglishText(700)));
+    WriteFile(dir_.path("question"), kFactQuestion);
   }
   std::vector<std::string> ServerArgs() const {
     return {"--memory-size", "512MiB",   "--threads",  "2",
@@ -25,8 +24,9 @@ class Workers : public ::testing::TestWithParam<const char*> {
   }
   std::vector<std::string> Generate(const TestServer& server, std::vector<std::string> more) const {
     std::vector<std::string> args = {
-        "generate",     "--model",  SourcePath("tests/models/recall"), "--server", server.address(),
-        "--transports", GetParam(), "--device",                        "cpu"};
+        "generate", "--model",        SourcePath("tests/models/recall"),
+        "--server", server.address(), "--transports",
+        GetParam(), "--device",       "cpu"};
     args.insert(args.end(), more.begin(), more.end());
     return args;
   }
@@ -54,13 +54,13 @@ std::string Answer(const std::vector<std::string>& args) {
 TEST_P(Workers, UnlimitedBudgetGeneratesWhatFullKvGenerates) {
   TestServer server(ServerArgs());
   const std::string full = Answer(Ask(server, "full_kv", "256"));
-  EXPECT_THAT(full, HasSubstr("oslo"));
+  EXPECT_THAT(full, HasSubstr(kFactAnswer));
   EXPECT_EQ(Answer(Ask(server, "icecache", "1000000")), full);
 }
 
 TEST_P(Workers, SmallBudgetFindsTheFact) {
   TestServer server(ServerArgs());
-  EXPECT_THAT(Answer(Ask(server, "icecache", "64")), HasSubstr("oslo"));
+  EXPECT_THAT(Answer(Ask(server, "icecache", "64")), HasSubstr(kFactAnswer));
 }
 
 TEST_P(Workers, SecondWorkerForksWithoutPrefillAndTheDocumentIsHeldOnce) {
@@ -72,7 +72,7 @@ TEST_P(Workers, SecondWorkerForksWithoutPrefillAndTheDocumentIsHeldOnce) {
   Process b("icecache-worker", Generate(server, {"--fork-of", "doc", "--question-file",
                                                  dir_.path("question"), "--max-new-tokens", "2"}));
   ASSERT_TRUE(b.Wait(60s).exited) << b.Err();
-  EXPECT_THAT(b.Out(), HasSubstr("oslo")) << b.Err();
+  EXPECT_THAT(b.Out(), HasSubstr(kFactAnswer)) << b.Err();
   EXPECT_EQ(server.StatusNumber("/memory/used_bytes"),
             held);  // B's private tail is gone, the document stays
 }

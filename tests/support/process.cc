@@ -271,4 +271,8 @@ std::string EnglishText(size_t words) {
   return out;
 }
 
+std::string FactPrompt(const std::string& text) {
+  return "<bos> " + text + " <fact> amberfalcon oslo tokyo <end> " + text;
+}
+
 }  // namespace icecache::test

@@ -106,5 +106,10 @@ void WriteFile(const std::string& path, const std::string& content);
 std::string SourcePath(const std::string& relative);  // in the repository
 // So many words of real English, the same on every machine.
 std::string EnglishText(size_t words);
+// A prompt for the recall model: the text, a fact, and the text again. Asked kFactQuestion, the
+// model answers with words that begin with kFactAnswer.
+std::string FactPrompt(const std::string& text);
+inline constexpr const char* kFactQuestion = "<ask> amberfalcon";
+inline constexpr const char* kFactAnswer = "oslo";
 
 }  // namespace icecache::test

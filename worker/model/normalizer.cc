@@ -1,11 +1,8 @@
 #include "worker/model/normalizer.h"
 
-#include <locale.h>
-#include <wctype.h>
-
 #include <nlohmann/json.hpp>
 
-#include "worker/model/unicode_nfc.h"
+#include "worker/model/unicode.h"
 #include "worker/model/utf8.h"
 
 namespace icecache {
@@ -14,20 +11,14 @@ namespace {
 using Json = nlohmann::json;
 
 std::string Lowercase(std::string_view text) {
-  static const locale_t unicode = newlocale(LC_CTYPE_MASK, "C.UTF-8", nullptr);
   std::string lower;
   lower.reserve(text.size());
   for (size_t at = 0; at < text.size();) {
     const Utf8Char c = DecodeUtf8(text, at);
-    if (c.code < 0x80) {
-      const auto byte = static_cast<char>(c.code);
-      lower += byte >= 'A' && byte <= 'Z' ? static_cast<char>(byte + ('a' - 'A')) : byte;
-    } else if (c.code == 0x130) {
+    if (c.code == 0x130) {
       lower += "i\u0307";  // the one letter whose lower case is two characters
     } else {
-      const auto wide = static_cast<wint_t>(c.code);
-      AppendUtf8(unicode == nullptr ? c.code : static_cast<char32_t>(towlower_l(wide, unicode)),
-                 lower);
+      AppendUtf8(ToLower(c.code), lower);
     }
     at += c.bytes;
   }

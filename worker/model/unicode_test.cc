@@ -1,7 +1,7 @@
-// UTF-8 and NFC.
+// UTF-8, NFC and lower case.
 #include <gtest/gtest.h>
 
-#include "worker/model/unicode_nfc.h"
+#include "worker/model/unicode.h"
 #include "worker/model/utf8.h"
 
 namespace icecache {
@@ -67,6 +67,19 @@ TEST(Nfc, ComposesAsTheStandardSays) {
   for (const auto& [text, expected] : cases) {
     EXPECT_EQ(NormalizeNfc(text), expected) << text;
     EXPECT_EQ(NormalizeNfc(expected), expected);
+  }
+  EXPECT_EQ(NormalizeNfc(std::string_view("e\u0301\0e\u0301", 7)),
+            std::string("\u00e9\0\u00e9", 5));
+}
+
+TEST(Unicode, LowerCaseIsOneCharacterForOne) {
+  const std::pair<char32_t, char32_t> cases[] = {
+      {U'A', U'a'},           {U'z', U'z'},
+      {U'\u00c4', U'\u00e4'}, {U'\u0416', U'\u0436'},
+      {U'\u01c5', U'\u01c6'}, {U'\u1e9e', U'\u00df'},
+      {U'\u4f60', U'\u4f60'}, {U'\U00010400', U'\U00010428'}};
+  for (const auto& [upper, lower] : cases) {
+    EXPECT_EQ(ToLower(upper), lower) << static_cast<uint32_t>(upper);
   }
 }
 
