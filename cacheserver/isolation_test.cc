@@ -9,6 +9,7 @@
 #include "cacheserver/test_worker.h"
 #include "common/extent_socket.h"
 #include "common/wire/extent_codec.h"
+#include "tests/support/tenants.h"
 
 namespace icecache {
 namespace {

@@ -20,6 +20,10 @@ std::string RealText(double value) {
   return text.str();
 }
 
+std::string Place(const std::string& path, const toml::node& node) {
+  return path + ":" + std::to_string(node.source().begin.line);
+}
+
 std::vector<FileEntry> Entries(const toml::table& table, const std::string& path, int depth);
 
 FileEntry Entry(const toml::node& node, const std::string& path, int depth) {
@@ -43,6 +47,12 @@ FileEntry Entry(const toml::node& node, const std::string& path, int depth) {
   } else if (const auto* table = node.as_table(); table != nullptr && depth < 2) {
     entry.kind = Kind::kTable;
     entry.children = Entries(*table, path, depth + 1);
+  } else if (depth < 2 && node.is_array_of_tables()) {
+    entry.kind = Kind::kTables;
+    for (const auto& item : *node.as_array()) {
+      entry.children.push_back(Entry(item, path, depth));
+      entry.children.back().where = Place(path, item);
+    }
   } else {
     entry.values = {node.is_array() ? "a list" : node.is_table() ? "a table" : "a date or time"};
   }
@@ -81,6 +91,15 @@ bool Accepts(ValueKind wanted, Kind found) {
 
 }  // namespace
 
+Result<std::vector<FileEntry>> ParseToml(std::string_view text, const std::string& source) {
+  try {
+    return Entries(toml::parse(text, source), source, 1);
+  } catch (const toml::parse_error& e) {
+    return InvalidArgument(source + ":" + std::to_string(e.source().begin.line) +
+                           ": not TOML: " + std::string(e.description()));
+  }
+}
+
 Result<std::vector<FileEntry>> ReadConfigFile(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
   std::string text(limits::kConfigFileBytesMax + 1, '\0');
@@ -94,19 +113,15 @@ Result<std::vector<FileEntry>> ReadConfigFile(const std::string& path) {
     return InvalidArgument(path + ": more than " + std::to_string(limits::kConfigFileBytesMax) +
                            " bytes; is it a configuration file?");
   }
-  try {
-    return Entries(toml::parse(text, path), path, 1);
-  } catch (const toml::parse_error& e) {
-    return InvalidArgument(path + ":" + std::to_string(e.source().begin.line) +
-                           ": not TOML: " + std::string(e.description()));
-  }
+  return ParseToml(text, path);
 }
 
 Status AssignFromFile(Setting& setting, const FileEntry& entry) {
   if (Accepts(setting.kind, entry.kind)) return Assign(setting, entry.where, entry.values);
-  std::string found = entry.kind == Kind::kStrings ? "a list"
-                      : entry.kind == Kind::kTable ? "a table"
-                                                   : entry.values[0];
+  std::string found = entry.kind == Kind::kStrings  ? "a list"
+                      : entry.kind == Kind::kTable  ? "a table"
+                      : entry.kind == Kind::kTables ? "a list of tables"
+                                                    : entry.values[0];
   const char* form = setting.kind == ValueKind::kString ? " in quotes"
                      : setting.kind == ValueKind::kList ? R"(, written ["a", "b"])"
                                                         : "";

@@ -46,6 +46,7 @@ BORDERS = [
     (r'boost/', [r'.*\.cc', r'cacheserver/listen\.h', r'common/control_stream\.h']),
     (r'(cblas|openblas)', [r'worker/model/gemm\.cc']),
     (r'pcre2', [r'worker/model/pretokenizer\.cc']),
+    (r'utf8proc', [r'worker/model/unicode\.cc']),
     (r'xxhash', [r'common/checksum\.cc']),
     (r'openssl/', [r'common/prefix_key\.cc', r'cacheserver/(\w+/)*\w+\.cc', r'tests/support/\w+\.cc']),
     (r'nlohmann/', [r'.*\.cc']),

@@ -90,7 +90,7 @@ TEST(Tenant, ErrorsNameLineKeyAndRemedy) {
       {good + "[tenants]\n", "t.toml:4: found 'tenants'"},
       {good + "[tenant]\n", "t.toml:4: not TOML"},
       {good + "quota = -1\n", "t.toml:4: quota"},
-      {good + "rights = [1]\n", "is no right"},
+      {good + "rights = [1]\n", "expected a list"},
   };
   for (const auto& [text, expected] : cases) {
     Result<TenantTable> table = TenantTable::Parse(text, "t.toml");

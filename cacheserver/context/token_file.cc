@@ -1,20 +1,23 @@
-// TenantTable from a token file: TOML, read by toml++, every key checked.
+// TenantTable from a token file: every key checked, every error with its line.
 #include <fcntl.h>
 #include <sys/stat.h>
-#include <toml++/toml.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cctype>
 #include <cerrno>
+#include <charconv>
 #include <cstring>
 
 #include "cacheserver/context/tenant.h"
+#include "common/config_file.h"
 #include "common/limits.h"
 #include "common/size.h"
 
 namespace icecache {
 namespace {
+
+using config::FileEntry;
 
 constexpr size_t kHashHexDigits = 64;  // of a SHA-256
 
@@ -30,18 +33,18 @@ bool IsLowerHex(std::string_view text) {
 }
 
 // "" for what is no string: none of the keys takes an empty one.
-std::string Text(const toml::node& value) {
-  return value.value_exact<std::string>().value_or(std::string());
+std::string Text(const FileEntry& entry) {
+  return entry.kind == FileEntry::Kind::kString ? entry.values[0] : std::string();
 }
 
-Status SetName(Tenant& tenant, const toml::node& value) {
-  tenant.name = Text(value);
+Status SetName(Tenant& tenant, const FileEntry& entry) {
+  tenant.name = Text(entry);
   if (IsTenantName(tenant.name)) return OkStatus();
   return InvalidArgument("expected a quoted name of 1 to 64 letters, digits, '-', '_' or '.'");
 }
 
-Status SetSecret(Tenant& tenant, const toml::node& value) {
-  const std::string text = Text(value);
+Status SetSecret(Tenant& tenant, const FileEntry& entry) {
+  const std::string text = Text(entry);
   const size_t colon = text.rfind(':');
   if (colon != std::string::npos && colon < 8) {
     return InvalidArgument("the salt is shorter than 8 characters; use `openssl rand -hex 16`");
@@ -55,32 +58,33 @@ Status SetSecret(Tenant& tenant, const toml::node& value) {
       "expected \"SALT:HEX\" with 64 lower-case hex digits of SHA-256(salt + secret)");
 }
 
-Status SetQuota(Tenant& tenant, const toml::node& value) {
-  const auto bytes = value.value_exact<int64_t>();
-  KV_ASSIGN_OR_RETURN(tenant.quota_bytes, ParseSize(bytes ? std::to_string(*bytes) : Text(value)));
+Status SetQuota(Tenant& tenant, const FileEntry& entry) {
+  const bool number = entry.kind == FileEntry::Kind::kInteger;
+  KV_ASSIGN_OR_RETURN(tenant.quota_bytes, ParseSize(number ? entry.values[0] : Text(entry)));
   return OkStatus();
 }
 
-Status SetWeight(Tenant& tenant, const toml::node& value) {
-  const int64_t weight = value.value_exact<int64_t>().value_or(0);
-  if (weight < 1 || weight > int64_t{limits::kTenantWeightMax}) {
-    return InvalidArgument("expected a whole number from 1 to " +
-                           std::to_string(limits::kTenantWeightMax));
+Status SetWeight(Tenant& tenant, const FileEntry& entry) {
+  const std::string digits = entry.kind == FileEntry::Kind::kInteger ? entry.values[0] : "";
+  const auto [end, error] =
+      std::from_chars(digits.data(), digits.data() + digits.size(), tenant.weight);
+  if (error == std::errc() && tenant.weight >= 1 && tenant.weight <= limits::kTenantWeightMax) {
+    return OkStatus();
   }
-  tenant.weight = static_cast<uint32_t>(weight);
-  return OkStatus();
+  return InvalidArgument("expected a whole number from 1 to " +
+                         std::to_string(limits::kTenantWeightMax));
 }
 
-Status SetRights(Tenant& tenant, const toml::node& value) {
-  const toml::array* names = value.as_array();
-  if (names == nullptr) return InvalidArgument("expected a list such as [\"read\", \"write\"]");
+Status SetRights(Tenant& tenant, const FileEntry& entry) {
+  if (entry.kind != FileEntry::Kind::kStrings) {
+    return InvalidArgument("expected a list such as [\"read\", \"write\"]");
+  }
   tenant.rights = Rights{false, false, false, false};
   const std::pair<const char*, bool*> all[] = {{"read", &tenant.rights.read},
                                                {"write", &tenant.rights.write},
                                                {"share", &tenant.rights.share},
                                                {"admin", &tenant.rights.admin}};
-  for (const toml::node& item : *names) {
-    const std::string name = Text(item);
+  for (const std::string& name : entry.values) {
     const auto* right = std::find_if(std::begin(all), std::end(all),
                                      [&](const auto& r) { return r.first == name; });
     if (right == std::end(all)) {
@@ -91,32 +95,37 @@ Status SetRights(Tenant& tenant, const toml::node& value) {
   return OkStatus();
 }
 
-Status SetKey(Tenant& tenant, std::string_view key, const toml::node& value) {
-  if (key == "name") return SetName(tenant, value);
-  if (key == "secret_sha256") return SetSecret(tenant, value);
-  if (key == "quota") return SetQuota(tenant, value);
-  if (key == "weight") return SetWeight(tenant, value);
-  if (key == "rights") return SetRights(tenant, value);
+Status SetKey(Tenant& tenant, const FileEntry& entry) {
+  if (entry.key == "name") return SetName(tenant, entry);
+  if (entry.key == "secret_sha256") return SetSecret(tenant, entry);
+  if (entry.key == "quota") return SetQuota(tenant, entry);
+  if (entry.key == "weight") return SetWeight(tenant, entry);
+  if (entry.key == "rights") return SetRights(tenant, entry);
   return InvalidArgument("unknown key; expected name, secret_sha256, quota, weight or rights");
 }
 
-std::string Line(const std::string& source, const toml::source_region& at) {
-  return source + ":" + std::to_string(at.begin.line);
-}
-
-Result<Tenant> ReadTenant(const toml::table& table, const std::string& source) {
+Result<Tenant> ReadTenant(const FileEntry& table) {
   Tenant tenant;
-  for (const auto& [key, value] : table) {
-    if (Status status = SetKey(tenant, key.str(), value); !status.ok()) {
-      return status.WithContext(Line(source, key.source()) + ": " + std::string(key.str()));
+  for (const FileEntry& entry : table.children) {
+    if (Status status = SetKey(tenant, entry); !status.ok()) {
+      return status.WithContext(entry.where + ": " + entry.key);
     }
   }
-  const std::string where = Line(source, table.source());
-  if (tenant.name.empty()) return InvalidArgument(where + ": a [[tenant]] has no name");
+  if (tenant.name.empty()) return InvalidArgument(table.where + ": a [[tenant]] has no name");
   if (tenant.secret_sha256.empty()) {
-    return InvalidArgument(where + ": tenant '" + tenant.name + "' has no secret_sha256");
+    return InvalidArgument(table.where + ": tenant '" + tenant.name + "' has no secret_sha256");
   }
   return tenant;
+}
+
+Status CheckAmong(const std::vector<Tenant>& others, const Tenant& tenant) {
+  for (const Tenant& other : others) {
+    if (other.name == tenant.name) {
+      return InvalidArgument("tenant '" + tenant.name + "' is there twice; names must differ");
+    }
+  }
+  if (others.size() < limits::kTenantsMax) return OkStatus();
+  return InvalidArgument("more than " + std::to_string(limits::kTenantsMax) + " tenants");
 }
 
 // A regular file that its owner alone may write.
@@ -146,31 +155,18 @@ Result<std::string> ReadTokenFile(int fd, const std::string& what, const std::st
 }  // namespace
 
 Result<TenantTable> TenantTable::Parse(std::string_view text, const std::string& source) {
-  toml::table file;
-  try {
-    file = toml::parse(text, source);
-  } catch (const toml::parse_error& e) {
-    return InvalidArgument(Line(source, e.source()) +
-                           ": not TOML: " + std::string(e.description()));
-  }
+  KV_ASSIGN_OR_RETURN(const std::vector<FileEntry> entries, config::ParseToml(text, source));
   TenantTable table;
   table.requires_secret_ = true;
-  for (const auto& [key, value] : file) {
-    if (key.str() != "tenant" || !value.is_array_of_tables()) {
-      return InvalidArgument(Line(source, key.source()) + ": found '" + std::string(key.str()) +
+  for (const FileEntry& entry : entries) {
+    if (entry.key != "tenant" || entry.kind != FileEntry::Kind::kTables) {
+      return InvalidArgument(entry.where + ": found '" + entry.key +
                              "', expected [[tenant]] and then key = value");
     }
-    for (const toml::node& entry : *value.as_array()) {
-      KV_ASSIGN_OR_RETURN(Tenant tenant, ReadTenant(*entry.as_table(), source));
-      for (const Tenant& other : table.tenants_) {
-        if (other.name != tenant.name) continue;
-        return InvalidArgument(Line(source, entry.source()) + ": tenant '" + tenant.name +
-                               "' is there twice; names must differ");
-      }
-      if (table.tenants_.size() >= limits::kTenantsMax) {
-        return InvalidArgument(Line(source, entry.source()) + ": more than " +
-                               std::to_string(limits::kTenantsMax) + " tenants");
-      }
+    for (const FileEntry& each : entry.children) {
+      KV_ASSIGN_OR_RETURN(Tenant tenant, ReadTenant(each));
+      const Status fits = CheckAmong(table.tenants_, tenant);
+      if (!fits.ok()) return fits.WithContext(each.where);
       tenant.id = TenantId(static_cast<uint32_t>(table.tenants_.size()));
       table.tenants_.push_back(std::move(tenant));
     }
