@@ -107,7 +107,6 @@ class UcxConnection final : public Pollable, public std::enable_shared_from_this
   void FinishReads();
   void Fail(Status status);
   void End();
-  void CloseWhenWiredUp();
   void TendEnd();
   void CloseEndpoint();
   bool Finished() const;

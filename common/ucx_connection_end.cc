@@ -10,8 +10,6 @@ namespace {
 
 // After the end of a connection UCX has this long to let go of its buffers by itself.
 constexpr auto kFinishMax = std::chrono::milliseconds(500);
-// ... and this long to write what a connection that does not stand yet begins with.
-constexpr auto kWireUpTime = std::chrono::milliseconds(200);
 
 }  // namespace
 
@@ -29,17 +27,8 @@ void UcxConnection::End() {
   for (const auto& send : dropped) bytes_queued_ -= send->bytes;
   early_.clear();
   ready_.clear();
-  CloseWhenWiredUp();
+  CloseEndpoint();
   core_->reactor.Wake(this);  // to be removed when finished
-}
-
-// The connection manager of UCX 1.13 ends the process when its own first message of a connection
-// can be written and it learns of that only after the close (tcp_sockcm_ep.c, "DISCONNECTING"; UCX
-// issue 11455): its thread notes what happens while we are inside UCX, and looks at it later. So
-// who gives up before a connection stands, leaves UCX the time to have it written.
-void UcxConnection::CloseWhenWiredUp() {
-  const bool written = established_ || !failure_.ok();
-  if (written || std::chrono::steady_clock::now() > ended_at_ + kWireUpTime) CloseEndpoint();
 }
 
 void UcxConnection::CloseEndpoint() {
@@ -67,7 +56,6 @@ bool UcxConnection::Finished() const {
 // Removes this when nothing is left to wait for.
 void UcxConnection::TendEnd() {
   if (!ended_) return;
-  CloseWhenWiredUp();
   if (Finished() || std::chrono::steady_clock::now() > ended_at_ + kFinishMax) Remove();
 }
 
@@ -91,9 +79,7 @@ void UcxConnection::Drain(std::chrono::steady_clock::time_point until) {
   Close();
   while (!Finished() && std::chrono::steady_clock::now() < until) {
     ucp_worker_progress(worker_);
-    CloseWhenWiredUp();
   }
-  CloseEndpoint();
   Remove();
 }
 

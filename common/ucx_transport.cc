@@ -17,6 +17,7 @@
 #include "common/transport.h"
 #include "common/ucx_connection.h"
 #include "common/ucx_environment.h"
+#include "common/ucx_missed_events.h"
 #include "common/ucx_peer.h"
 
 namespace icecache {
@@ -133,6 +134,10 @@ Status UcxTransport::Start(const UcxOptions& options) {
   const std::string transports = !options.transports.empty() ? options.transports
                                  : from_environment          ? from_environment
                                                              : "all";
+  if (!UcxNotesAreDropped()) {
+    LogWarn("UCX keeps its own notes of missed events and may end this process when peers give up",
+            {{"remedy", "link libucs as a shared library"}});
+  }
   core_.shared_memory = UsesSharedMemory(transports);
   if (core_.shared_memory) KV_RETURN_IF_ERROR(CheckSharedMemory(kUcxSharedBytesPerWorker));
   ucp_config_t* config = nullptr;
@@ -288,8 +293,8 @@ Result<std::unique_ptr<ReadableMemory>> UcxTransport::MakeReadable(std::span<std
     ucp_mem_unmap(core_.context, handle);
     return failed("making a key", status);
   }
-  auto readable = std::make_unique<UcxReadable>(core_.context, handle,
-                                                PackUcxKey(memory, rkey, rkey_bytes));
+  auto readable =
+      std::make_unique<UcxReadable>(core_.context, handle, PackUcxKey(memory, rkey, rkey_bytes));
   ucp_rkey_buffer_release(rkey);
   return std::unique_ptr<ReadableMemory>(std::move(readable));
 }
@@ -299,15 +304,7 @@ bool UcxTransport::Progress() {
   if (requests_.empty()) return any;
   KV_CHECK(!core_.delivering);
   core_.delivering = true;
-  for (const ucp_conn_request_h request : std::exchange(requests_, {})) {
-    // UCX 1.13 notes what happens on a descriptor while its worker is blocked, by the number, and
-    // ends the process (async.c, "handler->async == async") when that number is another worker's by
-    // the time it looks. Accepting one connection blocks this worker and hands a number on: let it
-    // look before the next.
-    ucp_worker_progress(worker_);
-    Accept(request);
-  }
-  ucp_worker_progress(worker_);
+  for (const ucp_conn_request_h request : std::exchange(requests_, {})) Accept(request);
   core_.delivering = false;
   return true;
 }
