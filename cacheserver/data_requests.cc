@@ -111,6 +111,8 @@ Status DataService::Build(Connection& connection, const InMessage& message) {
   build->connection = connection.id;
   build->request = message.id;
   build->heads_left = request.slices.heads.size();
+  const TimePoint give_up =
+      message.patience > Duration(0) ? reactor_.clock().Now() + message.patience : TimePoint::max();
   const std::span<const float> energy(request.decoded_query_energy);
   for (size_t i = 0; i < request.slices.heads.size(); ++i) {
     const std::span<const float> of_head =
@@ -121,17 +123,19 @@ Status DataService::Build(Connection& connection, const InMessage& message) {
     }
     // A head that fails does not stop the others: they were asked for too, and a repeated Build
     // finds them done.
-    shard_.Build(request.slices.context, request.slices.layer, request.slices.heads[i],
-                 request.token_count, of_head, std::move(proposed),
-                 [this, build, alive = std::weak_ptr<int>(alive_)](Result<uint32_t> pages) {
-                   if (alive.expired()) return;
-                   if (pages.ok()) {
-                     build->pages += *pages;
-                   } else if (build->status.ok()) {
-                     build->status = pages.status();
-                   }
-                   if (--build->heads_left == 0) FinishBuild(*build);
-                 });
+    shard_.Build(
+        request.slices.context, request.slices.layer, request.slices.heads[i], request.token_count,
+        of_head, std::move(proposed),
+        [this, build, alive = std::weak_ptr<int>(alive_)](Result<uint32_t> pages) {
+          if (alive.expired()) return;
+          if (pages.ok()) {
+            build->pages += *pages;
+          } else if (build->status.ok()) {
+            build->status = pages.status();
+          }
+          if (--build->heads_left == 0) FinishBuild(*build);
+        },
+        give_up);
   }
   return OkStatus();
 }
@@ -393,8 +397,8 @@ Status DataService::CopyRows(const Context& context, const wire::FetchRowsReques
   body->resize(at + 2 * bytes);
   std::byte* const k = body->data() + at;
   if (range) {
-    return context.ReadRows(
-        layer, head, {request.first_position, request.token_count, k, k + bytes}, misses);
+    return context.ReadRows(layer, head,
+                            {request.first_position, request.token_count, k, k + bytes}, misses);
   }
   if (bytes > 0) {
     std::memcpy(k, rows.rows.k, bytes);
@@ -427,7 +431,8 @@ Status DataService::FetchPages(Connection& connection, const InMessage& message)
 
 Status DataService::GiveExtentKeys(Connection& connection, const InMessage& message) {
   KV_ASSIGN_OR_RETURN(const Fenced fenced, Fence(connection, message, false));
-  KV_ASSIGN_OR_RETURN(const wire::ExtentKeysRequest request, wire::DecodeExtentKeysRequest(message));
+  KV_ASSIGN_OR_RETURN(const wire::ExtentKeysRequest request,
+                      wire::DecodeExtentKeysRequest(message));
   KV_RETURN_IF_ERROR(CheckEpoch(fenced, request.epoch));
   if (options_.keys == nullptr) return Unimplemented("extent keys: pages come inline here");
   KV_ASSIGN_OR_RETURN(const wire::ExtentKeysReply keys,

@@ -137,7 +137,7 @@ class DataService {
   // As above; `status`, why there is no room, where waiting is of no use.
   Status WaitForRoom(const Status& status);
   Result<RequestId> KeepCurrent();
-  void WaitForFrames(RequestId kept, const Status& status);
+  void AgainWhenRoom(RequestId kept, const Status& status);
   void Again(RequestId kept, const Status& status);
   void Serve(RequestId id, const Status& status);
   void StandBehind(Connection& connection, RequestId id);

@@ -7,12 +7,6 @@
 #include "common/limits.h"
 
 namespace icecache {
-namespace {
-
-// Between tries when pages of other requests hold all frames.
-constexpr Duration kFramesPause = std::chrono::milliseconds(2);
-
-}  // namespace
 
 Result<DataService::RequestId> DataService::KeepCurrent() {
   Request& request = *requests_.at(current_);  // without a tenant nothing is asked of a context
@@ -38,12 +32,9 @@ Status DataService::WaitForPages(const Misses& misses) {
   ++requests_waiting_;
   shard_.tier().Load(misses, [this, kept, alive = std::weak_ptr<int>(alive_)](const Status& s) {
     if (alive.expired()) return;
+    if (s.code() == StatusCode::kResourceExhausted) return AgainWhenRoom(kept, s);
     --requests_waiting_;
-    if (s.code() == StatusCode::kResourceExhausted) {
-      WaitForFrames(kept, s);
-    } else {
-      Again(kept, s);
-    }
+    Again(kept, s);
   });
   return OkStatus();
 }
@@ -52,12 +43,7 @@ Status DataService::WaitForRoom(const Status& status) {
   const Result<RequestId> kept = KeepCurrent();
   if (!kept.ok()) return status;
   ++requests_waiting_;
-  shard_.tier().WaitForRoom(
-      [this, kept = *kept, status, alive = std::weak_ptr<int>(alive_)](bool room) {
-        if (alive.expired()) return;
-        --requests_waiting_;
-        Again(kept, room ? OkStatus() : status);
-      });
+  AgainWhenRoom(*kept, status);
   const auto request = requests_.find(*kept);  // gone: there was no room to wait for
   if (request == requests_.end() || request->second->message.kind != wire::kPutRows) {
     return OkStatus();
@@ -67,21 +53,13 @@ Status DataService::WaitForRoom(const Status& status) {
   return OkStatus();
 }
 
-void DataService::WaitForFrames(RequestId kept, const Status& status) {
-  ++requests_waiting_;
-  const auto again = [this, kept, alive = std::weak_ptr<int>(alive_)](const Status& s) {
+// REQUIRES: it is counted in requests_waiting_.
+void DataService::AgainWhenRoom(RequestId kept, const Status& status) {
+  shard_.tier().WaitForRoom([this, kept, status, alive = std::weak_ptr<int>(alive_)](bool room) {
     if (alive.expired()) return;
     --requests_waiting_;
-    Again(kept, s);
-  };
-  shard_.tier().WaitForRoom(
-      [this, again, kept, status, alive = std::weak_ptr<int>(alive_)](bool room) {
-        if (alive.expired()) return;
-        if (room) return again(OkStatus());
-        const bool late = reactor_.clock().Now() >= *requests_.at(kept)->give_up;
-        if (late) return again(status);
-        (void)reactor_.After(kFramesPause, [again] { again(OkStatus()); });
-      });
+    Again(kept, room ? OkStatus() : status);
+  });
 }
 
 // At once, not when its turn comes again: pages that were brought for it are held no longer than

@@ -121,8 +121,9 @@ Result<std::optional<SegmentEnds>> Shard::SealContext(ContextId id, std::optiona
   if (context == nullptr) return Gone(id);
   KV_ASSIGN_OR_RETURN(const std::optional<uint32_t> now, CheckSealable(id));
   if (now && now != end) {
-    return FailedPrecondition("seal: rows have come while the context was being sealed; seal it "
-                              "when all requests that append are answered");
+    return FailedPrecondition(
+        "seal: rows have come while the context was being sealed; seal it "
+        "when all requests that append are answered");
   }
   KV_RETURN_IF_ERROR(context->Seal());
   tier_.Add(context->chain().back(), false);
@@ -194,7 +195,7 @@ Context* Shard::FindContext(ContextId id) {
 
 void Shard::Build(ContextId id, LayerId layer, KvHeadId head, uint32_t token_count,
                   std::span<const float> query_energy, std::shared_ptr<const Packing> proposed,
-                  BuildDone done) {
+                  BuildDone done, TimePoint give_up) {
   Context* context = FindContext(id);
   if (context == nullptr) return done(Gone(id));
   if (jobs_of_[context->spec().tenant] >= limits::kBuildsQueuedMax) {
@@ -205,26 +206,32 @@ void Shard::Build(ContextId id, LayerId layer, KvHeadId head, uint32_t token_cou
   Result<std::unique_ptr<SliceJob>> work =
       context->PrepareBuild(layer, head, token_count, query_energy, proposed);
   if (work.status().code() == StatusCode::kResourceExhausted) {
-    // Ends: every wait that is worth it has stored a segment.
     const std::vector<float> energy(query_energy.begin(), query_energy.end());
-    return tier_.WaitForRoom([=, this, status = work.status(), done = std::move(done),
-                              alive = std::weak_ptr<int>(alive_)](bool room) {
-      if (alive.expired()) return;
-      if (!room) return done(status);
-      Build(id, layer, head, token_count, energy, proposed, done);
+    return WhenRoom(work.status(), give_up, [=, this, done = std::move(done)](const Status& s) {
+      if (!s.ok()) return done(s);
+      Build(id, layer, head, token_count, energy, proposed, done, give_up);
     });
   }
   if (!work.ok()) return done(work.status());
   if (*work == nullptr) return done(context->PageCount(layer, head));
-  Submit(*context, {id, layer, head}, std::move(*work), std::move(done));
+  Submit(*context, {id, layer, head}, std::move(*work), std::move(done), give_up);
+}
+
+// OK: what was refused may be tried again.
+void Shard::WhenRoom(const Status& refused, TimePoint give_up, std::function<void(Status)> then) {
+  if (reactor_.clock().Now() >= give_up) return then(refused);
+  tier_.WaitForRoom(
+      [refused, then = std::move(then), alive = std::weak_ptr<int>(alive_)](bool room) {
+        if (!alive.expired()) then(room ? OkStatus() : refused);
+      });
 }
 
 void Shard::Submit(const Context& context, SliceName slice, std::unique_ptr<SliceJob> work,
-                   BuildDone done) {
+                   BuildDone done, TimePoint give_up) {
   const uint64_t id = next_job_++;
   const TenantId tenant = context.spec().tenant;
   auto job = std::make_unique<Job>(
-      Job{slice, tenant, std::move(work), std::move(done), reactor_.clock().Now()});
+      Job{slice, tenant, std::move(work), std::move(done), reactor_.clock().Now(), give_up});
   SliceJob* lent = job->work.get();
   jobs_.emplace(id, std::move(job));
   ++jobs_of_[tenant];
@@ -236,7 +243,22 @@ void Shard::Submit(const Context& context, SliceName slice, std::unique_ptr<Slic
   });
 }
 
+// A build whose result finds no room waits for some; a re-clustering is not worth it.
 void Shard::Finish(uint64_t id) {
+  const Job& job = *jobs_.at(id);
+  Context* context = job.done ? FindContext(job.slice.context) : nullptr;
+  if (context != nullptr) {
+    const TenantWork::Meter meter(work_, job.tenant);
+    const Status ready = context->PrepareInstall(job.slice.layer, job.slice.head, *job.work);
+    if (ready.code() == StatusCode::kResourceExhausted) {
+      return WhenRoom(ready, job.give_up,
+                      [this, id](const Status& room) { room.ok() ? Finish(id) : Install(id); });
+    }
+  }
+  Install(id);
+}
+
+void Shard::Install(uint64_t id) {
   auto node = jobs_.extract(id);
   KV_CHECK(!node.empty());
   std::unique_ptr<Job> job = std::move(node.mapped());
@@ -315,7 +337,7 @@ void Shard::MaybeRecluster(Context& context, const SliceName& slice) {
   // Without memory for a second index the first one goes on serving; the next append asks again.
   if (!work.ok() || *work == nullptr) return;
   ++reclusters_running_;
-  Submit(context, slice, std::move(*work), {});
+  Submit(context, slice, std::move(*work), {}, TimePoint::max());
 }
 
 }  // namespace icecache

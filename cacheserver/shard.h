@@ -102,11 +102,12 @@ class Shard {
   const Lease* FindLease(Epoch epoch) const;
   Context* FindContext(ContextId context);
   // Clusters one slice and calls done on a later turn or, when the build stands already, at once.
-  // The answer is the slice's page count. `proposed`: BuildHints', or null.
+  // The answer is the slice's page count. `proposed`: BuildHints', or null. Where memory is short
+  // it waits while sealed segments are stored and pages that others hold come free, until give_up.
   using BuildDone = std::function<void(Result<uint32_t>)>;
   void Build(ContextId context, LayerId layer, KvHeadId head, uint32_t token_count,
              std::span<const float> query_energy, std::shared_ptr<const Packing> proposed,
-             BuildDone done);
+             BuildDone done, TimePoint give_up = TimePoint::max());
   // Moves pending rows of these slices into the index on later turns, a few at a time, and starts a
   // re-clustering where one is due.
   void IndexLater(ContextId context, LayerId layer, std::span<const KvHeadId> heads);
@@ -137,10 +138,13 @@ class Shard {
     std::unique_ptr<SliceJob> work;
     BuildDone done;  // empty: re-clustering
     TimePoint started;
+    TimePoint give_up;
   };
+  void WhenRoom(const Status& refused, TimePoint give_up, std::function<void(Status)> then);
   void Submit(const Context& context, SliceName slice, std::unique_ptr<SliceJob> work,
-              BuildDone done);
+              BuildDone done, TimePoint give_up);
   void Finish(uint64_t job);
+  void Install(uint64_t job);
   void IndexSome();
   struct ForkJob;
   void CutSome(ContextId child);

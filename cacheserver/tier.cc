@@ -109,6 +109,7 @@ void Tier::Load(const Misses& misses, Done done) {
   auto load = std::make_shared<Loading>();
   load->done = std::move(done);
   load->started = reactor_.clock().Now();
+  ++loads_;
   for (const Misses::Slice& slice : misses.slices) {
     load->segments.push_back(slice.segment);
     const ModelShape& shape = slice.segment->spec().shape;
@@ -147,8 +148,7 @@ void Tier::LoadIndex(const std::shared_ptr<Loading>& load, const Misses::Slice& 
     auto index = std::make_shared<Result<SliceIndex>>(read());
     reactor.Post([this, item, index, &slice, alive] {
       if (alive.expired()) return;
-      EndItem(item,
-              index->ok() ? slice.AdoptIndex(std::move(*index).value()) : index->status());
+      EndItem(item, index->ok() ? slice.AdoptIndex(std::move(*index).value()) : index->status());
     });
   });
 }
@@ -230,6 +230,7 @@ void Tier::EndPart(const std::shared_ptr<Loading>& load, const Status& status) {
       std::chrono::duration<double>(reactor_.clock().Now() - load->started).count());
   load->done(load->status);
   for (const auto& [table, page] : load->held) table->Unhold(page);
+  --loads_;
 }
 
 }  // namespace icecache

@@ -62,8 +62,9 @@ class Tier {
   void Load(const Misses& misses, Done done);
   // Writes this shard's part. OK when it is on disk.
   void Store(SegmentId segment, Done done);
-  // For a request that found no room: true when something has become evictable since, on a later
-  // turn; false when waiting is of no use.
+  // For a request that found no room: true when something may have become evictable since, on a
+  // later turn; false when waiting is of no use: there is nothing to store, no reply is being sent
+  // and no load holds pages.
   void WaitForRoom(std::function<void(bool)> done);
 
   TierUsage usage() const;
@@ -126,6 +127,7 @@ class Tier {
   size_t hand_segment_ = 0, hand_slice_ = 0;
   uint32_t hand_page_ = 0;
   std::unordered_map<Item, std::vector<std::shared_ptr<Loading>>, ItemHash> in_flight_;
+  uint32_t loads_ = 0;  // that hold pages
   std::unordered_map<SegmentId, std::unique_ptr<Writing>> writes_;
   std::vector<std::function<void(bool)>> waiting_;  // for room
   Reactor::TimerId tick_ = 0;

@@ -13,11 +13,11 @@ namespace {
 
 // Of the pool's memory in use: above it sealed segments are stored in the background.
 constexpr double kStoreShare = 0.5;
-constexpr Duration kRepliesPause = std::chrono::milliseconds(2);
+constexpr Duration kHoldersPause = std::chrono::milliseconds(2);
 
 // Pages, then rows and index, of every slice of the part; on disk when it returns, since whoever
-// evicts a page must find it there. Any thread: a sealed segment does not change, and while it is not
-// stored its pages stay where they are.
+// evicts a page must find it there. Any thread: a sealed segment does not change, and while it is
+// not stored its pages stay where they are.
 Status WriteSegment(const Segment& segment, ColdStore& store, Counter& pages_stored) {
   const uint64_t losses = store.losses();
   // First what lets the next start find the rest.
@@ -38,10 +38,8 @@ Status WriteSegment(const Segment& segment, ColdStore& store, Counter& pages_sto
       batch.clear();
     }
     pages_stored.Add(slice.page_count());
-    batch.push_back(
-        {ColdColumn::kIndex, cold_keys::Rows(segment.id(), flat), slice.SaveRows()});
-    batch.push_back(
-        {ColdColumn::kIndex, cold_keys::Index(segment.id(), flat), slice.SaveIndex()});
+    batch.push_back({ColdColumn::kIndex, cold_keys::Rows(segment.id(), flat), slice.SaveRows()});
+    batch.push_back({ColdColumn::kIndex, cold_keys::Index(segment.id(), flat), slice.SaveIndex()});
     KV_RETURN_IF_ERROR(store.Put(batch, false));
     batch.clear();
   }
@@ -116,9 +114,10 @@ bool Tier::StoreOldest() {
 void Tier::WaitForRoom(std::function<void(bool)> done) {
   if (cold_ != nullptr && StoreOldest()) {
     waiting_.push_back(std::move(done));
-  } else if (cold_ != nullptr && pool_.usage().waiting_frames > 0) {
-    // Evicted already; a reply that is being sent still reads them.
-    (void)reactor_.After(kRepliesPause, [done = std::move(done)] { done(true); });
+  } else if (cold_ != nullptr && (loads_ > 0 || pool_.usage().waiting_frames > 0)) {
+    // Pages that are held for requests are not evicted, and a reply that is being sent still reads
+    // evicted ones.
+    (void)reactor_.After(kHoldersPause, [done = std::move(done)] { done(true); });
   } else {
     done(false);
   }

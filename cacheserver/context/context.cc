@@ -174,6 +174,11 @@ bool Context::WantsRecluster(LayerId layer, KvHeadId head) const {
   return slice != nullptr && slice->wants_recluster();
 }
 
+Status Context::PrepareInstall(LayerId layer, KvHeadId head, SliceJob& job) {
+  KV_ASSIGN_OR_RETURN(HeadSlice * slice, MutableSlice(layer, head));
+  return slice->PrepareInstall(job).WithContext(SliceName(layer, head));
+}
+
 Status Context::Install(LayerId layer, KvHeadId head, std::unique_ptr<SliceJob> job) {
   KV_ASSIGN_OR_RETURN(HeadSlice * slice, MutableSlice(layer, head));
   return slice->Install(std::move(job)).WithContext(SliceName(layer, head));

@@ -101,6 +101,7 @@ class Context {
                                                  std::shared_ptr<const Packing> proposed = nullptr);
   Result<std::unique_ptr<SliceJob>> PrepareRecluster(LayerId layer, KvHeadId head);
   bool WantsRecluster(LayerId layer, KvHeadId head) const;
+  Status PrepareInstall(LayerId layer, KvHeadId head, SliceJob& job);
   Status Install(LayerId layer, KvHeadId head, std::unique_ptr<SliceJob> job);
 
   Status Append(LayerId layer, KvHeadId head, uint32_t first, uint32_t token_count,

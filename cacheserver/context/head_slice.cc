@@ -205,8 +205,12 @@ Status HeadSlice::Install(std::unique_ptr<SliceJob> job) {
   KV_CHECK((job->kind_ == SliceJob::Kind::kBuild) == (job_ == Job::kBuild) && job_ != Job::kNone);
   job_ = Job::kNone;
   KV_RETURN_IF_ERROR(job->status());
-  KV_RETURN_IF_ERROR(job->Complete());
-  KV_RETURN_IF_ERROR(job->kind_ == SliceJob::Kind::kBuild ? InstallBuild(*job) : CatchUp(*job));
+  KV_RETURN_IF_ERROR(PrepareInstall(*job));
+  if (job->kind_ == SliceJob::Kind::kBuild) {
+    InstallBuild(*job);
+  } else {
+    KV_RETURN_IF_ERROR(CatchUp(*job));
+  }
   policy_ = std::move(job->policy_);
   table_ = std::move(job->table_);
   return OkStatus();
@@ -218,7 +222,11 @@ void HeadSlice::AbandonJob() {
 }
 
 // Sinks and tail get buffers of their own; the staged rows go with the job.
-Status HeadSlice::InstallBuild(SliceJob& job) {
+Status HeadSlice::PrepareInstall(SliceJob& job) {
+  KV_CHECK(job.done());
+  if (!job.status().ok() || job.generation_ != generation_) return OkStatus();
+  KV_RETURN_IF_ERROR(job.Complete());
+  if (job.kind_ != SliceJob::Kind::kBuild || job.tail_ != nullptr) return OkStatus();
   const uint32_t sink_count = job.first_row_;
   const uint32_t tail_row = sink_count + job.token_count_;
   std::shared_ptr<RowBuffer> sinks = NewRows();
@@ -228,14 +236,18 @@ Status HeadSlice::InstallBuild(SliceJob& job) {
   const uint32_t tail_count = job.staged_count_ - tail_row;
   KV_RETURN_IF_ERROR(tail->Reserve(tail_count, true));
   KV_RETURN_IF_ERROR(tail->Write(0, job.rows_->rows(tail_row, tail_count)));
+  job.sinks_ = std::move(sinks);
+  job.tail_ = std::move(tail);
+  return OkStatus();
+}
 
-  sinks_ = std::move(sinks);
-  tail_ = std::move(tail);
-  tail_first_ = options_.first_position + tail_row;
+void HeadSlice::InstallBuild(SliceJob& job) {
+  sinks_ = std::move(job.sinks_);
+  tail_ = std::move(job.tail_);
+  tail_first_ = options_.first_position + job.first_row_ + job.token_count_;
   next_append_ = tail_first_;
   built_count_ = job.staged_count_;
   inserts_since_build_ = 0;
-  return OkStatus();
 }
 
 // Gives the re-clustered index what was indexed while it was in the making: in the old pages, the

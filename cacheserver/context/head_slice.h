@@ -71,6 +71,10 @@ class HeadSlice {
   // RESOURCE_EXHAUSTED. On failure the slice is as before, and Prepare may be called again. Always
   // ends the job.
   Status Install(std::unique_ptr<SliceJob> job);
+  // Reserves what Install of a job that has run needs: a layout may take more pages than were set
+  // aside. RESOURCE_EXHAUSTED: the job stays as it is, and this may be called again when there is
+  // room.
+  Status PrepareInstall(SliceJob& job);
   void AbandonJob();  // the running job was dropped without Install
 
   // What a Select asked, [group, head_dim]: the next clustering is for such queries.
@@ -164,7 +168,7 @@ class HeadSlice {
   Result<std::unique_ptr<SliceJob>> NewJob(SliceJob::Kind kind, uint32_t token_count,
                                            std::span<const float> query_energy);
   void AddSnapshot(SliceJob& job) const;
-  Status InstallBuild(SliceJob& job);
+  void InstallBuild(SliceJob& job);
   Status CatchUp(SliceJob& job);
   Status EnsurePolicy();
   Status TakeIndexBefore(const HeadSlice& from, uint32_t end);

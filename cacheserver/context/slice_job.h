@@ -63,6 +63,8 @@ class SliceJob {
   std::unique_ptr<PageTable> table_;         // holds the spare frames until Run
   PageLayout layout_;
   uint32_t pages_filled_ = 0;
+  // kBuild, by PrepareInstall: what stays as rows.
+  std::shared_ptr<RowBuffer> sinks_, tail_;
 };
 
 }  // namespace icecache
