@@ -38,7 +38,7 @@ set(ICECACHE_TEST_ENVIRONMENT
     "TSAN_OPTIONS=halt_on_error=1:second_deadlock_stack=1:suppressions=${PROJECT_SOURCE_DIR}/tests/tsan.supp")
 
 # icecache_test(FILE.cc [LINK libs...] [LABELS l...] [TIMEOUT s] [SERIAL]): one GoogleTest program = one ctest
-# entry, named after the file. SERIAL: uses both cores or fixed resources, runs alone.
+# entry, named after the file. SERIAL: starts processes of its own; one such test at a time, beside others.
 function(icecache_test file)
   cmake_parse_arguments(ARG "SERIAL" "TIMEOUT" "LINK;LABELS;DEPENDS" ${ARGN})
   get_filename_component(name ${file} NAME_WE)
@@ -56,7 +56,10 @@ function(icecache_test file)
   endif()
   add_test(NAME ${name} COMMAND ${name})
   set_tests_properties(${name} PROPERTIES TIMEOUT ${ARG_TIMEOUT} LABELS "${ARG_LABELS}"
-                       ENVIRONMENT "${ICECACHE_TEST_ENVIRONMENT}" RUN_SERIAL ${ARG_SERIAL})
+                       ENVIRONMENT "${ICECACHE_TEST_ENVIRONMENT}")
+  if(ARG_SERIAL)
+    set_tests_properties(${name} PROPERTIES RESOURCE_LOCK processes)
+  endif()
   if(ARG_DEPENDS)
     add_dependencies(${name} ${ARG_DEPENDS})
   endif()
