@@ -1,7 +1,9 @@
 #include "cacheserver/select/cluster_tree_division.h"
 
 #include <algorithm>
-#include <numeric>
+
+#include "cacheserver/select/cluster_tree_internal.h"
+#include "kernels/distance.h"
 
 namespace icecache::cluster_tree {
 
@@ -17,15 +19,7 @@ float SquaredDistance(const packing::Basis& basis, const float* a, const float* 
       lanes[i] += basis.weight[j + i] * x * x;
     }
   }
-  return std::accumulate(lanes, lanes + 16, 0.0f);
-}
-
-float Dot(const float* a, const float* b, size_t dim) {
-  float lanes[16] = {};
-  for (size_t j = 0; j < dim; j += 16) {
-    for (size_t i = 0; i < 16; ++i) lanes[i] += a[j + i] * b[j + i];
-  }
-  return std::accumulate(lanes, lanes + 16, 0.0f);
+  return Sum16(lanes);
 }
 
 }  // namespace
@@ -52,10 +46,13 @@ bool Division::Assign(const packing::Basis& basis, const float* points, uint32_t
     line_[j] = basis.weight[j] * (mean[1][j] - mean[0][j]);
     middle += 0.5f * line_[j] * (mean[1][j] + mean[0][j]);
   }
+  along_.resize(count);
+  DotRows(line_.data(), 1, reinterpret_cast<const std::byte*>(points), DType::kF32, count,
+          static_cast<uint32_t>(dim), along_.data(), count);
   bool changed = false;
   sizes[0] = sizes[1] = 0;
   for (uint32_t i = 0; i < count; ++i) {
-    const uint8_t to = Dot(line_.data(), points + i * dim, dim) > middle ? 1 : 0;
+    const uint8_t to = along_[i] > middle ? 1 : 0;
     changed = changed || to != side[i];
     side[i] = to;
     ++sizes[to];
@@ -68,7 +65,9 @@ void Division::Move(const float* points, uint32_t count) {
   for (auto& m : mean) std::fill(m.begin(), m.end(), 0.0f);
   for (uint32_t i = 0; i < count; ++i) {
     const float share = 1.0f / static_cast<float>(sizes[side[i]]);
-    for (size_t j = 0; j < dim; ++j) mean[side[i]][j] += share * points[i * dim + j];
+    float* const to = mean[side[i]].data();
+    const float* const point = points + i * dim;
+    for (size_t j = 0; j < dim; ++j) to[j] += share * point[j];
   }
 }
 

@@ -24,7 +24,8 @@ struct Division {
                     const float* from) const;
   bool Assign(const packing::Basis& basis, const float* points, uint32_t count);
   void Move(const float* points, uint32_t count);
-  std::vector<float> line_;
+  std::vector<float> line_;   // from one mean to the other, in the metric
+  std::vector<float> along_;  // of each point, its product with that
 };
 
 }  // namespace icecache::cluster_tree

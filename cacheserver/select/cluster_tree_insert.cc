@@ -37,28 +37,30 @@ float Norm(const Basis& basis, const float* z) {
   for (size_t j = 0; j < basis.weight.size(); j += 16) {
     for (size_t i = 0; i < 16; ++i) lanes[i] += basis.weight[j + i] * z[j + i] * z[j + i];
   }
-  return std::accumulate(lanes, lanes + 16, 0.0f);
+  return Sum16(lanes);
 }
 
 // Nearest pages of the nearest supers.
 class Descender {
  public:
-  // For `rows` rows whose mean is z.
-  Descent Run(const Tree& tree, const float* z, uint32_t rows, const PagedKv& pages) {
-    const uint32_t dim = tree.head_dim;
-    rows_ = rows;
-    // Half a row more: logarithms of counts are rounded.
-    log_room_ = std::log(static_cast<float>(kPageRows - rows) + 0.5f);
-    pull_.resize(dim);
-    for (uint32_t j = 0; j < dim; ++j) pull_[j] = tree.basis.weight[j] * z[j];
-    query_.Assign(pull_.data(), 1, dim, 2);
-    norm_ = Norm(tree.basis, z);
+  // For a row z.
+  Descent Run(const Tree& tree, const float* z, const PagedKv& pages) {
+    Aim(tree, z, 1);
+    FindSupers(tree);
     Descent descent;
-    for (const auto& [distance, super] : NearestSupers(tree)) {
-      if (descent.super == kNone) descent.super = super;
-      Visit(tree, tree.supers[super], pages, &descent);
-    }
+    VisitAll(tree, pages, &descent);
+    if (!nearest_.empty()) descent.super = nearest_.front().second;
     return descent;
+  }
+
+  // The page with room for `rows` rows whose mean is z, in the supers of the last Run: rows of a
+  // page that is near to a row are in its neighbourhood, too.
+  Place Again(const Tree& tree, const float* z, uint32_t rows, const PagedKv& pages) {
+    Aim(tree, z, rows);
+    Descent descent;
+    descent.near.cost = 0;  // of no interest: only pages with room are nearer than anything
+    VisitAll(tree, pages, &descent);
+    return descent.room;
   }
 
  private:
@@ -80,8 +82,21 @@ class Descender {
     }
   }
 
-  std::span<const std::pair<float, uint32_t>> NearestSupers(const Tree& tree) {
-    order_.clear();
+  void Aim(const Tree& tree, const float* z, uint32_t rows) {
+    const uint32_t dim = tree.head_dim;
+    rows_ = rows;
+    // Half a row more: logarithms of counts are rounded.
+    log_room_ = std::log(static_cast<float>(kPageRows - rows) + 0.5f);
+    pull_.resize(dim);
+    for (uint32_t j = 0; j < dim; ++j) pull_[j] = tree.basis.weight[j] * z[j];
+    query_.Assign(pull_.data(), 1, dim, 2);
+    norm_ = Norm(tree.basis, z);
+  }
+
+  // Fills nearest_, sorted; ties fall to the lower super.
+  void FindSupers(const Tree& tree) {
+    using Near = std::pair<float, uint32_t>;
+    nearest_.clear();
     float distance[kSuperBlocksMax * kBlockRows];
     uint32_t blocks[kSuperBlocksMax];
     const uint32_t all = tree.super_nodes.block_count();
@@ -89,15 +104,42 @@ class Descender {
       const uint32_t count = std::min(kSuperBlocksMax, all - first);
       std::iota(blocks, blocks + count, first);
       Distances(tree.super_nodes, {blocks, count}, distance);
-      for (uint32_t i = 0; i < count * kBlockRows; ++i) {
-        const uint32_t s = first * kBlockRows + i;
-        if (s < tree.super_count() && tree.supers[s].page_count > 0)
-          order_.emplace_back(distance[i], s);
+      const uint32_t supers = std::min(count * kBlockRows, tree.super_count() - first * kBlockRows);
+      for (uint32_t i = 0; i < supers; ++i) {
+        const bool full = nearest_.size() == kProbedSupers;
+        if (full && distance[i] >= nearest_.back().first) continue;
+        const Near near{distance[i], first * kBlockRows + i};
+        if (Rows(tree.super_nodes, near.second) == 0) continue;
+        if (full) nearest_.pop_back();
+        auto at = nearest_.end();
+        while (at != nearest_.begin() && near < *(at - 1)) --at;
+        nearest_.insert(at, near);
       }
     }
-    const size_t count = std::min<size_t>(kProbedSupers, order_.size());
-    std::partial_sort(order_.begin(), order_.begin() + static_cast<ptrdiff_t>(count), order_.end());
-    return {order_.data(), count};
+  }
+
+  void VisitAll(const Tree& tree, const PagedKv& pages, Descent* descent) {
+    for (size_t i = 0; i < nearest_.size(); ++i) {
+      if (i + 1 < nearest_.size()) Foresee(tree, tree.supers[nearest_[i + 1].second]);
+      Visit(tree, tree.supers[nearest_[i].second], pages, descent);
+    }
+  }
+
+  // Supers lie apart in memory, where nothing foresees the next one.
+  static void Foresee(const Tree& tree, const Super& super) {
+    const NodeTable& nodes = tree.leaves;
+    for (uint32_t b = 0; b < super.block_count; ++b) {
+      const size_t block = super.blocks[b];
+      Prefetch(reinterpret_cast<const std::byte*>(nodes.keys.row(block)), nodes.keys.row_bytes());
+      for (const auto* numbers : {&nodes.scale, &nodes.square, &nodes.log_count})
+        __builtin_prefetch(numbers->data() + block * kBlockRows);
+      __builtin_prefetch(tree.page_of_slot.data() + block * kBlockRows);
+    }
+  }
+
+  // Tokens of a slot, 0 of an empty one.
+  static float Rows(const NodeTable& nodes, uint32_t slot) {
+    return std::round(std::exp(nodes.log_count[slot]));
   }
 
   void Visit(const Tree& tree, const Super& super, const PagedKv& pages, Descent* descent) {
@@ -107,17 +149,17 @@ class Descender {
       // Half the distance is the least that any page size can make of it. Most lanes end here, told
       // by what lies next to each other: pages themselves are far apart in memory.
       const uint32_t slot = super.blocks[i / kBlockRows] * kBlockRows + i % kBlockRows;
-      const bool room = tree.leaves.log_count[slot] <= log_room_;
-      const float bound =
-          room ? std::max(descent->near.cost, descent->room.cost) : descent->near.cost;
+      const bool has_room = tree.leaves.log_count[slot] <= log_room_;
+      Place &near = descent->near, &room = descent->room;
+      const float bound = has_room ? std::max(near.cost, room.cost) : near.cost;
       if (0.5f * distance[i] >= bound) continue;
-      const uint32_t page = tree.page_of_slot[slot];
-      if (page == kNone || pages.pages[page].k == nullptr) continue;
-      const auto n = static_cast<float>(tree.pages[page].count), m = static_cast<float>(rows_);
+      const float n = Rows(tree.leaves, slot), m = static_cast<float>(rows_);
+      if (n == 0) continue;
       // Ward's criterion: a small page's mean lies further from its own kind than a full page's.
-      const Place place{page, distance[i] * n * m / (n + m)};
-      if (place.cost < descent->near.cost) descent->near = place;
-      if (room && place.cost < descent->room.cost) descent->room = place;
+      const Place place{tree.page_of_slot[slot], distance[i] * n * m / (n + m)};
+      if (place.cost >= bound || pages.pages[place.page].k == nullptr) continue;
+      if (place.cost < near.cost) near = place;
+      if (has_room && place.cost < room.cost) room = place;
     }
   }
 
@@ -126,7 +168,7 @@ class Descender {
   float norm_ = 0;
   uint32_t rows_ = 1;
   float log_room_ = 0;  // of the most rows a page may have to take them
-  std::vector<std::pair<float, uint32_t>> order_;
+  std::vector<std::pair<float, uint32_t>> nearest_;  // supers, by distance
 };
 
 // How much further than the nearest page a token may go. More distant pages are accepted as pages
@@ -350,7 +392,7 @@ Result<InsertPlan> Insert(const TokenRows& row, const PagedKv& pages,
   z.resize(tree->head_dim);
   ToF32(row.k, row.dtype, tree->head_dim, z.data());
   ToCoordinates(tree->basis, z.data(), z.data());
-  const Descent descent = descender.Run(*tree, z.data(), 1, pages);
+  const Descent descent = descender.Run(*tree, z.data(), pages);
   const uint32_t near = descent.near.page;
   const float unit = tree->basis.page_spread, slack = options.insert_slack * unit;
   const float limit = descent.near.cost + Slack(*tree, slack);
@@ -359,7 +401,7 @@ Result<InsertPlan> Insert(const TokenRows& row, const PagedKv& pages,
   Place away;
   if (full) {
     crowd.Assign(tree->basis, pages.dtype, pages.pages[near], z.data());
-    away = descender.Run(*tree, crowd.mean(), crowd.count(), pages).room;
+    away = descender.Again(*tree, crowd.mean(), crowd.count(), pages);
     away.cost += descent.near.cost - crowd.gain();
   }
   InsertPlan plan;

@@ -144,17 +144,8 @@ class Search {
 // Rows lie anywhere in memory, where the hardware does not foresee them: fetch some pages before
 // they are used. Of a partly filled page the frame is fetched; null is fine.
 inline constexpr uint32_t kPagesAhead = 2;
-inline void Prefetch(const std::byte* from, size_t bytes) {
-  if (from == nullptr) return;
-  for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch(from + at);
-}
 
 // Of 16 values, in eight lanes.
-inline float Sum16(const float* x) {
-  float lane[8];
-  for (int i = 0; i < 8; ++i) lane[i] = x[i] + x[i + 8];
-  return ((lane[0] + lane[4]) + (lane[1] + lane[5])) + ((lane[2] + lane[6]) + (lane[3] + lane[7]));
-}
 inline float Max16(const float* x) {
   float lane[8];
   for (int i = 0; i < 8; ++i) lane[i] = x[i] > x[i + 8] ? x[i] : x[i + 8];

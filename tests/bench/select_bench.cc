@@ -77,6 +77,7 @@ class SelectBench {
   Status CheckAnswers(const Slice& slice) const;
   static uint32_t TokensOf(const Slice& slice, const Selection& got);
   Reading Ask(const Slice& slice, uint32_t read_cap, bool residual, bool judge);
+  Status InsertAll(Slice* slice, std::vector<double>* micros) const;
   Status Insert(Slice* slice, Json* out);
   Status BuildOnThreads(const Slice& alone, Json* out) const;
   void Oracles(const Slice& slice, const Reading& service, Json* out);
@@ -234,23 +235,35 @@ Reading SelectBench::Ask(const Slice& slice, uint32_t read_cap, bool residual, b
   return reading;
 }
 
-Status SelectBench::Insert(Slice* slice, Json* out) {
-  std::vector<double> micros;
+Status SelectBench::InsertAll(Slice* slice, std::vector<double>* micros) const {
   for (uint32_t t = 0; t < trace_.extra_keys; ++t) {
     const TokenRows row = trace_.Rows(trace_.keys + t, 1);
     const PagedKv kv = slice->store->kv();
     const double begin = ThreadCpuMicros();
     KV_ASSIGN_OR_RETURN(const InsertPlan plan, slice->policy->Insert(row, kv));
-    micros.push_back(ThreadCpuMicros() - begin - clock_us_);
+    micros->push_back(ThreadCpuMicros() - begin - clock_us_);
     KV_RETURN_IF_ERROR(slice->store->ApplyInsert(plan, row));
   }
-  KV_RETURN_IF_ERROR(slice->policy->Validate(slice->store->kv()));
+  return slice->policy->Validate(slice->store->kv());
+}
+
+Status SelectBench::Insert(Slice* slice, Json* out) {
+  std::vector<double> micros;
+  KV_RETURN_IF_ERROR(InsertAll(slice, &micros));
   (*out)["inserts"] = micros.size();
   (*out)["insert_us_mean"] = Mean(micros);
   (*out)["insert_us_p50"] = Quantile(micros, 0.5);
   (*out)["insert_us_p999"] = Quantile(micros, 0.999);
   (*out)["insert_us_max"] = Quantile(micros, 1.0);
   if (micros.empty()) return OkStatus();
+  // An insert happens once: what else the machine did meanwhile is told apart by growing an equal
+  // slice in the same way.
+  KV_ASSIGN_OR_RETURN(Slice again, BuildSlice(trace_.keys));
+  std::vector<double> repeated;
+  KV_RETURN_IF_ERROR(InsertAll(&again, &repeated));
+  for (size_t i = 0; i < micros.size(); ++i) repeated[i] = std::min(repeated[i], micros[i]);
+  (*out)["insert_us_mean_of_two"] = Mean(repeated);
+  (*out)["insert_us_max_of_two"] = Quantile(repeated, 1.0);
   const Reading grown = Ask(*slice, flags_.read_cap, true, true);
   KV_ASSIGN_OR_RETURN(const Slice fresh, BuildSlice(trace_.keys + trace_.extra_keys));
   const Reading rebuilt = Ask(fresh, flags_.read_cap, true, true);
