@@ -42,11 +42,13 @@ void OnCrash(int signal) {
   raise(signal);
 }
 
-void RunOne(const Target& target, const std::string& input) {
-  g_current = input;
-  alarm(10);  // no single input takes seconds: a hang is a finding
-  target.run(input);
-  alarm(0);
+// No input takes seconds: a hang is a finding. Set for some inputs together, since it is a system
+// call.
+void Limit() { alarm(10); }
+
+void RunOne(const Target& target, std::string input) {
+  g_current = std::move(input);
+  target.run(g_current);
 }
 
 std::string ReadAll(const std::string& path) {
@@ -109,13 +111,18 @@ std::string Mutate(std::string input, const std::vector<std::string>& corpus,
 void Fuzz(const Target& target, const std::vector<std::string>& corpus, double seconds,
           uint64_t seed) {
   std::mt19937_64 random(seed);
-  for (const std::string& input : corpus) RunOne(target, input);
+  for (const std::string& input : corpus) {
+    Limit();
+    RunOne(target, input);
+  }
   uint64_t runs = corpus.size();
   const auto end = std::chrono::steady_clock::now() + std::chrono::duration<double>(seconds);
   while (std::chrono::steady_clock::now() < end) {
+    Limit();
     for (int i = 0; i < 16; ++i, ++runs)
       RunOne(target, Mutate(corpus[random() % corpus.size()], corpus, random));
   }
+  alarm(0);
   std::printf("%s: %llu runs over %zu seeds, seed %llu, nothing found\n", target.name.c_str(),
               static_cast<unsigned long long>(runs), corpus.size(),
               static_cast<unsigned long long>(seed));
@@ -187,7 +194,10 @@ int Main(int argc, char** argv) {
     found = true;
     g_crash_file = "crash-" + program + "-" + target.name;
     std::fflush(stdout);
-    for (const std::string& file : options.files) RunOne(target, ReadAll(file));
+    for (const std::string& file : options.files) {
+      Limit();
+      RunOne(target, ReadAll(file));
+    }
     if (!options.write_corpus.empty()) WriteCorpus(target, options.write_corpus);
     if (!options.files.empty() || !options.write_corpus.empty()) continue;
     Fuzz(target, CorpusOf(target, options.corpus), options.seconds, options.seed);
