@@ -113,27 +113,33 @@ TEST(ServerProcess, PromtoolAcceptsTheMetrics) {
   if (there.Wait(10s).exit_code != 0)
     GTEST_SKIP() << "promtool is not installed (Debian package prometheus): not checked";
   TempDir dir;
-  TestServer server(
-      {"--memory-size", "64MiB", "--threads", "2", "--data-dir", dir.path("data")});
+  TestServer server({"--memory-size", "64MiB", "--threads", "2", "--data-dir", dir.path("data")});
   Process smoke("icecachectl", {"bench", "smoke", "--server", server.address()});
   const ProcessResult served = smoke.Wait(60s);
   ASSERT_TRUE(served.exited && served.exit_code == 0) << smoke.Err();
   const std::string metrics = server.HttpGet("/metrics");
-  for (const char* name :
-       {"icecache_checksum_failures_total", "icecache_select_seconds_bucket{stage=\"append\"",
-        "icecache_select_seconds_bucket{stage=\"select\"",
-        "icecache_select_seconds_bucket{stage=\"gather\"", "icecache_pages{shard=\"0\",tier=\"memory\"}",
-        "icecache_pages{shard=\"0\",tier=\"disk\"}", "icecache_received_bytes_total{transport=",
-        "icecache_sent_bytes_total{transport=", "icecache_selections_total{found=\"memory\"}",
-        "icecache_selections_total{found=\"disk\"}", "icecache_pages_resident_total", "icecache_leases",
-        "icecache_pages_evicted_total{reason=\"memory\"}",
-        "icecache_pages_evicted_total{reason=\"quota\"}",
-        "icecache_pages_evicted_total{reason=\"watermark\"}",
-        "icecache_quota_refusals_total{tenant=\"default\"}",
-        "icecache_memory_refusals_total{tenant=\"default\"}",
-        "icecache_loop_lag_seconds_bucket{loop=\"control\"", "icecache_cold_store_stalls_total",
-        "icecache_cold_store_background_errors_total", "icecache_cold_store_disk_bytes",
-        "icecache_promotion_seconds_bucket"}) {
+  for (const char* name : {"icecache_checksum_failures_total",
+                           "icecache_select_seconds_bucket{stage=\"append\"",
+                           "icecache_select_seconds_bucket{stage=\"select\"",
+                           "icecache_select_seconds_bucket{stage=\"gather\"",
+                           "icecache_pages{shard=\"0\",tier=\"memory\"}",
+                           "icecache_pages{shard=\"0\",tier=\"disk\"}",
+                           "icecache_received_bytes_total{transport=",
+                           "icecache_sent_bytes_total{transport=",
+                           "icecache_selections_total{found=\"memory\"}",
+                           "icecache_selections_total{found=\"disk\"}",
+                           "icecache_pages_resident_total",
+                           "icecache_leases",
+                           "icecache_pages_evicted_total{reason=\"memory\"}",
+                           "icecache_pages_evicted_total{reason=\"quota\"}",
+                           "icecache_pages_evicted_total{reason=\"watermark\"}",
+                           "icecache_quota_refusals_total{tenant=\"default\"}",
+                           "icecache_memory_refusals_total{tenant=\"default\"}",
+                           "icecache_loop_lag_seconds_bucket{loop=\"control\"",
+                           "icecache_cold_store_stalls_total",
+                           "icecache_cold_store_background_errors_total",
+                           "icecache_cold_store_disk_bytes",
+                           "icecache_promotion_seconds_bucket"}) {
     EXPECT_THAT(metrics, HasSubstr(name));
   }
   WriteFile(dir.path("metrics"), metrics);
@@ -144,9 +150,7 @@ TEST(ServerProcess, PromtoolAcceptsTheMetrics) {
 
 // Tenants come and go with SIGHUP; a file that is broken changes nothing and is named.
 TEST(ServerProcess, AHangUpReadsTheTokenFileAgain) {
-  const auto tenant = [](const std::string& name) {
-    return TenantEntry(name, name + "-secret");
-  };
+  const auto tenant = [](const std::string& name) { return TenantEntry(name, name + "-secret"); };
   TempDir dir;
   const std::string tokens = dir.path("tokens.toml");
   WriteFile(tokens, tenant("alice"));
@@ -185,6 +189,21 @@ TEST(ServerProcess, TermDrainsAndExitsZero) {
   const ProcessResult r = server.process().Wait(20s);
   EXPECT_TRUE(r.exited) << "signal " << r.signal << "\n" << server.process().Err();
   EXPECT_EQ(r.exit_code, 0) << server.process().Err();
+}
+
+TEST(ServerProcess, TermEndsAtTheDrainTimeoutWhateverIsStillHeld) {
+  TestServer server({"--memory-size", "64MiB", "--drain-timeout-ms", "300"});
+  const auto clock = MakeSteadyClock();
+  Reactor reactor(*clock, Duration(0));
+  const auto client = ControlClient::Connect(reactor, {.address = server.address()}).value();
+  wire::Create create;
+  create.shape = {.layers = 1, .kv_heads = 1, .query_heads = 1, .head_dim = 64};
+  create.policy = "exact";
+  ASSERT_TRUE(client->Create(create).ok());
+  server.process().Signal(SIGTERM);
+  const ProcessResult r = server.process().Wait(20s);
+  EXPECT_EQ(r.exit_code, 0) << server.process().Err();
+  EXPECT_THAT(server.process().Err(), HasSubstr("drain timed out"));
 }
 
 TEST(ServerProcess, IdleCostsUnderOnePercentOfACore) {
