@@ -333,9 +333,11 @@ void ContextService::Do(const Caller& caller, const wire::List&, Done done) {
 }
 
 void ContextService::Do(const Caller& caller, const wire::Describe& request, Done done) {
+  const Status gone = NotFound("describe: no context '" + request.name + "'");
   const ContextRecord* record = table_.FindByName(caller.tenant, request.name);
-  if (record == nullptr) return done(NotFound("describe: no context '" + request.name + "'"));
-  Describe({*record}, [done = std::move(done)](std::vector<wire::ContextInfo> contexts) {
+  if (record == nullptr) return done(gone);
+  Describe({*record}, [gone, done = std::move(done)](std::vector<wire::ContextInfo> contexts) {
+    if (contexts.empty()) return done(gone);  // ended while the shards were asked
     done(wire::ContextList{std::move(contexts)});
   });
 }

@@ -207,6 +207,30 @@ TEST_F(ControlServiceTest, ReleaseAndDropFreeBeforeTheyAnswer) {
   EXPECT_EQ(Contexts(), 0u);
 }
 
+// Found by chaos: a list of none, which clients took for a broken server.
+TEST_F(ControlServiceTest, AContextThatEndsWhileItIsDescribedIsNotFound) {
+  auto client = Hello();
+  for (int i = 0; i < 20; ++i) {
+    ASSERT_TRUE(client->Call<wire::Grant>(Create("doc")).ok());
+    std::vector<std::byte> both;
+    for (const auto& frame : {wire::EncodeFrame(wire::ControlRequest{500, wire::Describe{"doc"}}),
+                              wire::EncodeFrame(wire::ControlRequest{501, wire::Drop{"doc"}})}) {
+      both.insert(both.end(), frame.begin(), frame.end());
+    }
+    client->SendBytes(both);
+    for (int replies = 0; replies < 2; ++replies) {
+      const Result<wire::ControlReply> reply = client->Receive();
+      ASSERT_TRUE(reply.ok());
+      if (reply->id != 500) continue;
+      if (const Status* error = std::get_if<Status>(&reply->body)) {
+        EXPECT_EQ(error->code(), StatusCode::kNotFound);
+      } else {
+        EXPECT_EQ(std::get<wire::ContextList>(reply->body).contexts.size(), 1u);
+      }
+    }
+  }
+}
+
 TEST_F(ControlServiceTest, HelloMustComeInTime) {
   auto client = Connect();
   ASSERT_TRUE(Eventually([&] { return service_->connection_count() == 1; }));

@@ -70,5 +70,30 @@ TEST_F(TierRoom, ThereMayBeRoomSoonWhileALoadHoldsPages) {
   EXPECT_FALSE(room());
 }
 
+// Its last context is gone, and a reader holds it still.
+TEST_F(TierRoom, ASegmentThatIsBeingDeletedIsNotWaitedFor) {
+  Open(64u << 20);
+  const ContextId id = Sealed(1000), next = Sealed(1000);
+  std::promise<void> disk;
+  fault_ = [ready = disk.get_future().share()](std::string_view operation) {
+    if (operation == "delete") ready.wait();
+    return OkStatus();
+  };
+  const auto segment = [&](ContextId of) { return shard_->FindContext(of)->chain().back()->id(); };
+  cold_->DeleteSegment(segment(id));
+  std::optional<bool> room;
+  const auto wait = [&] {
+    room.reset();
+    shard_->tier().WaitForRoom([&](bool r) { room = r; });
+    return Until([&] { return room.has_value(); });
+  };
+  EXPECT_TRUE(wait());
+  EXPECT_EQ(room, true);
+  EXPECT_TRUE(shard_->tier().Stored(segment(next)));
+  EXPECT_TRUE(wait());
+  EXPECT_EQ(room, false);
+  disk.set_value();
+}
+
 }  // namespace
 }  // namespace icecache::tier_test

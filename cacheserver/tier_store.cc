@@ -103,10 +103,8 @@ bool Tier::StoreOldest() {
   for (const SegmentId id : ring_) {
     const Entry& entry = entries_.at(id);
     if (entry.stored) continue;
-    if (const auto segment = entry.segment.lock()) {
-      StartWrite(segment, {});
-      return true;
-    }
+    if (const auto segment = entry.segment.lock()) StartWrite(segment, {});
+    if (!writes_.empty()) return true;  // else it is being deleted: nobody would hear of its end
   }
   return false;
 }
