@@ -19,9 +19,9 @@ Counter& PrefixCounter(MetricsRegistry& metrics, const char* result) {
 }  // namespace
 
 const char* ControlRequestName(const ControlRequestBody& request) {
-  constexpr const char* kNames[] = {"hello",   "create",  "open",  "fork",        "seal",
-                                    "publish", "release", "drop",  "list",        "describe",
-                                    "renew",   "inspect", "drain", "match_prefix"};
+  constexpr const char* kNames[] = {"hello",   "create",  "open",  "fork",         "seal",
+                                    "publish", "release", "drop",  "list",         "describe",
+                                    "renew",   "inspect", "drain", "match_prefix", "share_frames"};
   static_assert(std::size(kNames) == std::variant_size_v<ControlRequestBody>);
   return kNames[request.index()];
 }
@@ -36,6 +36,9 @@ ContextService::ContextService(ShardGroup& shards, TenantTable& tenants, LeaseTa
       lease_gauge_(metrics.GetGauge("icecache_leases", "Leases that are alive.")),
       context_gauge_(metrics.GetGauge("icecache_contexts", "Contexts that the server holds.")),
       segment_gauge_(metrics.GetGauge("icecache_segments", "Segments that the contexts share.")),
+      sharing_gauge_(metrics.GetGauge(
+          "icecache_sharing_workers",
+          "Workers that share their device's page frames with others of their host and tenant.")),
       prefix_hits_(PrefixCounter(metrics, "hit")),
       prefix_misses_(PrefixCounter(metrics, "miss")),
       prefix_tokens_(metrics.GetCounter(
@@ -49,13 +52,15 @@ ContextService::ContextService(ShardGroup& shards, TenantTable& tenants, LeaseTa
                      CommitMerged(id, merge, std::move(done));
                    },
                .busy =
-                   [this](ContextId id) { return loading_.contains(id) || committing_.contains(id); }}) {
-}
+                   [this](ContextId id) {
+                     return loading_.contains(id) || committing_.contains(id);
+                   }}) {}
 
 void ContextService::CountGauges() {
   lease_gauge_.Set(leases_.count());
   context_gauge_.Set(table_.count());
   segment_gauge_.Set(table_.segment_count());
+  sharing_gauge_.Set(frames_.count());
 }
 
 void ContextService::Handle(ConnectionId connection, TenantId tenant,
@@ -396,7 +401,18 @@ void ContextService::DropContext(ContextId id, std::function<void(Status)> done)
 }
 
 void ContextService::EndConnection(ConnectionId connection) {
+  frames_.EndConnection(connection);
   EndLeases(leases_.EndConnection(connection), "disconnected");
+}
+
+void ContextService::Do(const Caller& caller, const wire::ShareFrames& request, const Done& done) {
+  const Tenant& tenant = tenants_.Get(caller.tenant);
+  if (!tenant.rights.read) {
+    return done(PermissionDenied("tenant '" + tenant.name + "' has no right to read"));
+  }
+  Result<wire::SharedFramesList> others = frames_.Share(caller.tenant, caller.connection, request);
+  if (!others.ok()) return done(others.status());
+  done(*std::move(others));
 }
 
 void ContextService::Do(const Caller& caller, const wire::Drain&, Done done) {

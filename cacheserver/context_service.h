@@ -16,6 +16,7 @@
 
 #include "cacheserver/chain_merger.h"
 #include "cacheserver/context/context_table.h"
+#include "cacheserver/context/frame_table.h"
 #include "cacheserver/context/lease_table.h"
 #include "cacheserver/context/tenant.h"
 #include "cacheserver/shard_group.h"
@@ -98,6 +99,7 @@ class ContextService {
   void Do(const Caller& caller, const wire::Renew& request, Done done);
   void Do(const Caller& caller, const wire::Hello& request, Done done);
   void Do(const Caller& caller, const wire::Drain& request, Done done);
+  void Do(const Caller& caller, const wire::ShareFrames& request, const Done& done);
   // context_inspect.cc
   void Do(const Caller& caller, const wire::Inspect& request, Done done);
   void ReportTenants(const Caller& caller, Done done);
@@ -149,11 +151,13 @@ class ContextService {
   Gauge& lease_gauge_;
   Gauge& context_gauge_;
   Gauge& segment_gauge_;
+  Gauge& sharing_gauge_;
   Counter& prefix_hits_;
   Counter& prefix_misses_;
   Counter& prefix_tokens_;
   ContextStore* const store_;
   ContextTable table_;
+  FrameTable frames_;
   ChainMerger merger_;
   ServerHooks hooks_;
   struct Ended {

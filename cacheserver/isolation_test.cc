@@ -4,7 +4,9 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <chrono>
 #include <set>
+#include <thread>
 
 #include "cacheserver/test_worker.h"
 #include "common/extent_socket.h"
@@ -201,6 +203,35 @@ TEST_F(Isolation, ReportsShowATenantItsOwnAndAnAdminEverything) {
   EXPECT_THAT(InspectAs(bob_, wire::InspectTopic::kVerify), HasSubstr("\"contexts\":1"));
   EXPECT_THAT(InspectAs(root, wire::InspectTopic::kVerify), HasSubstr("\"contexts\":2"));
   EXPECT_EQ(bob_.control().Do(wire::Drain{}).code(), StatusCode::kPermissionDenied);
+}
+
+// Frames of a worker's device (docs/gpu.md, "Pages of other workers"): their names are what opens
+// them, so they are told to nobody but the tenant's own workers, and only while they are shared.
+TEST_F(Isolation, FramesAreNamedToTheirTenantAlone) {
+  const auto share = [](ControlClient& control, int n) {
+    const std::vector<std::byte> name(30, static_cast<std::byte>(n));
+    std::set<int> told;
+    const auto list = control.Call<wire::SharedFramesList>(wire::ShareFrames{"host", name, name});
+    EXPECT_TRUE(list.ok()) << list.status().ToString();
+    for (const auto& frames : list->others) told.insert(static_cast<int>(frames.memory[0]));
+    return told;
+  };
+  Worker root(server_.address(), 3, "root", "root");
+  {
+    ControlClient other(server_.address());
+    ASSERT_TRUE(other.Hello("alice", "alice").ok());
+    EXPECT_EQ(share(alice_.control(), 1), std::set<int>{});
+    EXPECT_EQ(share(other, 2), std::set<int>{1});
+    EXPECT_EQ(share(bob_.control(), 3), std::set<int>{});
+    EXPECT_EQ(share(root.control(), 4), std::set<int>{});
+    EXPECT_EQ(share(alice_.control(), 1), std::set<int>{2});
+  }
+  // With its connection.
+  const auto limit = std::chrono::steady_clock::now() + std::chrono::seconds(20);
+  while (!share(alice_.control(), 1).empty() && std::chrono::steady_clock::now() < limit) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  }
+  EXPECT_EQ(share(alice_.control(), 1), std::set<int>{});
 }
 
 TEST_F(Isolation, ListNamesAndCountsAreOnesOwn) {

@@ -9,6 +9,7 @@
 #include <cstring>
 
 #include "cacheserver/test_worker.h"
+#include "common/shared_memory.h"
 #include "common/wire/push_codec.h"
 #include "kernels/gpu/memory_handle.h"
 #include "tests/support/tenants.h"
@@ -191,10 +192,10 @@ TEST_F(PagePushTest, ForgedHandlesAreRefused) {
     EXPECT_FALSE(status.ok());
     return status.message();
   };
-  const auto forged = [&](const std::function<void(gpu::EmulatedName*)>& change,
+  const auto forged = [&](const std::function<void(SharedMemoryName*)>& change,
                           uint64_t bytes = 0) {
     gpu::MemoryHandle handle = real;
-    gpu::EmulatedName name;
+    SharedMemoryName name;
     std::memcpy(&name, handle.name.data(), sizeof(name));
     change(&name);
     std::memcpy(handle.name.data(), &name, sizeof(name));

@@ -315,6 +315,16 @@ Result<std::string> ControlClient::Inspect(wire::InspectTopic topic, const std::
   return std::move(report.json);
 }
 
+void ControlClient::ShareFrames(const wire::ShareFrames& request,
+                                std::function<void(Result<std::vector<wire::SharedFrames>>)> done) {
+  impl_->Send(request, [done = std::move(done)](Result<wire::ControlReply> reply) {
+    if (!reply.ok()) return done(reply.status());
+    auto* const list = std::get_if<wire::SharedFramesList>(&reply->body);
+    if (list == nullptr) return done(Internal("share frames: the reply is of another kind"));
+    done(std::move(list->others));
+  });
+}
+
 Status ControlClient::Drain() { return impl_->Ask<wire::Done>(wire::Drain{}, "drain").status(); }
 
 Status ControlClient::Health() const { return impl_->lost; }

@@ -63,6 +63,10 @@ class ControlClient {
   Result<wire::ContextInfo> Describe(const std::string& name);
   // A report in JSON (docs/server.md); name: as the topic needs.
   Result<std::string> Inspect(wire::InspectTopic topic, const std::string& name = "");
+  // Shares these frames, or none, from now on; done on a later turn, with those of the others or
+  // why not. Not called once this object has ended.
+  void ShareFrames(const wire::ShareFrames& request,
+                   std::function<void(Result<std::vector<wire::SharedFrames>>)> done);
   Status Drain();  // the server ends when its work is done; for admins
 
   // OK, or why the connection is lost.

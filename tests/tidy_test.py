@@ -35,7 +35,7 @@ LAYERS = {
 # A third-party header appears in these files only; foreign errors become Status there.
 BORDERS = [
     (r'uc[pst]/', [r'common/ucx_\w+\.(cc|h)']),
-    (r'(capnp|kj)/|wire/\w+\.capnp\.h', [r'common/wire/\w+_codec\.cc', r'common/wire/capnp_message\.h']),
+    (r'(capnp|kj)/|wire/\w+\.capnp\.h', [r'common/wire/\w+_codec\.cc', r'common/wire/capnp_\w+\.h']),
     (r'(spdlog|fmt)/', [r'common/log\.cc']),
     (r'CLI/', [r'common/config\.cc']),
     (r'toml', [r'common/config_file\.cc']),

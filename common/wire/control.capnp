@@ -47,6 +47,11 @@ struct PrefixCandidate {      # a published context that may begin with the toke
   tokens @2 :UInt32;          # so many of them, if key is theirs (common/prefix_key.h)
   key @3 :Data;
 }
+struct SharedFrames {         # page frames of a worker's device, for others of its tenant on its host
+  id @0 :UInt64;              # of the server, never given out again
+  memory @1 :Data;            # names the frames (kernels/gpu/memory_handle.h)
+  directory @2 :Data;         # names what says which page is in which (worker/page_directory.h)
+}
 struct ShardAddress { address @0 :Text; }
 struct Grant {                # the right to use a context over the data plane
   context @0 :ContextInfo;
@@ -78,6 +83,9 @@ struct Request {
     matchPrefix :group { keys @29 :Data;                # 32 bytes for each whole block of 256 tokens, in order
                          tokens @30 :UInt32;            # longest prefix that is of use
                          shared @31 :Bool; }            # also contexts that other tenants have shared
+    shareFrames :group { host @34 :Text;                # of the worker; frames are shared within one
+                         memory @35 :Data;              # its frames, as in SharedFrames; empty: none
+                         directory @36 :Data; }
   }
   publishDurable @25 :Bool;   # with publish: answered when the context is on disk
   publishShared @32 :Bool;    # with publish: other tenants may fork it
@@ -94,5 +102,6 @@ struct Reply {
     contexts @9 :List(ContextInfo);
     report @10 :Text;         # JSON
     prefixes @11 :List(PrefixCandidate);  # longest first
+    frames @12 :List(SharedFrames);       # of the others
   }
 }

@@ -5,7 +5,8 @@
 #include <type_traits>
 #include <utility>
 
-#include "common/limits.h"
+#include "common/sharing_limits.h"
+#include "common/wire/capnp_context.h"
 #include "common/wire/capnp_message.h"
 #include "common/wire/message_checks.h"
 #include "wire/control.capnp.h"
@@ -25,47 +26,6 @@ std::vector<std::byte> Framed(capnp::MessageBuilder& message) {
   return frame;
 }
 
-void Write(const ModelShape& in, schema::Shape::Builder out) {
-  out.setLayers(in.layers);
-  out.setKvHeads(in.kv_heads);
-  out.setQueryHeads(in.query_heads);
-  out.setHeadDim(in.head_dim);
-  out.setDtype(static_cast<uint8_t>(in.dtype));
-}
-
-void Write(const ContextInfo& in, schema::ContextInfo::Builder out) {
-  out.setId(in.id.value);
-  out.setName(Chars(in.name));
-  Write(in.shape, out.initShape());
-  out.setModel(Chars(in.model));
-  out.setTokens(in.tokens);
-  out.setSinkTokens(in.sink_tokens);
-  out.setWindowTokens(in.window_tokens);
-  out.setTailTokens(in.tail_tokens);
-  out.setPolicy(Chars(in.policy));
-  out.setSeed(in.seed);
-  out.setSealed(in.sealed);
-  out.setPublished(in.published);
-  out.setDurable(in.durable);
-  out.setShared(in.shared);
-  out.setPrefixKeys(in.prefix_keys);
-  out.setPrefixForks(in.prefix_forks);
-  out.setPrefixTokens(in.prefix_tokens);
-  out.setTenant(Chars(in.tenant));
-  auto segments = out.initSegments(static_cast<unsigned>(in.segments.size()));
-  for (unsigned i = 0; i < segments.size(); ++i) {
-    const SegmentInfo& from = in.segments[i];
-    auto segment = segments[i];
-    segment.setId(from.id.value);
-    segment.setTokens(from.tokens);
-    segment.setSealed(from.sealed);
-    segment.setReferences(from.references);
-    segment.setBytes(from.bytes);
-    segment.setIndexBytes(from.index_bytes);
-    segment.setMerged(from.merged);
-  }
-}
-
 void Write(const Hello& in, schema::Request::Builder root) {
   auto out = root.initHello();
   out.setProtocolVersion(in.protocol_version);
@@ -76,7 +36,7 @@ void Write(const Hello& in, schema::Request::Builder root) {
 void Write(const Create& in, schema::Request::Builder root) {
   auto out = root.initCreate();
   out.setName(Chars(in.name));
-  Write(in.shape, out.initShape());
+  WriteShape(in.shape, out.initShape());
   out.setModel(Chars(in.model));
   out.setSinkTokens(in.sink_tokens);
   out.setWindowTokens(in.window_tokens);
@@ -96,6 +56,12 @@ void Write(const MatchPrefix& in, schema::Request::Builder root) {
   out.setKeys(Bytes(std::as_bytes(std::span(in.keys))));
   out.setTokens(in.tokens);
   out.setShared(in.shared);
+}
+void Write(const ShareFrames& in, schema::Request::Builder root) {
+  auto out = root.initShareFrames();
+  out.setHost(Chars(in.host));
+  out.setMemory(Bytes(in.memory));
+  out.setDirectory(Bytes(in.directory));
 }
 void Write(const Open& in, schema::Request::Builder root) { root.setOpen(Chars(in.name)); }
 void Write(const Drop& in, schema::Request::Builder root) { root.setDrop(Chars(in.name)); }
@@ -135,7 +101,7 @@ void Write(const HelloReply& in, schema::Reply::Builder root) {
 }
 void Write(const Grant& in, schema::Reply::Builder root) {
   auto out = root.initGrant();
-  Write(in.context, out.initContext());
+  WriteContext(in.context, out.initContext());
   out.setEpoch(in.epoch.value);
   out.setTicket(Bytes(in.ticket));
   out.setLeaseMillis(in.lease_ms);
@@ -143,7 +109,7 @@ void Write(const Grant& in, schema::Reply::Builder root) {
 void Write(const Done&, schema::Reply::Builder root) { root.setDone(); }
 void Write(const ContextList& in, schema::Reply::Builder root) {
   auto out = root.initContexts(static_cast<unsigned>(in.contexts.size()));
-  for (unsigned i = 0; i < out.size(); ++i) Write(in.contexts[i], out[i]);
+  for (unsigned i = 0; i < out.size(); ++i) WriteContext(in.contexts[i], out[i]);
 }
 
 void Write(const Prefixes& in, schema::Reply::Builder root) {
@@ -157,71 +123,18 @@ void Write(const Prefixes& in, schema::Reply::Builder root) {
   }
 }
 
+void Write(const SharedFramesList& in, schema::Reply::Builder root) {
+  auto out = root.initFrames(static_cast<unsigned>(in.others.size()));
+  for (unsigned i = 0; i < out.size(); ++i) {
+    out[i].setId(in.others[i].id);
+    out[i].setMemory(Bytes(in.others[i].memory));
+    out[i].setDirectory(Bytes(in.others[i].directory));
+  }
+}
+
 void Write(const Report& in, schema::Reply::Builder root) { root.setReport(Chars(in.json)); }
 
 // ---- decode ----
-
-// Reads a text into *out; the limit is on bytes.
-Status ReadText(const MessageChecks& check, std::string_view field, std::string_view text,
-                size_t bytes_max, std::string* out) {
-  KV_RETURN_IF_ERROR(check.Text(field, text, bytes_max));
-  out->assign(text);
-  return OkStatus();
-}
-Status ReadName(const MessageChecks& check, std::string_view field, std::string_view text,
-                std::string* out) {
-  return ReadText(check, field, text, limits::kContextNameBytesMax, out);
-}
-Status ReadLabel(const MessageChecks& check, std::string_view field, std::string_view text,
-                 std::string* out) {
-  return ReadText(check, field, text, limits::kTextBytesMax, out);
-}
-
-Status ReadShape(const MessageChecks& check, schema::Shape::Reader in, ModelShape* out) {
-  out->layers = in.getLayers();
-  out->kv_heads = in.getKvHeads();
-  out->query_heads = in.getQueryHeads();
-  out->head_dim = in.getHeadDim();
-  out->dtype = static_cast<DType>(in.getDtype());
-  return out->Validate().WithContext(check.message());
-}
-
-Status ReadContext(const MessageChecks& check, schema::ContextInfo::Reader in, ContextInfo* out) {
-  out->id = ContextId(in.getId());
-  KV_RETURN_IF_ERROR(ReadName(check, "name", View(in.getName()), &out->name));
-  KV_RETURN_IF_ERROR(ReadShape(check, in.getShape(), &out->shape));
-  KV_RETURN_IF_ERROR(ReadLabel(check, "model", View(in.getModel()), &out->model));
-  KV_RETURN_IF_ERROR(ReadLabel(check, "policy", View(in.getPolicy()), &out->policy));
-  KV_RETURN_IF_ERROR(ReadLabel(check, "tenant", View(in.getTenant()), &out->tenant));
-  out->tokens = in.getTokens();
-  out->sink_tokens = in.getSinkTokens();
-  out->window_tokens = in.getWindowTokens();
-  out->tail_tokens = in.getTailTokens();
-  out->seed = in.getSeed();
-  out->sealed = in.getSealed();
-  out->published = in.getPublished();
-  out->durable = in.getDurable();
-  out->shared = in.getShared();
-  out->prefix_keys = in.getPrefixKeys();
-  out->prefix_forks = in.getPrefixForks();
-  out->prefix_tokens = in.getPrefixTokens();
-  KV_RETURN_IF_ERROR(check.AtMost("tokens", out->tokens, limits::kContextTokensMax));
-  KV_RETURN_IF_ERROR(check.AtMost("sinkTokens", out->sink_tokens, limits::kSinkTokensMax));
-  KV_RETURN_IF_ERROR(check.AtMost("windowTokens", out->window_tokens, limits::kWindowTokensMax));
-  KV_RETURN_IF_ERROR(check.AtMost("tailTokens", out->tail_tokens, limits::kWindowTokensMax));
-  const auto segments = in.getSegments();
-  KV_RETURN_IF_ERROR(
-      check.AtMost("segments.size", segments.size(), limits::kSegmentsPerContextMax));
-  out->segments.reserve(segments.size());
-  for (const auto& segment : segments) {
-    KV_RETURN_IF_ERROR(
-        check.AtMost("segment.tokens", segment.getTokens(), limits::kContextTokensMax));
-    out->segments.push_back({SegmentId(segment.getId()), segment.getTokens(), segment.getSealed(),
-                             segment.getReferences(), segment.getBytes(), segment.getIndexBytes(),
-                             segment.getMerged()});
-  }
-  return OkStatus();
-}
 
 Status ReadHello(const MessageChecks& check, schema::Request::Hello::Reader in, Hello* out) {
   out->protocol_version = in.getProtocolVersion();
@@ -258,8 +171,8 @@ Status ReadKeys(const MessageChecks& check, std::string_view field,
   return OkStatus();
 }
 
-Status ReadKey(const MessageChecks& check, std::string_view field,
-               std::span<const std::byte> bytes, PrefixKey* out) {
+Status ReadKey(const MessageChecks& check, std::string_view field, std::span<const std::byte> bytes,
+               PrefixKey* out) {
   KV_RETURN_IF_ERROR(check.Between(field, bytes.size(), out->size(), out->size()));
   std::copy(bytes.begin(), bytes.end(), out->begin());
   return OkStatus();
@@ -292,6 +205,36 @@ Status ReadPrefix(const MessageChecks& check, schema::PrefixCandidate::Reader in
   return ReadKey(check, "prefix.key", View(in.getKey()), &out->key);
 }
 
+// What names frames; both or neither.
+Status ReadFrames(const MessageChecks& check, std::span<const std::byte> memory,
+                  std::span<const std::byte> directory, std::vector<std::byte>* memory_out,
+                  std::vector<std::byte>* directory_out) {
+  KV_RETURN_IF_ERROR(
+      check.AtMost("frames.memory.size", memory.size(), limits::kMemoryHandleBytesMax));
+  const size_t least = memory.empty() ? 0 : 1;
+  const size_t most = memory.empty() ? 0 : limits::kDirectoryNameBytesMax;
+  KV_RETURN_IF_ERROR(check.Between("frames.directory.size", directory.size(), least, most));
+  memory_out->assign(memory.begin(), memory.end());
+  directory_out->assign(directory.begin(), directory.end());
+  return OkStatus();
+}
+
+Status ReadShareFrames(const MessageChecks& check, schema::Request::ShareFrames::Reader in,
+                       ShareFrames* out) {
+  KV_RETURN_IF_ERROR(ReadLabel(check, "shareFrames.host", View(in.getHost()), &out->host));
+  return ReadFrames(check, View(in.getMemory()), View(in.getDirectory()), &out->memory,
+                    &out->directory);
+}
+
+Status ReadSharedFrames(const MessageChecks& check, schema::SharedFrames::Reader in,
+                        SharedFrames* out) {
+  out->id = in.getId();
+  const auto memory = View(in.getMemory());
+  KV_RETURN_IF_ERROR(
+      check.Between("frames.memory.size", memory.size(), 1, limits::kMemoryHandleBytesMax));
+  return ReadFrames(check, memory, View(in.getDirectory()), &out->memory, &out->directory);
+}
+
 Status ReadInspect(const MessageChecks& check, schema::Request::Inspect::Reader in, Inspect* out) {
   KV_RETURN_IF_ERROR(check.AtMost("inspect.topic", in.getTopic(), kInspectTopics - 1));
   out->topic = static_cast<InspectTopic>(in.getTopic());
@@ -315,8 +258,8 @@ Status ReadRequest(const MessageChecks& check, schema::Request::Reader root, Con
       body.emplace<Seal>().context = ContextId(root.getSeal());
       return ReadKeys(check, "sealKeys", View(root.getSealKeys()), &std::get<Seal>(body).keys);
     case schema::Request::PUBLISH:
-      body = Publish{ContextId(root.getPublish()), root.getPublishDurable(),
-                     root.getPublishShared()};
+      body =
+          Publish{ContextId(root.getPublish()), root.getPublishDurable(), root.getPublishShared()};
       return OkStatus();
     case schema::Request::RELEASE:
       body = Release{ContextId(root.getRelease())};
@@ -338,6 +281,8 @@ Status ReadRequest(const MessageChecks& check, schema::Request::Reader root, Con
       return OkStatus();
     case schema::Request::MATCH_PREFIX:
       return ReadMatch(check, root.getMatchPrefix(), &body.emplace<MatchPrefix>());
+    case schema::Request::SHARE_FRAMES:
+      return ReadShareFrames(check, root.getShareFrames(), &body.emplace<ShareFrames>());
   }
   return Unimplemented("request " + std::to_string(static_cast<int>(root.which())) +
                        " is unknown here: the peer speaks a newer protocol");
@@ -406,6 +351,15 @@ Status ReadReply(const MessageChecks& check, schema::Reply::Reader root, Control
           check.AtMost("prefixes.size", prefixes.size(), limits::kPrefixCandidatesMax));
       for (const auto& prefix : prefixes) {
         KV_RETURN_IF_ERROR(ReadPrefix(check, prefix, &list.emplace_back()));
+      }
+      return OkStatus();
+    }
+    case schema::Reply::FRAMES: {
+      auto& list = body.emplace<SharedFramesList>().others;
+      const auto frames = root.getFrames();
+      KV_RETURN_IF_ERROR(check.AtMost("frames.size", frames.size(), limits::kSharingWorkersMax));
+      for (const auto& one : frames) {
+        KV_RETURN_IF_ERROR(ReadSharedFrames(check, one, &list.emplace_back()));
       }
       return OkStatus();
     }

@@ -99,10 +99,17 @@ enum class InspectTopic : uint8_t {
 inline constexpr uint8_t kInspectTopics = 6;
 struct Inspect { InspectTopic topic = InspectTopic::kContexts; std::string name; };
 struct Drain {};
+// The worker's frames, or none, from now until it says otherwise or its connection ends. Answered
+// with SharedFramesList.
+struct ShareFrames {
+  std::string host;                     // within which frames are shared
+  std::vector<std::byte> memory;        // a memory handle (kernels/gpu/memory_handle.h), or empty
+  std::vector<std::byte> directory{};  // a name (worker/page_directory.h); empty without memory
+};
 struct ControlRequest {
   uint64_t id = 0;
   std::variant<Hello, Create, Open, Fork, Seal, Publish, Release, Drop, List, Describe, Renew, Inspect, Drain,
-               MatchPrefix> body;
+               MatchPrefix, ShareFrames> body;
 };
 
 // Replies.
@@ -121,9 +128,14 @@ struct PrefixCandidate {
   PrefixKey key{};
 };
 struct Prefixes { std::vector<PrefixCandidate> candidates; };  // longest first
+struct SharedFrames {
+  uint64_t id = 0;
+  std::vector<std::byte> memory, directory;
+};
+struct SharedFramesList { std::vector<SharedFrames> others; };
 struct ControlReply {
   uint64_t id = 0;
-  std::variant<Status, HelloReply, Grant, Done, ContextList, Report, Prefixes> body;  // Status: an error
+  std::variant<Status, HelloReply, Grant, Done, ContextList, Report, Prefixes, SharedFramesList> body;  // Status: an error
 };
 
 // A whole frame, ready to write. A reply that would exceed kControlMessageBytesMax (a list of very many contexts)

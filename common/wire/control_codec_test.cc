@@ -9,7 +9,7 @@
 #include <memory>
 #include <random>
 
-#include "common/limits.h"
+#include "common/sharing_limits.h"
 
 namespace icecache::wire {
 namespace {
@@ -169,6 +169,13 @@ TEST_F(ControlCodec, RequestsComeBackAsSent) {
     const Inspect inspect{static_cast<InspectTopic>(random.Below(kInspectTopics)), name};
     EXPECT_EQ(Ask(inspect).topic, inspect.topic);
     EXPECT_EQ(Ask(inspect).name, inspect.name);
+    const ShareFrames share{random.Label(), random.Bytes(1 + random.Below(256)),
+                            random.Bytes(1 + random.Below(64))};
+    const ShareFrames s = Ask(share);
+    EXPECT_EQ(s.host, share.host);
+    EXPECT_EQ(s.memory, share.memory);
+    EXPECT_EQ(s.directory, share.directory);
+    EXPECT_TRUE(Ask(ShareFrames{share.host, {}}).memory.empty());
     Ask(List{});
     Ask(Renew{});
     Ask(Drain{});
@@ -192,6 +199,19 @@ TEST_F(ControlCodec, RepliesComeBackAsSent) {
     EXPECT_EQ(g.epoch, grant.epoch);
     EXPECT_EQ(g.ticket, grant.ticket);
     EXPECT_EQ(g.lease_ms, grant.lease_ms);
+
+    SharedFramesList frames;
+    for (uint32_t i = random.Below(limits::kSharingWorkersMax + 1); i > 0; --i) {
+      frames.others.push_back(
+          {random.U64(), random.Bytes(1 + random.Below(256)), random.Bytes(40)});
+    }
+    const SharedFramesList f = Answer(frames);
+    ASSERT_EQ(f.others.size(), frames.others.size());
+    for (size_t i = 0; i < f.others.size(); ++i) {
+      EXPECT_EQ(f.others[i].id, frames.others[i].id);
+      EXPECT_EQ(f.others[i].memory, frames.others[i].memory);
+      EXPECT_EQ(f.others[i].directory, frames.others[i].directory);
+    }
 
     ContextList list;
     for (uint32_t i = random.Below(5); i > 0; --i) list.contexts.push_back(random.Context());
@@ -256,6 +276,8 @@ std::vector<std::vector<std::byte>> Frames(Random& random) {
       EncodeFrame(ControlRequest{4, Renew{}}),
       EncodeFrame(ControlRequest{4, Inspect{InspectTopic::kExplain, "n"}}),
       EncodeFrame(ControlRequest{4, Drain{}}),
+      EncodeFrame(ControlRequest{4, ShareFrames{"h", random.Bytes(30), random.Bytes(40)}}),
+      EncodeFrame(ControlReply{5, SharedFramesList{{{1, random.Bytes(30), random.Bytes(40)}}}}),
       EncodeFrame(ControlReply{5, Done{}}),
       EncodeFrame(ControlReply{5, Report{"{}"}}),
       EncodeFrame(ControlReply{5, Grant{small, Epoch(1), random.Bytes(16), 1000}}),
@@ -345,9 +367,22 @@ TEST(ControlChecks, NamesWhatIsWrong) {
   EXPECT_THAT(error(Hello{1, std::string(513, 't'), "", ""}),
               HasSubstr("hello.tenant = 513 bytes"));
   EXPECT_THAT(error(Hello{1, "", std::string(1025, 's'), ""}), HasSubstr("hello.secret = 1025"));
+  const auto bytes = [](size_t count) { return std::vector<std::byte>(count); };
+  EXPECT_EQ(error(ShareFrames{"h", bytes(256), bytes(64)}), "");
+  EXPECT_THAT(error(ShareFrames{"h", bytes(257), bytes(64)}),
+              HasSubstr("frames.memory.size = 257, expected 0..256"));
+  EXPECT_THAT(error(ShareFrames{"h", bytes(1), bytes(65)}),
+              HasSubstr("frames.directory.size = 65, expected 1..64"));
+  EXPECT_THAT(error(ShareFrames{"h", bytes(1), {}}), HasSubstr("frames.directory.size = 0"));
+  EXPECT_THAT(error(ShareFrames{"h", {}, bytes(1)}), HasSubstr("frames.directory.size = 1"));
+  EXPECT_THAT(error(ShareFrames{std::string(513, 'h'), {}}), HasSubstr("shareFrames.host = 513"));
   const auto answer = [](auto body) {
     return DecodeReply(EncodeFrame(ControlReply{1, body})).status().message();
   };
+  SharedFramesList list;
+  list.others.resize(limits::kSharingWorkersMax + 1, {1, bytes(1), bytes(1)});
+  EXPECT_THAT(answer(list), HasSubstr("frames.size = 33"));
+  EXPECT_THAT(answer(SharedFramesList{{{1, {}, {}}}}), HasSubstr("frames.memory.size = 0"));
   EXPECT_THAT(answer(HelloReply{}), HasSubstr("hello.shards.size = 0, expected 1..64"));
   ContextInfo context;
   context.shape = shape;

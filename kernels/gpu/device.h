@@ -71,8 +71,9 @@ class Device {
   // Names memory of kind kShared, all of it, for other processes (memory_handle.h).
   virtual Result<std::vector<std::byte>> Export(const std::byte* memory) = 0;
   // Memory that another process has exported: read and written by kernels and Copy until Close,
-  // which waits for queued work. It lives on when that process ends. INVALID_ARGUMENT: forged, or
-  // not this device's. UNAVAILABLE: the memory is gone, or of another host.
+  // which waits for queued work; of this device, or of another that this one reads as its peer. It
+  // lives on when that process ends. INVALID_ARGUMENT: forged, or of another kind of device.
+  // UNAVAILABLE: the memory is gone, of another host, or out of this device's reach.
   virtual Result<std::span<std::byte>> Open(std::span<const std::byte> handle) = 0;
   virtual void Close(std::byte* opened) = 0;
 

@@ -1,16 +1,11 @@
-#include <fcntl.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <cstdlib>
 #include <map>
-#include <random>
 #include <set>
 #include <string>
 #include <vector>
 
+#include "common/shared_memory.h"
 #include "kernels/gpu/device.h"
 
 namespace icecache::gpu {
@@ -67,8 +62,6 @@ class EmulatedDevice final : public Device {
     const auto it = sizes.find(memory);
     KV_CHECK(it != sizes.end());
     if (kind == MemoryKind::kShared) {
-      ::munmap(memory, it->second);
-      ::close(shared_.at(memory).descriptor);
       shared_.erase(memory);
     } else {
       std::free(memory);
@@ -87,7 +80,8 @@ class EmulatedDevice final : public Device {
     MemoryHandle handle;
     handle.kind = MemoryHandle::Kind::kEmulated;
     handle.bytes = sizes_[static_cast<size_t>(MemoryKind::kShared)].at(it->first);
-    std::memcpy(handle.name.data(), &it->second, sizeof(it->second));
+    const SharedMemoryName& name = it->second.name();
+    std::memcpy(handle.name.data(), &name, sizeof(name));
     return EncodeMemoryHandle(handle);
   }
 
@@ -96,19 +90,19 @@ class EmulatedDevice final : public Device {
     if (handle.kind != MemoryHandle::Kind::kEmulated) {
       return InvalidArgument("the memory is a GPU's, and this device is emulated");
     }
-    EmulatedName name;
+    SharedMemoryName name;
     std::memcpy(&name, handle.name.data(), sizeof(name));
-    KV_ASSIGN_OR_RETURN(std::byte* const memory, MapShared(name, handle.bytes));
-    opened_[memory] = handle.bytes;
-    return std::span(memory, handle.bytes);
+    if (name.bytes != handle.bytes) return InvalidArgument("a forged memory handle: two sizes");
+    KV_ASSIGN_OR_RETURN(SharedMemory shared,
+                        SharedMemory::Open(name, SharedMemory::Access::kWrite));
+    const std::span<std::byte> memory = shared.bytes();
+    opened_.emplace(memory.data(), std::move(shared));
+    return memory;
   }
 
   void Close(std::byte* opened) override {
     RunQueue();
-    const auto it = opened_.find(opened);
-    KV_CHECK(it != opened_.end());
-    ::munmap(opened, it->second);
-    opened_.erase(it);
+    KV_CHECK(opened_.erase(opened) == 1);
   }
 
   Result<const std::byte*> Register(std::span<const std::byte> host, Mapping mapping) override {
@@ -161,63 +155,15 @@ class EmulatedDevice final : public Device {
     for (const auto& [memory, bytes] : sizes_[static_cast<size_t>(kind)]) sum += bytes;
     return sum;
   }
-  static std::string SharedName(const EmulatedName& name) {
-    return "icecache-device-" + std::to_string(name.nonce[0]) + "-" + std::to_string(name.nonce[1]);
-  }
-
-  // A memfd, so that it ends with the last process that has it mapped.
   Result<std::byte*> AllocateShared(size_t bytes) {
     const size_t rounded =
         std::max<size_t>(1, (bytes + kSharedUnit - 1) / kSharedUnit) * kSharedUnit;
-    std::random_device random;
-    EmulatedName name{::getpid(), -1, {}};
-    for (uint64_t& word : name.nonce) word = uint64_t{random()} << 32 | random();
-    name.descriptor = ::memfd_create(SharedName(name).c_str(), MFD_CLOEXEC | MFD_ALLOW_SEALING);
-    if (name.descriptor < 0) return ResourceExhausted("a descriptor for shared memory");
-    void* memory = MAP_FAILED;
-    if (::ftruncate(name.descriptor, static_cast<off_t>(rounded)) == 0 &&
-        ::fcntl(name.descriptor, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) == 0) {
-      memory = ::mmap(nullptr, rounded, PROT_READ | PROT_WRITE, MAP_SHARED, name.descriptor, 0);
-    }
-    if (memory == MAP_FAILED) {
-      ::close(name.descriptor);
-      return ResourceExhausted(std::to_string(rounded) + " bytes of shared memory");
-    }
-    std::memset(memory, 0xff, rounded);  // as in Allocate
-    auto* const first = static_cast<std::byte*>(memory);
-    shared_[first] = name;
+    KV_ASSIGN_OR_RETURN(SharedMemory shared, SharedMemory::Make(rounded));
+    std::byte* const first = shared.bytes().data();
+    std::memset(first, 0xff, rounded);  // as in Allocate
+    shared_.emplace(first, std::move(shared));
     sizes_[static_cast<size_t>(MemoryKind::kShared)][first] = rounded;
     return first;
-  }
-
-  // What a stranger names is opened only when it proves to be memory of AllocateShared: a memfd of
-  // this size and name that nobody can cut short.
-  static Result<std::byte*> MapShared(const EmulatedName& name, uint64_t bytes) {
-    const std::string path =
-        "/proc/" + std::to_string(name.process) + "/fd/" + std::to_string(name.descriptor);
-    const int found =
-        ::open(path.c_str(), O_PATH | O_CLOEXEC);  // whatever it is, it is not touched
-    if (found < 0) {
-      return Unavailable("the process that exported the memory is gone, or hidden from this one");
-    }
-    const std::string mine = "/proc/self/fd/" + std::to_string(found);
-    char target[256] = {};
-    const bool named = ::readlink(mine.c_str(), target, sizeof(target) - 1) > 0 &&
-                       target == "/memfd:" + SharedName(name) + " (deleted)";
-    const int fd = named ? ::open(mine.c_str(), O_RDWR | O_CLOEXEC) : -1;
-    ::close(found);
-    if (!named) return InvalidArgument("a forged memory handle: it names something else");
-    struct stat status {};
-    if (fd < 0 || ::fstat(fd, &status) != 0 || static_cast<uint64_t>(status.st_size) != bytes ||
-        bytes == 0 || (::fcntl(fd, F_GET_SEALS) & F_SEAL_SHRINK) == 0) {
-      if (fd >= 0) ::close(fd);
-      return InvalidArgument("a forged memory handle: no such memory of " + std::to_string(bytes) +
-                             " bytes");
-    }
-    void* const memory = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-    ::close(fd);
-    if (memory == MAP_FAILED) return ResourceExhausted("room to map shared memory");
-    return static_cast<std::byte*>(memory);
   }
 
   Steps& target() { return recording_ ? recordings_.back() : queue_; }
@@ -230,8 +176,7 @@ class EmulatedDevice final : public Device {
   DeviceInfo info_;
   EmulatedRunner runner_;
   std::map<std::byte*, size_t> sizes_[3];  // by MemoryKind
-  std::map<std::byte*, EmulatedName> shared_;
-  std::map<std::byte*, size_t> opened_;
+  std::map<std::byte*, SharedMemory> shared_, opened_;
   std::set<const std::byte*> registered_;
   Steps queue_;
   uint64_t synchronize_count_ = 0;

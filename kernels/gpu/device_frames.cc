@@ -16,7 +16,22 @@ Result<std::byte*> DeviceFrames::AllocateChunk(size_t bytes) {
   return host;
 }
 
+Result<std::span<const std::byte>> DeviceFrames::Share(size_t bytes) {
+  KV_CHECK(chunks_.empty() && bytes > 0);
+  Chunk chunk;
+  KV_ASSIGN_OR_RETURN(chunk.twin, DeviceMemory::Allocate(device_, MemoryKind::kShared, bytes));
+  shared_ = {chunk.twin.data(), bytes};
+  chunks_.emplace(chunk.twin.data(), std::move(chunk));
+  return std::span<const std::byte>(shared_);
+}
+
 Result<std::byte*> DeviceFrames::AllocateOnDevice(size_t bytes) {
+  if (bytes <= shared_.size()) {
+    std::byte* const memory = shared_.data();
+    shared_ = shared_.subspan(bytes);
+    bytes_ += bytes;
+    return memory;
+  }
   Chunk chunk;
   KV_ASSIGN_OR_RETURN(chunk.twin, DeviceMemory::Allocate(device_, MemoryKind::kDevice, bytes));
   std::byte* const memory = chunk.twin.data();

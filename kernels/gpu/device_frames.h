@@ -12,6 +12,7 @@
 
 #include <cstddef>
 #include <map>
+#include <span>
 #include <vector>
 
 #include "kernels/gpu/device.h"
@@ -25,8 +26,12 @@ class DeviceFrames {
   // Host memory that lives as long as this object. RESOURCE_EXHAUSTED when either side is full.
   Result<std::byte*> AllocateChunk(size_t bytes);
 
-  // Memory of the device that lives as long as this object: its own twin.
+  // Memory of the device that lives as long as this object: its own twin. First of what is shared.
   Result<std::byte*> AllocateOnDevice(size_t bytes);
+
+  // Takes memory that other processes may open (Device::Export) for what AllocateOnDevice gives
+  // next. Once, before the first chunk. RESOURCE_EXHAUSTED.
+  Result<std::span<const std::byte>> Share(size_t bytes);
 
   // Host bytes of a chunk were written. Spans of 16-byte aligned ends are fastest. The number of
   // the QueueCopies that will copy them.
@@ -55,6 +60,7 @@ class DeviceFrames {
   Device& device_;
   std::map<const std::byte*, Chunk> chunks_;  // by first host byte, or the device's
   uint64_t bytes_ = 0;
+  std::span<std::byte> shared_;  // and not given yet
   std::vector<CopySpan> dirty_;
   uint64_t next_copies_ = 1;       // the number of the next QueueCopies
   uint64_t first_queued_ = 1;      // of those since the last Synchronize that was seen

@@ -65,4 +65,10 @@ Result<MemoryHandle> DecodeMemoryHandle(std::span<const std::byte> bytes) {
   return handle;
 }
 
+std::string HostIdentity() {
+  char boot[kBootBytes] = {};
+  ReadBoot(boot);
+  return {boot, kBootBytes};
+}
+
 }  // namespace icecache::gpu

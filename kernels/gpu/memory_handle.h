@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "common/status.h"
@@ -20,18 +21,14 @@ struct MemoryHandle {
   Kind kind = Kind::kCuda;
   DeviceId device{};
   uint64_t bytes = 0;
-  std::array<std::byte, 64> name{};  // the runtime's own handle, or an EmulatedName
-};
-
-// For the emulator: a memfd of a process, and the random number in the memfd's name.
-struct EmulatedName {
-  int32_t process = 0, descriptor = -1;
-  uint64_t nonce[2] = {};
+  std::array<std::byte, 64> name{};  // the runtime's own handle, or a SharedMemoryName
 };
 
 // At most limits::kMemoryHandleBytesMax; says which boot of which machine it was made on.
 std::vector<std::byte> EncodeMemoryHandle(const MemoryHandle& handle);
 // INVALID_ARGUMENT: not a handle. UNAVAILABLE: of another machine, or of before its last boot.
 Result<MemoryHandle> DecodeMemoryHandle(std::span<const std::byte> bytes);
+// This machine since its last boot: what two processes have in common that can share memory.
+std::string HostIdentity();
 
 }  // namespace icecache::gpu

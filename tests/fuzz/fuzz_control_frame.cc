@@ -74,11 +74,16 @@ std::vector<Target> Targets() {
       Request("renew", {7, wire::Renew{}}),
       Request("inspect", {7, wire::Inspect{wire::InspectTopic::kExplain, "doc"}}),
       Request("drain", {7, wire::Drain{}}),
+      Request("share_frames", {7, wire::ShareFrames{"host", std::vector(200, std::byte{1}),
+                                                    std::vector(40, std::byte{2})}}),
       Reply("status_reply", {7, NotFound("no context 'doc'")}),
       Reply("hello_reply", {7, hello}),
       Reply("grant_reply", {7, grant}),
       Reply("done_reply", {7, wire::Done{}}),
       Reply("list_reply", {7, wire::ContextList{{info, info}}}),
+      Reply("frames_reply",
+            {7, wire::SharedFramesList{{{3, std::vector(200, std::byte{1}),
+                                         std::vector(40, std::byte{2})}}}}),
       Reply("report_reply", {7, wire::Report{"{\"contexts\": []}"}}),
   };
 }
