@@ -34,7 +34,7 @@ AttentionIceCache::AttentionIceCache(const ModelShape& shape, CacheClient& clien
   if (capacity > 0) {
     caches_.reserve(size_t{shape.layers} * shape.kv_heads);
     for (uint32_t i = 0; i < shape.layers * shape.kv_heads; ++i) {
-      caches_.emplace_back(shape, capacity, arena_);
+      caches_.emplace_back(shape, capacity, arena_, options.sharing, i);
     }
   }
   for (uint16_t h = 0; h < shape.kv_heads; ++h) all_heads_.emplace_back(h);

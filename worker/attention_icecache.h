@@ -55,6 +55,7 @@ struct IceCacheOptions {
   bool int8 = false;  // for pages in replies (reply mode inline); others are read as they are
   gpu::DeviceFrames* frames = nullptr;  // of the backend's device: pages are kept there, too
   gpu::PageIntake* intake = nullptr;    // of the same device: they are kept there alone
+  PageSharing* sharing = nullptr;       // with intake: of that device's frames, with other workers
 
   uint32_t max_pages() const;        // of the budget
   uint32_t max_grown_pages() const;  // of a head that min_mass makes grow

@@ -23,6 +23,11 @@ struct AttentionStats {
   uint64_t asked_again = 0;       // of those, heads whose queries moved, so that they were asked again
   uint64_t mapped_pages = 0;      // of the misses, those read in the server's memory
   uint64_t pushed_pages = 0;      // of the misses, those that the server wrote into the device
+  uint64_t worker_pages = 0;      // of the misses, those copied from another worker's frames
+  uint64_t worker_missed = 0;     // others' pages that were there no more, or replaced, when it came
+                                  // to copying them; fetched from the server
+  uint64_t worker_replaced = 0;   // likewise, while they were copied
+  uint64_t worker_damaged = 0;    // likewise, since the copy failed verification
   uint64_t mapped_gone = 0;       // reused by the server before they were read; fetched again
   uint64_t remote_pages = 0;      // selected pages that the server attended to instead of sending
   uint64_t bad_pages = 0;         // failed verification and were fetched again or dropped
@@ -47,6 +52,8 @@ struct AttentionStats {
                            &AttentionStats::page_misses, &AttentionStats::coded_pages, &AttentionStats::grown_pages,
                            &AttentionStats::asked_ahead, &AttentionStats::asked_again,
                            &AttentionStats::mapped_pages, &AttentionStats::pushed_pages,
+                           &AttentionStats::worker_pages, &AttentionStats::worker_missed,
+                           &AttentionStats::worker_replaced, &AttentionStats::worker_damaged,
                            &AttentionStats::mapped_gone, &AttentionStats::remote_pages,
                            &AttentionStats::bad_pages, &AttentionStats::degraded_steps,
                            &AttentionStats::grown_steps,

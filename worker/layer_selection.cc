@@ -5,6 +5,24 @@
 #include "kernels/gpu/page_intake.h"
 
 namespace icecache {
+namespace {
+
+void CountDamaged(const PageCache::Damaged& damaged, AttentionStats* stats) {
+  switch (damaged.from) {
+    case PageCache::From::kMessage:
+      ++stats->bad_pages;
+      break;
+    case PageCache::From::kMapped:
+      ++stats->mapped_gone;
+      break;
+    case PageCache::From::kWorker:
+      --stats->worker_pages;
+      ++(damaged.replaced ? stats->worker_replaced : stats->worker_damaged);
+      break;
+  }
+}
+
+}  // namespace
 
 void LayerSelection::Begin(std::span<const KvHeadId> heads, const Range& range,
                            const LayerSelection* anchor) {
@@ -72,6 +90,14 @@ void LayerSelection::OnSelection(const wire::HeadSelection& selection,
         if (page.coded_bytes > 0) ++stats_->coded_pages;
         if (page.from > 0) ++stats_->grown_pages;
         break;
+      case PageCache::Outcome::kTaken:
+        ++stats_->page_misses;
+        ++stats_->worker_pages;
+        break;
+      case PageCache::Outcome::kMissed:
+        ++stats_->worker_missed;
+        head.missing.push_back({page.segment, page.page, page.version, page.fill});
+        break;
       case PageCache::Outcome::kBad:
         // A frame may have been reused between the reply and the copy: nothing is broken then.
         ++(page.place == wire::PagePlace::kMapped ? stats_->mapped_gone : stats_->bad_pages);
@@ -95,8 +121,8 @@ void LayerSelection::OnRefetched(KvHeadId head, const wire::PagePayload& page) {
   // Another version has other rows than those which the selection left to this page. More rows than
   // then were pending at that time, and in the residual.
   if (page.version != wanted->version || page.fill < wanted->fill || page.from != 0) return;
-  const auto outcome = caches_[head.value].Apply(page, range_.indexed_begin, range_.indexed_end,
-                                                 wanted->fill);
+  const auto outcome =
+      caches_[head.value].Apply(page, range_.indexed_begin, range_.indexed_end, wanted->fill);
   if (outcome == PageCache::Outcome::kReceived) {
     ++stats_->page_misses;
     missing.erase(wanted);
@@ -116,7 +142,7 @@ Status LayerSelection::Settle(std::vector<HeadPages>* damaged) {
     HeadPages& pages = damaged->emplace_back(HeadPages{KvHeadId(h), {}});
     for (const PageCache::Damaged& d : found) {
       --stats_->page_misses;
-      ++(d.mapped ? stats_->mapped_gone : stats_->bad_pages);
+      CountDamaged(d, stats_);
       pages.pages.push_back(d.page);
       heads_[h].missing.push_back(d.page);
     }

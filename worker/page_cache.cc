@@ -5,65 +5,42 @@
 #include <string>
 
 #include "common/checksum.h"
-#include "common/log.h"
 #include "common/status.h"
-#include "kernels/gpu/device_frames.h"
 #include "kernels/gpu/page_intake.h"
 #include "kernels/int8_rows.h"
 
 namespace icecache {
 
-std::byte* PageArena::Allocate() {
-  if (free_.empty()) {
-    std::byte* const chunk = AllocateChunk(kFramesPerChunk * frame_bytes_);
-    for (size_t i = kFramesPerChunk; i-- > 0;) free_.push_back(chunk + i * frame_bytes_);
-    ++chunk_count_;
-  }
-  std::byte* const frame = free_.back();
-  free_.pop_back();
-  return frame;
-}
-
-std::byte* PageArena::AllocateChunk(size_t bytes) {
-  if (room_) {
-    const Result<std::byte*> chunk =
-        intake_ != nullptr ? frames_->AllocateOnDevice(bytes) : frames_->AllocateChunk(bytes);
-    if (chunk.ok()) return *chunk;
-    room_ = false;
-    if (intake_ != nullptr) intake_->NoteHostFrames();
-    LogWarn("further pages are kept on the host only", {{"reason", chunk.status().ToString()}});
-  }
-  chunks_.push_back(std::make_unique<std::byte[]>(bytes));
-  return chunks_.back().get();
-}
-
-bool PageArena::on_device(const std::byte* frame) const {
-  return intake_ != nullptr && frames_->OnDevice(frame) != nullptr;
-}
-
-uint64_t PageArena::Written(const std::byte* at, size_t bytes) {
-  if (frames_ == nullptr || frames_->OnDevice(at) == nullptr) return 0;
-  return frames_->MarkDirty(at, bytes);
-}
-
-void PageArena::AwaitCopies(uint64_t written) {
-  if (frames_ != nullptr) frames_->AwaitCopies(written);
-}
-
-PageCache::PageCache(const ModelShape& shape, uint32_t capacity_pages, PageArena& arena)
-    : shape_(shape), capacity_(capacity_pages), arena_(arena) {
+PageCache::PageCache(const ModelShape& shape, uint32_t capacity_pages, PageArena& arena,
+                     PageSharing* sharing, uint32_t slice)
+    : shape_(shape), capacity_(capacity_pages), arena_(arena), sharing_(sharing), slice_(slice) {
   KV_CHECK(capacity_pages > 0);
+}
+
+PageCache::~PageCache() {
+  for (Slot& slot : slots_) Withdraw(&slot);
 }
 
 std::byte* PageCache::v_rows(const Slot& slot) const {
   return slot.frame + limits::kPageTokens * shape_.row_bytes();
 }
 
-void PageCache::ListResident(std::vector<wire::ResidentPage>* pages) const {
+void PageCache::ListResident(std::vector<wire::ResidentPage>* pages) {
   for (const Slot& slot : slots_) {
     if (slot.fill == 0 || slot.ticket != 0) continue;
     pages->push_back({SegmentId(slot.key.segment), PageId(slot.key.page), slot.version, slot.fill});
   }
+  offers_.clear();
+  // A page that this worker has no frame for on the device could not be copied there.
+  if (sharing_ == nullptr || arena_.intake().host_frames()) return;
+  sharing_->List(slice_, segments_, &offers_);
+  std::erase_if(offers_, [this](const PageSharing::Offer& offer) {
+    return slot_of_.contains({offer.page.segment.value, offer.page.page.value});
+  });
+  const size_t room =
+      limits::kPagesPerSelectMax - std::min<size_t>(pages->size(), limits::kPagesPerSelectMax);
+  if (offers_.size() > room) offers_.resize(room);
+  for (const PageSharing::Offer& offer : offers_) pages->push_back(offer.page);
 }
 
 void PageCache::BeginStep() {
@@ -95,10 +72,16 @@ Status PageCache::Settle(std::vector<Damaged>* damaged) {
   for (const uint32_t index : unsettled_) {
     Slot& slot = slots_[index];
     const uint64_t ticket = std::exchange(slot.ticket, 0);
-    if (ticket == 0 || arena_.intake().intact(ticket)) continue;
+    if (ticket == 0) continue;
+    const bool replaced = slot.from == From::kWorker && !sharing_->Unchanged(slot.place);
+    if (!replaced && arena_.intake().intact(ticket)) {
+      Publish(&slot);
+      continue;
+    }
     damaged->push_back(
         {{SegmentId(slot.key.segment), PageId(slot.key.page), slot.version, slot.fill},
-         slot.mapped});
+         slot.from,
+         replaced});
     Discard(index);
   }
   unsettled_.clear();
@@ -107,6 +90,7 @@ Status PageCache::Settle(std::vector<Damaged>* damaged) {
 
 void PageCache::RetainSegments(std::span<const SegmentId> segments) {
   BeginStep();
+  segments_.assign(segments.begin(), segments.end());
   for (uint32_t i = 0; i < slots_.size(); ++i) {
     const SegmentId segment(slots_[i].key.segment);
     const bool kept = std::find(segments.begin(), segments.end(), segment) != segments.end();
@@ -116,11 +100,27 @@ void PageCache::RetainSegments(std::span<const SegmentId> segments) {
 
 void PageCache::Drop(uint32_t index) {
   Slot& slot = slots_[index];
+  Withdraw(&slot);
   slot_of_.erase(slot.key);
   slot.fill = 0;
   slot.ticket = 0;
   views_[index] = PageView{};
   free_slots_.push_back(index);
+}
+
+void PageCache::Publish(Slot* slot) {
+  if (sharing_ == nullptr || slot->lossy) return;
+  DirectoryPage page{SegmentId(slot->key.segment), PageId(slot->key.page), slot->version,
+                     slot->fill};
+  page.checksum = slot->checksum;
+  std::memcpy(page.positions, slot->positions, sizeof(page.positions));
+  slot->entry = sharing_->Publish(slice_, slot->frame, page);
+}
+
+// Before its frame is written to.
+void PageCache::Withdraw(Slot* slot) {
+  if (slot->entry.has_value()) sharing_->Withdraw(*slot->entry);
+  slot->entry.reset();
 }
 
 uint32_t PageCache::TakeSlot() {
@@ -218,6 +218,33 @@ void PageCache::Pin(uint32_t index, uint8_t rows_used, bool again) {
   selected_.push_back(PageId(index));
 }
 
+// A page that the server counts as held, since another worker was named that holds it.
+PageCache::Outcome PageCache::TakeFromWorker(const wire::PagePayload& page, TokenPos begin,
+                                             TokenPos end, uint8_t rows_used) {
+  const auto offer = std::find_if(offers_.begin(), offers_.end(), [&](const auto& o) {
+    return o.page.segment == page.segment && o.page.page == page.page;
+  });
+  if (offer == offers_.end()) return Outcome::kBad;
+  const auto found = sharing_->Find(offer->place);
+  if (!found.has_value() || page.from != page.fill || found->page.version != page.version ||
+      found->page.fill != page.fill || found->page.checksum != page.checksum) {
+    return Outcome::kMissed;
+  }
+  const size_t bytes = page.fill * shape_.row_bytes();
+  wire::PagePayload whole = page;
+  whole.from = 0;
+  whole.place = wire::PagePlace::kPushed;  // so to speak: rows in the device's reach
+  whole.k_rows = {found->frame, bytes};
+  whole.v_rows = {found->frame + limits::kPageTokens * shape_.row_bytes(), bytes};
+  whole.positions =
+      std::as_bytes(std::span(found->page.positions)).first(page.fill * sizeof(uint32_t));
+  if (Apply(whole, begin, end, rows_used) != Outcome::kReceived) return Outcome::kMissed;
+  Slot& slot = slots_[slot_of_.at({page.segment.value, page.page.value})];
+  slot.from = From::kWorker;
+  slot.place = offer->place;
+  return Outcome::kTaken;
+}
+
 PageCache::Outcome PageCache::Apply(const wire::PagePayload& page, TokenPos begin, TokenPos end,
                                     uint8_t rows_used) {
   const Key key{page.segment.value, page.page.value};
@@ -228,7 +255,7 @@ PageCache::Outcome PageCache::Apply(const wire::PagePayload& page, TokenPos begi
     return Outcome::kBad;
   }
   if (page.from > 0) {  // builds on what should be here
-    if (!resident) return Outcome::kBad;
+    if (!resident) return TakeFromWorker(page, begin, end, rows_used);
     Slot& slot = slots_[found->second];
     if (slot.version != page.version || slot.fill != page.from ||
         (slot.lossy && page.from < page.fill) ||
@@ -245,6 +272,7 @@ PageCache::Outcome PageCache::Apply(const wire::PagePayload& page, TokenPos begi
   Slot& slot = slots_[index];
   slot.key = key;
   slot_of_[key] = index;
+  Withdraw(&slot);
   arena_.AwaitCopies(slot.written);
   if (!Place(page, begin, end, &slot)) {
     Drop(index);
@@ -254,7 +282,7 @@ PageCache::Outcome PageCache::Apply(const wire::PagePayload& page, TokenPos begi
   slot.fill = page.fill;
   slot.checksum = page.checksum;
   slot.lossy = page.coded_bytes > 0;
-  slot.mapped = page.place == wire::PagePlace::kMapped;
+  slot.from = page.place == wire::PagePlace::kMapped ? From::kMapped : From::kMessage;
   if (slot.on_device) {
     unsettled_.push_back(index);
   } else {

@@ -15,7 +15,7 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <memory>
+#include <optional>
 #include <span>
 #include <unordered_map>
 #include <vector>
@@ -24,53 +24,23 @@
 #include "common/model_shape.h"
 #include "common/wire/data_codec.h"
 #include "kernels/paged_kv.h"
+#include "worker/page_arena.h"
+#include "worker/page_sharing.h"
 
 namespace icecache {
 
-namespace gpu {
-class DeviceFrames;
-class PageIntake;
-}  // namespace gpu
-
-// Page frames for all caches of a worker: grows by chunks, gives nothing back before its end. With
-// `frames` they are on a device as well, or, with `intake`, there alone, until the device is full;
-// pages in frames of the host's are copied there for each step.
-class PageArena {
- public:
-  explicit PageArena(size_t frame_bytes, gpu::DeviceFrames* frames = nullptr,
-                     gpu::PageIntake* intake = nullptr)
-      : frame_bytes_(frame_bytes), frames_(frames), intake_(intake), room_(frames != nullptr) {}
-  std::byte* Allocate();
-  void Free(std::byte* frame) { free_.push_back(frame); }
-  // Whether only the device may touch the frame: pages come into it through intake().
-  bool on_device(const std::byte* frame) const;
-  gpu::PageIntake& intake() const { return *intake_; }
-  // A page in a frame of the host's was verified: these bytes of it are new. What to await before
-  // it is written again, as it may still be on its way to the device.
-  uint64_t Written(const std::byte* at, size_t bytes);
-  void AwaitCopies(uint64_t written);
-  uint64_t bytes() const { return chunk_count_ * kFramesPerChunk * frame_bytes_; }
-
- private:
-  static constexpr size_t kFramesPerChunk = 32;
-  std::byte* AllocateChunk(size_t bytes);
-
-  const size_t frame_bytes_;
-  gpu::DeviceFrames* const frames_;
-  gpu::PageIntake* const intake_;
-  bool room_;  // on the device, as far as we know
-  size_t chunk_count_ = 0;
-  std::vector<std::unique_ptr<std::byte[]>> chunks_;
-  std::vector<std::byte*> free_;
-};
-
 class PageCache {
  public:
-  // The arena outlives the cache. REQUIRES: arena frames of shape.page_bytes(), capacity_pages > 0.
-  PageCache(const ModelShape& shape, uint32_t capacity_pages, PageArena& arena);
+  // The arena outlives the cache. `sharing`: with other workers, borrowed, pages of `slice` (layer
+  // * kv_heads + kv head). REQUIRES: arena frames of shape.page_bytes(), capacity_pages > 0; an
+  // intake, for sharing.
+  PageCache(const ModelShape& shape, uint32_t capacity_pages, PageArena& arena,
+            PageSharing* sharing = nullptr, uint32_t slice = 0);
+  ~PageCache();  // withdraws what was shared
   PageCache(PageCache&&) = default;
 
-  void ListResident(std::vector<wire::ResidentPage>* pages) const;
+  // With sharing: also what other workers hold of the segments that RetainSegments named.
+  void ListResident(std::vector<wire::ResidentPage>* pages);
   void BeginStep();
   // Drops pages of other segments than these: what a new context of the same worker cannot use.
   void RetainSegments(std::span<const SegmentId> segments);
@@ -79,7 +49,9 @@ class PageCache {
     kHit,       // was resident as it is
     kReceived,  // content came: a new page, a new version or new rows (in a frame of the device's:
                 // and will be judged by Settle)
-    kBad,  // failed verification, or refers to content that is not here; dropped, fetch it whole
+    kBad,     // failed verification, or refers to content that is not here; dropped, fetch it whole
+    kTaken,   // as kReceived, from a frame of another worker's
+    kMissed,  // another worker held it when it was listed, and no longer does; fetch it whole
     kRepeated,  // already selected in this step; ignored, or its tokens would count twice
   };
   // `rows_used`: attend to only the first so many rows in this step (a page that was fetched again
@@ -104,9 +76,11 @@ class PageCache {
 
   // Waits for the device's word on the pages that came since BeginStep. Those that are damaged are
   // dropped and listed, each with where it came from. An error of the device: nothing is known.
+  enum class From : uint8_t { kMessage, kMapped, kWorker };  // a page's rows
   struct Damaged {
     wire::ResidentPage page;
-    bool mapped = false;  // else it came in a message
+    From from = From::kMessage;
+    bool replaced = false;  // kWorker: while it was copied; whatever the copy holds is not used
   };
   Status Settle(std::vector<Damaged>* damaged);
   // Instead: of a step that was given up, nothing unjudged stays.
@@ -144,10 +118,12 @@ class PageCache {
     bool pinned = false;
     bool lossy = false;      // came coded in int8: near what the checksum is of, and cannot grow
     bool on_device = false;  // the frame
-    bool mapped = false;     // the page's rows were last read in the server's memory
-    uint64_t checksum = 0;   // of the server's content
-    uint64_t written = 0;    // PageArena::Written
-    uint64_t ticket = 0;     // of the intake, until it is settled
+    From from = From::kMessage;
+    uint64_t checksum = 0;          // of the server's content
+    uint64_t written = 0;           // PageArena::Written
+    uint64_t ticket = 0;            // of the intake, until it is settled
+    PageSharing::Place place;       // kWorker: that it was copied from
+    std::optional<uint32_t> entry;  // under which others find it (PageSharing::Publish)
     std::byte* frame = nullptr;
     uint32_t positions[limits::kPageTokens] = {};
   };
@@ -161,6 +137,10 @@ class PageCache {
   bool PlaceRows(const wire::PagePayload& page, const Slot& slot) const;
   bool PlaceCoded(const wire::PagePayload& page, const Slot& slot) const;
   bool PlaceOnDevice(const wire::PagePayload& page, Slot* slot) const;
+  Outcome TakeFromWorker(const wire::PagePayload& page, TokenPos begin, TokenPos end,
+                         uint8_t rows_used);
+  void Publish(Slot* slot);
+  void Withdraw(Slot* slot);
   uint32_t TakeSlot();
   void Drop(uint32_t slot);
   void Discard(uint32_t slot);
@@ -169,12 +149,16 @@ class PageCache {
   const ModelShape shape_;
   const uint32_t capacity_;
   PageArena& arena_;
+  PageSharing* const sharing_;  // or null
+  const uint32_t slice_;
   std::vector<Slot> slots_;
   std::vector<PageView> views_;  // one per slot
   std::unordered_map<Key, uint32_t, KeyHash> slot_of_;
   std::vector<uint32_t> free_slots_;
   std::vector<PageId> selected_;
-  std::vector<uint32_t> unsettled_;  // slots, some of which may have been dropped
+  std::vector<uint32_t> unsettled_;         // slots, some of which may have been dropped
+  std::vector<SegmentId> segments_;         // of which others' pages are listed
+  std::vector<PageSharing::Offer> offers_;  // of others, since ListResident
   uint32_t hand_ = 0;
 };
 

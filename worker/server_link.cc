@@ -2,8 +2,10 @@
 
 #include <thread>
 
-#include "common/limits.h"
+#include "common/log.h"
+#include "common/sharing_limits.h"
 #include "common/ucx_environment.h"
+#include "worker/page_sharing.h"
 
 namespace icecache {
 
@@ -24,13 +26,38 @@ Result<std::unique_ptr<ServerLink>> ServerLink::Connect(const ServerLinkOptions&
   KV_ASSIGN_OR_RETURN(link->transport_, MakeUcxTransport(*link->reactor_, ucx));
   CacheClientOptions cache = options.cache;
   cache.leases_alive = [control = link->control_.get()] { return control->Health(); };
-  KV_ASSIGN_OR_RETURN(link->cache_,
-                      CacheClient::Connect(*link->reactor_, *link->transport_,
-                                           link->control_->hello().shards, cache));
+  KV_ASSIGN_OR_RETURN(link->cache_, CacheClient::Connect(*link->reactor_, *link->transport_,
+                                                         link->control_->hello().shards, cache));
+  link->sharing_ = options.sharing;
+  if (link->sharing_ != nullptr) {
+    link->ShareFrames();
+    // So that the first step finds what there is; without an answer it comes later.
+    link->reactor_->RunUntil([&] { return link->sharing_known_ || !link->control_->Health().ok(); },
+                             link->clock_->Now() + options.control.deadline);
+  }
   return link;
 }
 
+void ServerLink::ShareFrames() {
+  control_->ShareFrames(
+      sharing_->offer(), [this](const Result<std::vector<wire::SharedFrames>>& others) {
+        if (others.ok()) sharing_->SetOthers(*others);
+        if (!sharing_known_) {
+          (others.ok() ? LogInfo : LogWarn)(
+              "page sharing",
+              {{"on", others.ok() ? "yes" : "no"},
+               {"others", std::to_string(sharing_->other_count())},
+               {"reason", others.ok() ? "asked for (--share-pages)" : others.status().ToString()}});
+        }
+        sharing_known_ = true;
+        if (!control_->Health().ok()) return;
+        sharing_timer_ = reactor_->After(limits::kSharingInterval, [this] { ShareFrames(); });
+      });
+}
+
 ServerLink::~ServerLink() {
+  if (reactor_ != nullptr) reactor_->Cancel(sharing_timer_);
+  if (sharing_ != nullptr) sharing_->SetOthers({});
   cache_.reset();
   control_.reset();
   transport_.reset();

@@ -10,17 +10,20 @@
 #include <string>
 
 #include "common/clock.h"
+#include "common/control_client.h"
 #include "common/reactor.h"
 #include "common/transport.h"
 #include "worker/cache_client.h"
-#include "common/control_client.h"
 
 namespace icecache {
+
+class PageSharing;
 
 struct ServerLinkOptions {
   ControlClientOptions control;
   CacheClientOptions cache;
   UcxOptions ucx;
+  PageSharing* sharing = nullptr;  // borrowed; what is shared through this server
 };
 
 class ServerLink {
@@ -40,6 +43,8 @@ class ServerLink {
 
  private:
   ServerLink() = default;
+  // Tells the server what this worker shares, takes what others do, and does so again later.
+  void ShareFrames();
 
   std::unique_ptr<Clock> clock_;
   std::unique_ptr<Reactor> reactor_;
@@ -47,6 +52,9 @@ class ServerLink {
   std::unique_ptr<ControlClient> control_;
   std::unique_ptr<CacheClient> cache_;
   std::function<bool()> interrupted_;
+  PageSharing* sharing_ = nullptr;
+  bool sharing_known_ = false;  // the server has answered
+  Reactor::TimerId sharing_timer_ = 0;
 };
 
 }  // namespace icecache

@@ -186,7 +186,7 @@ TEST_P(DeviceCacheSuite, WhatTheDeviceDidNotVerifyIsNeitherListedNorSelected) {
   ASSERT_EQ(damaged.size(), 1u);
   EXPECT_EQ(damaged[0].page.page, PageId(1));
   EXPECT_EQ(damaged[0].page.fill, 9);
-  EXPECT_TRUE(damaged[0].mapped);
+  EXPECT_EQ(damaged[0].from, PageCache::From::kMapped);
   EXPECT_EQ(cache.selected().size(), 2u);
   EXPECT_EQ(listed(), 2u);
   EXPECT_TRUE(cache.Validate().ok());

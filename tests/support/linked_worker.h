@@ -6,10 +6,12 @@
 #include <functional>
 #include <memory>
 #include <random>
+#include <string>
 #include <vector>
 
 #include "common/checksum.h"
 #include "worker/layer_upload.h"
+#include "worker/served_context.h"
 #include "worker/server_link.h"
 
 namespace icecache::test {
@@ -34,21 +36,29 @@ class LinkedWorker final : public SelectionSink {
     create.policy = "sequential";
     KV_ASSIGN_OR_RETURN(const wire::Grant grant, link_->control().Create(create));
     context_ = {grant.context.id, grant.epoch, kShape};
+    name_ = create.name;
     KV_RETURN_IF_ERROR(link_->cache().Attach(grant));
-    rows_ = std::make_shared<LayerRows>(kShape, TokenPos(0), kTokens);
-    std::mt19937_64 random(7);
-    for (uint16_t h = 0; h < kShape.kv_heads; ++h) {
-      for (const std::span<std::byte> part : {rows_->k(KvHeadId(h)), rows_->v(KvHeadId(h))}) {
-        for (size_t i = 0; i < part.size(); i += 8) {
-          // Numbers of f16 between 2^-3 and 2, of either sign.
-          const uint64_t four = (random() & 0x8fff8fff8fff8fffull) | 0x3000300030003000ull;
-          std::memcpy(part.data() + i, &four, sizeof(four));
-        }
-      }
-    }
+    MakeRows();
     LayerUpload upload(link_->cache(), context_);
     upload.Start(LayerId(0), rows_, {});
     return upload.WaitAll();
+  }
+  // Seals the context that it made and publishes it, `shared` with other tenants, for Join.
+  Status Publish(bool shared = false) {
+    KV_RETURN_IF_ERROR(link_->control().Seal(context_.id));
+    return link_->control().Publish(context_.id, false, shared);
+  }
+  // Forks what another worker has published (of the same rows); owner: its tenant, or empty.
+  Result<wire::Grant> Join(ServerLinkOptions options, const std::string& parent,
+                           const std::string& owner = "") {
+    options.cache.request_deadline = kPatience;
+    KV_ASSIGN_OR_RETURN(link_, ServerLink::Connect(options));
+    wire::Fork fork{.parent = parent, .name = FreshContextName("fork"), .owner = owner};
+    KV_ASSIGN_OR_RETURN(wire::Grant grant, link_->control().Fork(fork));
+    context_ = {grant.context.id, grant.epoch, kShape};
+    KV_RETURN_IF_ERROR(link_->cache().Attach(grant));
+    MakeRows();
+    return grant;
   }
 
   // Asks for kPages of every head, with patience. The queries stay the worker's.
@@ -81,7 +91,8 @@ class LinkedWorker final : public SelectionSink {
   }
   ServerLink& link() { return *link_; }
   const ContextHandle& context() const { return context_; }
-  const LayerRows& rows() const { return *rows_; }  // what was uploaded
+  const std::string& name() const { return name_; }  // of the context that Open made
+  const LayerRows& rows() const { return *rows_; }   // what was uploaded
 
   void FillHead(wire::SelectHead*) override {}
   void OnSelection(const wire::HeadSelection& selection,
@@ -101,6 +112,20 @@ class LinkedWorker final : public SelectionSink {
   Status Settle(std::vector<HeadPages>*) override { return OkStatus(); }
 
  private:
+  // The same in every worker.
+  void MakeRows() {
+    rows_ = std::make_shared<LayerRows>(kShape, TokenPos(0), kTokens);
+    std::mt19937_64 random(7);
+    for (uint16_t h = 0; h < kShape.kv_heads; ++h) {
+      for (const std::span<std::byte> part : {rows_->k(KvHeadId(h)), rows_->v(KvHeadId(h))}) {
+        for (size_t i = 0; i < part.size(); i += 8) {
+          // Numbers of f16 between 2^-3 and 2, of either sign.
+          const uint64_t four = (random() & 0x8fff8fff8fff8fffull) | 0x3000300030003000ull;
+          std::memcpy(part.data() + i, &four, sizeof(four));
+        }
+      }
+    }
+  }
   bool Right(KvHeadId head, const wire::PagePayload& page) const {
     const size_t row = kShape.row_bytes();
     if (page.positions.size() != page.fill * sizeof(uint32_t) ||
@@ -122,6 +147,7 @@ class LinkedWorker final : public SelectionSink {
 
   std::unique_ptr<ServerLink> link_;
   ContextHandle context_;
+  std::string name_;
   std::shared_ptr<LayerRows> rows_;
   std::vector<float> queries_ = std::vector<float>(size_t{kShape.query_heads} * kShape.head_dim);
   uint32_t right_pages_ = 0;

@@ -34,6 +34,24 @@ Compute OnDevice(std::unique_ptr<gpu::Device> device, PageWay way) {
 
 }  // namespace
 
+void Compute::SharePages(const ModelShape& shape, uint64_t bytes) {
+  const auto shared = [&]() -> Result<std::unique_ptr<PageSharing>> {
+    if (device == nullptr)
+      return Unavailable("pages are shared between devices, and this is a CPU");
+    if (intake == nullptr) {
+      return Unavailable("page way " + std::string(PageWayName(PageWay::kFrames)) +
+                         " keeps pages on the host");
+    }
+    return PageSharing::Make(*device, *frames, shape, bytes);
+  };
+  Result<std::unique_ptr<PageSharing>> made = shared();
+  if (made.ok()) {
+    sharing = std::move(*made);
+    return;
+  }
+  LogWarn("page sharing", {{"on", "no"}, {"reason", made.status().message()}});
+}
+
 Status CheckDeviceName(const std::string& name) {
   for (const char* known : {"auto", "cpu", "cuda", "emulated"}) {
     if (name == known) return OkStatus();

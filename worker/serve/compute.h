@@ -11,6 +11,7 @@
 #include "kernels/gpu/device_frames.h"
 #include "kernels/gpu/page_intake.h"
 #include "kernels/gpu/push_buffer.h"
+#include "worker/page_sharing.h"
 #include "worker/shard_link.h"
 
 namespace icecache {
@@ -20,9 +21,13 @@ struct Compute {
   std::unique_ptr<gpu::DeviceFrames> frames;  // likewise
   std::unique_ptr<gpu::PageIntake> intake;  // null in way frames, and where there is no room for it
   std::unique_ptr<gpu::PushBuffer> push;    // null in the ways that have no use for it
+  std::unique_ptr<PageSharing> sharing;     // null unless pages are shared
   PageWay way = PageWay::kAuto;             // as asked for
   std::unique_ptr<AttentionBackend> attention;
 
+  // Shares so many bytes of page frames with other workers, or says in the log why not. Before the
+  // first page.
+  void SharePages(const ModelShape& shape, uint64_t bytes);
   DevicePages pages() const { return {device != nullptr, way, intake.get(), push.get()}; }
 };
 

@@ -46,6 +46,9 @@ void AddModelSection(ConfigParser& parser, WorkerOptions* o) {
       "host), ipc (written there by a server with CUDA, same host), landing (through a pinned "
       "buffer), frames (verified on the host), auto (the first of these that can be had)");
   parser.AddCheck("page_way", [o] { return ParsePageWay(o->page_way).status(); });
+  parser.AddSize("share_pages", &o->share_pages,
+                 "GPU memory for pages that other workers of this tenant on this host may copy; "
+                 "theirs are copied likewise instead of coming from the server; 0: none");
 }
 
 void AddIndexOptions(ConfigParser& parser, WorkerOptions* o) {
@@ -161,6 +164,9 @@ Result<LoadedModel> LoadModelAndTokenizer(const WorkerOptions& options) {
   KV_ASSIGN_OR_RETURN(loaded.model, device == nullptr
                                         ? LoadModel(options.model, model)
                                         : LoadDeviceModel(options.model, model, *device));
+  if (options.share_pages > 0) {
+    loaded.compute.SharePages(loaded.model->shape(), options.share_pages);
+  }
   KV_ASSIGN_OR_RETURN(loaded.tokenizer, Tokenizer::Load(options.model));
   return loaded;
 }
@@ -177,6 +183,7 @@ Result<std::unique_ptr<ServerLink>> ConnectToServer(const WorkerOptions& options
   KV_ASSIGN_OR_RETURN(link.cache.reply_mode, ParseReplyMode(options.reply_mode));
   link.cache.device = compute.pages();
   link.ucx.transports = options.transports;
+  link.sharing = compute.sharing.get();
   return ServerLink::Connect(link);
 }
 
@@ -202,6 +209,7 @@ IceCacheOptions IceCacheOptionsOf(const WorkerOptions& options, const Compute& c
   icecache.budget = BudgetOf(options);
   icecache.frames = compute.frames.get();
   icecache.intake = compute.intake.get();
+  icecache.sharing = compute.sharing.get();
   icecache.resident_multiple = options.resident_multiple;
   icecache.read_cap = options.read_cap;
   icecache.min_mass = static_cast<float>(options.min_mass);

@@ -25,6 +25,7 @@ struct WorkerOptions {
   std::string device = "auto";
   uint64_t gpu_memory = 0;  // 0: nine tenths of what is free
   std::string page_way = "auto";
+  uint64_t share_pages = 0;  // bytes of page frames that other workers may read
 
   std::string server = "127.0.0.1:7400";
   std::string tenant;

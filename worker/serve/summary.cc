@@ -50,10 +50,21 @@ std::string FormatSummary(const GenerateSummary& s) {
     Add(&text,
         "pages      %llu sent, %llu read in the server's memory, %llu pushed by it, %llu attended "
         "to by the server\n",
-        static_cast<unsigned long long>(a.page_misses - a.mapped_pages - a.pushed_pages),
+        static_cast<unsigned long long>(a.page_misses - a.mapped_pages - a.pushed_pages -
+                                        a.worker_pages),
         static_cast<unsigned long long>(a.mapped_pages),
         static_cast<unsigned long long>(a.pushed_pages),
         static_cast<unsigned long long>(a.remote_pages));
+  }
+  const uint64_t fetched = a.worker_missed + a.worker_replaced + a.worker_damaged;
+  if (a.worker_pages + fetched > 0) {
+    Add(&text,
+        "shared     %llu pages copied from other workers; %llu fetched instead: %llu gone before, "
+        "%llu replaced while they were copied, %llu damaged\n",
+        static_cast<unsigned long long>(a.worker_pages), static_cast<unsigned long long>(fetched),
+        static_cast<unsigned long long>(a.worker_missed),
+        static_cast<unsigned long long>(a.worker_replaced),
+        static_cast<unsigned long long>(a.worker_damaged));
   }
   if (a.grown_steps > 0) {
     Add(&text, "grown      %llu layer steps took more than the budget to reach --min-mass\n",
