@@ -1,6 +1,11 @@
 // Control-plane frames, requests and replies: what decodes must encode and decode to the same
 // again.
 #include "common/wire/control_codec.h"
+
+#include <set>
+#include <utility>
+#include <variant>
+
 #include "tests/fuzz/fuzz_target.h"
 
 namespace icecache::fuzz {
@@ -28,11 +33,38 @@ void CheckFrame(const std::string& input) {
     Check(reply.value(), wire::DecodeReply);
 }
 
+// Kinds of messages that have a target.
+template <typename Message>
+std::set<size_t>& Kinds() {
+  static std::set<size_t> kinds;
+  return kinds;
+}
+
+template <typename Message>
+void CheckAllKinds() {
+  if (Kinds<Message>().size() != std::variant_size_v<decltype(Message::body)>)
+    Broken("every kind of message has a target");
+}
+
+template <typename Message>
+Target Of(const char* name, const std::vector<Message>& messages) {
+  Target target{name, {}, CheckFrame};
+  for (const Message& message : messages) {
+    Kinds<Message>().insert(message.body.index());
+    target.seeds.push_back(Frame(wire::EncodeFrame(message)));
+  }
+  return target;
+}
+
 Target Request(const char* name, wire::ControlRequest request) {
-  return {name, {Frame(wire::EncodeFrame(request))}, CheckFrame};
+  return Of<wire::ControlRequest>(name, {std::move(request)});
+}
+// fuller: the same with what is optional.
+Target Request(const char* name, wire::ControlRequest request, wire::ControlRequest fuller) {
+  return Of<wire::ControlRequest>(name, {std::move(request), std::move(fuller)});
 }
 Target Reply(const char* name, wire::ControlReply reply) {
-  return {name, {Frame(wire::EncodeFrame(reply))}, CheckFrame};
+  return Of<wire::ControlReply>(name, {std::move(reply)});
 }
 
 }  // namespace
@@ -60,12 +92,15 @@ std::vector<Target> Targets() {
                             .sink_tokens = 16,
                             .window_tokens = 16,
                             .policy = "cluster_tree"};
-  return {
+  PrefixKey key{};
+  key[0] = std::byte{5};
+  std::vector<Target> targets = {
       Request("hello", {7, wire::Hello{.tenant = "alice", .secret = "s", .client = "worker 1"}}),
       Request("create", {7, create}),
       Request("open", {7, wire::Open{"doc"}}),
-      Request("fork", {7, wire::Fork{"doc", "doc-2"}}),
-      Request("seal", {7, wire::Seal{ContextId(3)}}),
+      Request("fork", {7, wire::Fork{"doc", "doc-2"}},
+              {7, wire::Fork{"doc", "doc-2", 512, "alice", key}}),
+      Request("seal", {7, wire::Seal{ContextId(3)}}, {7, wire::Seal{ContextId(3), {key, key}}}),
       Request("publish", {7, wire::Publish{ContextId(3), true}}),
       Request("release", {7, wire::Release{ContextId(3)}}),
       Request("drop", {7, wire::Drop{"doc"}}),
@@ -76,6 +111,7 @@ std::vector<Target> Targets() {
       Request("drain", {7, wire::Drain{}}),
       Request("share_frames", {7, wire::ShareFrames{"host", std::vector(200, std::byte{1}),
                                                     std::vector(40, std::byte{2})}}),
+      Request("match_prefix", {7, wire::MatchPrefix{{key, key}, 1000, true}}),
       Reply("status_reply", {7, NotFound("no context 'doc'")}),
       Reply("hello_reply", {7, hello}),
       Reply("grant_reply", {7, grant}),
@@ -85,7 +121,11 @@ std::vector<Target> Targets() {
             {7, wire::SharedFramesList{{{3, std::vector(200, std::byte{1}),
                                          std::vector(40, std::byte{2})}}}}),
       Reply("report_reply", {7, wire::Report{"{\"contexts\": []}"}}),
+      Reply("prefixes_reply", {7, wire::Prefixes{{{"alice", "doc", 512, key}}}}),
   };
+  CheckAllKinds<wire::ControlRequest>();
+  CheckAllKinds<wire::ControlReply>();
+  return targets;
 }
 
 }  // namespace icecache::fuzz
