@@ -117,9 +117,8 @@ std::vector<Target> Targets() {
       Reply("grant_reply", {7, grant}),
       Reply("done_reply", {7, wire::Done{}}),
       Reply("list_reply", {7, wire::ContextList{{info, info}}}),
-      Reply("frames_reply",
-            {7, wire::SharedFramesList{{{3, std::vector(200, std::byte{1}),
-                                         std::vector(40, std::byte{2})}}}}),
+      Reply("frames_reply", {7, wire::SharedFramesList{{{3, std::vector(200, std::byte{1}),
+                                                         std::vector(40, std::byte{2})}}}}),
       Reply("report_reply", {7, wire::Report{"{\"contexts\": []}"}}),
       Reply("prefixes_reply", {7, wire::Prefixes{{{"alice", "doc", 512, key}}}}),
   };
