@@ -1,6 +1,7 @@
 // Data-plane messages. Input: two bytes (little endian) of meta length in words, meta, body. What a
 // decoder accepts must stay inside the body it was given and inside the limits.
 #include <cstring>
+#include <utility>
 
 #include "common/limits.h"
 #include "common/wire/data_codec.h"
@@ -164,6 +165,28 @@ SelectSeeds MakeSelectSeeds() {
   return seeds;
 }
 
+// How memory of one side is named to the other.
+std::vector<Target> MemoryTargets() {
+  return {
+      {"extent_keys",
+       {Seed(wire::ExtentKeysRequest{ContextId(1), Epoch(2), {7, 8}}, 0)},
+       Delivered(wire::kExtentKeys,
+                 [](const InMessage& m) { (void)wire::DecodeExtentKeysRequest(m); })},
+      {"extent_keys_reply",
+       {Seed(wire::ExtentKeysReply{{7}, {std::vector<std::byte>(60)}}, 0)},
+       Delivered(wire::kExtentKeys,
+                 [](const InMessage& m) { (void)wire::DecodeExtentKeysReply(m); })},
+      {"offer_memory",
+       {Seed(wire::OfferMemoryRequest{std::vector<std::byte>(16), std::vector<std::byte>(140)}, 0)},
+       Delivered(wire::kOfferMemory,
+                 [](const InMessage& m) { (void)wire::DecodeOfferMemoryRequest(m); })},
+      {"offer_memory_reply",
+       {Seed(wire::OfferMemoryReply{}, 0)},
+       Delivered(wire::kOfferMemory,
+                 [](const InMessage& m) { (void)wire::DecodeOfferMemoryReply(m); })},
+  };
+}
+
 }  // namespace
 
 std::vector<Target> Targets() {
@@ -176,7 +199,7 @@ std::vector<Target> Targets() {
   const std::vector<Packing> layouts(slices.heads.size(), packing);
   OutMessage refusal;
   wire::EncodeStatus(Unavailable("draining"), &refusal);
-  return {
+  std::vector<Target> targets = {
       {"attach",
        {Seed(wire::AttachRequest{.ticket = std::vector<std::byte>(32)}, 0)},
        Delivered(wire::kAttach, [](const InMessage& m) { (void)wire::DecodeAttachRequest(m); })},
@@ -216,22 +239,6 @@ std::vector<Target> Targets() {
            0)},
        Delivered(wire::kFetchPages,
                  [](const InMessage& m) { (void)wire::DecodeFetchPagesRequest(m, kShape); })},
-      {"extent_keys",
-       {Seed(wire::ExtentKeysRequest{ContextId(1), Epoch(2), {7, 8}}, 0)},
-       Delivered(wire::kExtentKeys,
-                 [](const InMessage& m) { (void)wire::DecodeExtentKeysRequest(m); })},
-      {"extent_keys_reply",
-       {Seed(wire::ExtentKeysReply{{7}, {std::vector<std::byte>(60)}}, 0)},
-       Delivered(wire::kExtentKeys,
-                 [](const InMessage& m) { (void)wire::DecodeExtentKeysReply(m); })},
-      {"offer_memory",
-       {Seed(wire::OfferMemoryRequest{std::vector<std::byte>(16), std::vector<std::byte>(140)}, 0)},
-       Delivered(wire::kOfferMemory,
-                 [](const InMessage& m) { (void)wire::DecodeOfferMemoryRequest(m); })},
-      {"offer_memory_reply",
-       {Seed(wire::OfferMemoryReply{}, 0)},
-       Delivered(wire::kOfferMemory,
-                 [](const InMessage& m) { (void)wire::DecodeOfferMemoryReply(m); })},
       {"status",
        {Input(refusal, "")},
        Delivered(0,
@@ -239,6 +246,8 @@ std::vector<Target> Targets() {
                    if (wire::DecodeStatus(m).ok()) Broken("an error status is never OK");
                  })},
   };
+  for (Target& target : MemoryTargets()) targets.push_back(std::move(target));
+  return targets;
 }
 
 }  // namespace icecache::fuzz
