@@ -41,7 +41,9 @@ Result<std::unique_ptr<ServerLink>> ServerLink::Connect(const ServerLinkOptions&
 void ServerLink::ShareFrames() {
   control_->ShareFrames(
       sharing_->offer(), [this](const Result<std::vector<wire::SharedFrames>>& others) {
+        const bool lost = !control_->Health().ok();
         if (others.ok()) sharing_->SetOthers(*others);
+        if (lost) sharing_->SetOthers({});  // another server names them anew
         if (!sharing_known_) {
           (others.ok() ? LogInfo : LogWarn)(
               "page sharing",
@@ -50,14 +52,13 @@ void ServerLink::ShareFrames() {
                {"reason", others.ok() ? "asked for (--share-pages)" : others.status().ToString()}});
         }
         sharing_known_ = true;
-        if (!control_->Health().ok()) return;
+        if (lost) return;
         sharing_timer_ = reactor_->After(limits::kSharingInterval, [this] { ShareFrames(); });
       });
 }
 
 ServerLink::~ServerLink() {
   if (reactor_ != nullptr) reactor_->Cancel(sharing_timer_);
-  if (sharing_ != nullptr) sharing_->SetOthers({});
   cache_.reset();
   control_.reset();
   transport_.reset();

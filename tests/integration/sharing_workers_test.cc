@@ -235,6 +235,15 @@ TEST_F(PageSharingProcesses, ADamagedFrameIsFetchedInstead) {
   EXPECT_EQ(taker.stats().bad_pages, 0u);
 }
 
+TEST_F(PageSharingProcesses, AServerThatIsGoneNamesNobody) {
+  const auto giver = Giver("keep");
+  SharingWorker taker;
+  ASSERT_EQ(taker.Join(server_->address(), author_.name()).ToString(), "OK");
+  EXPECT_EQ(taker.sharing().other_count(), 1u);
+  server_->process().Signal(SIGKILL);
+  EXPECT_TRUE(taker.WaitForOthers(0));
+}
+
 TEST(PageSharingTenants, AnotherTenantsWorkerOnTheSameHostGetsNothing) {
   if (gpu::kEmulatorIsSlow) GTEST_SKIP() << "kernels are not emulated under ThreadSanitizer";
   ApplyUcxEnvironment();
