@@ -44,7 +44,7 @@ struct ClusterTreeOptions {
   // Pages re-ranked beyond those returned: as many as may hold something of weight, within bounds.
   uint32_t rerank_pages_min = 10;
   uint32_t rerank_pages_max = 52;
-  uint32_t rerank_pages_sketch = 12;  // when the tokens were sketched
+  uint32_t rerank_pages_sketch = 4;  // when the tokens were sketched
   uint32_t scan_pages = 3584;  // pages scanned, more with sketch; a larger slice goes by supers
   // With SelectRequest::near: pages scanned besides the supers that hold those named.
   uint32_t near_scan_pages = 512;
