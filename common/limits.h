@@ -110,6 +110,14 @@ inline constexpr uint32_t kPushTargetsMax = 256;             // per shard; of co
 inline constexpr uint32_t kPushesQueuedMax = 256;            // per shard and GPU; above: pages come in the body
 inline constexpr uint32_t kPushDevicesMax = 16;              // per shard
 
+// Frames of a worker's device that other workers of its host and tenant read
+// (worker/page_sharing.h).
+inline constexpr uint32_t kSharedFramesMax = 1u << 22;       // of a worker
+inline constexpr uint32_t kSharingWorkersMax = 32;           // of a tenant, per host; above: refused
+inline constexpr uint32_t kOfferedPagesMax = 512;            // of others, per head and request
+inline constexpr size_t kDirectoryNameBytesMax = 64;
+inline constexpr milliseconds kSharingInterval{1000};        // how often a worker asks who shares
+
 // One-sided reads of a peer's memory.
 inline constexpr size_t kMemoryKeyBytesMax = 512;
 inline constexpr uint32_t kMemoryKeysMax = 4096;    // known to one connection

@@ -5,7 +5,7 @@
 #include <string>
 #include <utility>
 
-#include "common/sharing_limits.h"
+#include "common/limits.h"
 
 namespace icecache {
 

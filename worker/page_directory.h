@@ -11,9 +11,9 @@
 // not used. That, and the checksum of the copy, is why readers need no lock and the owner never
 // waits for them. All that is shared is atomic.
 //
-// Owner's thread: the decode thread. Costs: 256 bytes of the host's per frame; Publish and Withdraw
-// some tens of ns; List reads two cache lines per entry of the slice. When the entries of a slice
-// are used up its further pages are not offered.
+// Owner's thread: the decode thread. Costs: 256 bytes of the host's per frame; Publish writes two
+// cache lines, List reads one per entry of the slice, whether it is used or not. When the entries
+// of a slice are used up its further pages are not offered.
 #pragma once
 
 #include <atomic>

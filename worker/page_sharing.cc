@@ -5,8 +5,8 @@
 #include <string>
 #include <utility>
 
+#include "common/limits.h"
 #include "common/log.h"
-#include "common/sharing_limits.h"
 #include "kernels/gpu/memory_handle.h"
 
 namespace icecache {

@@ -2,8 +2,8 @@
 
 #include <thread>
 
+#include "common/limits.h"
 #include "common/log.h"
-#include "common/sharing_limits.h"
 #include "common/ucx_environment.h"
 #include "worker/page_sharing.h"
 

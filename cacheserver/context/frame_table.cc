@@ -2,7 +2,7 @@
 
 #include <string>
 
-#include "common/sharing_limits.h"
+#include "common/limits.h"
 
 namespace icecache {
 

@@ -2,7 +2,7 @@
 
 #include <gtest/gtest.h>
 
-#include "common/sharing_limits.h"
+#include "common/limits.h"
 
 namespace icecache {
 namespace {

@@ -5,7 +5,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "common/sharing_limits.h"
+#include "common/limits.h"
 #include "common/wire/capnp_context.h"
 #include "common/wire/capnp_message.h"
 #include "common/wire/message_checks.h"

@@ -9,7 +9,7 @@
 #include <memory>
 #include <random>
 
-#include "common/sharing_limits.h"
+#include "common/limits.h"
 
 namespace icecache::wire {
 namespace {
