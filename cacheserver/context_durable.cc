@@ -213,13 +213,7 @@ void ContextService::RestoreOnShards(ContextId id,
       [spec = SpecOf(*record), chain, ends, rows](Shard& shard) {
         return shard.RestoreContext(spec, chain, ends, *rows);
       },
-      [this, id](const std::vector<Status>& restored) {
-        Status status;
-        for (const Status& of_shard : restored) {
-          if (status.ok()) status = of_shard;
-        }
-        FinishLoading(id, status);
-      });
+      [this, id](const std::vector<Status>& restored) { FinishLoading(id, FirstError(restored)); });
 }
 
 void ContextService::FinishLoading(ContextId id, const Status& status) {

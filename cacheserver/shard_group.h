@@ -19,12 +19,6 @@
 
 namespace icecache {
 
-// Of the answers of all shards; OK when there is none.
-inline Status FirstError(const std::vector<Status>& answers) {
-  for (const Status& status : answers) KV_RETURN_IF_ERROR(status);
-  return OkStatus();
-}
-
 class ShardGroup {
  public:
   struct Member {

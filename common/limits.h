@@ -98,8 +98,7 @@ inline constexpr milliseconds kExtentWaitMax{750};           // a worker's wait 
 inline constexpr milliseconds kExtentIdleMax{10000};         // an extent that no page named for so long is unmapped
 
 // Pages on their way into a device's frames (kernels/gpu/page_intake.h).
-inline constexpr size_t kLandingBytes = 8u
-                                        << 20;  // of each of two halves, on either side of the bus
+inline constexpr size_t kLandingBytes = 8u << 20;        // each of two halves, on either side of the bus
 inline constexpr uint32_t kIntakePagesMax = 128u << 10;  // whose verdicts are kept
 
 // Memory of a worker's device that servers on its host push pages into (kernels/gpu/push_buffer.h).

@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <span>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -137,5 +138,11 @@ class [[nodiscard]] Result {
   auto result = (expr);                              \
   if (!result.ok()) return result.status();          \
   lhs = std::move(result).value()
+
+// Of the ends of things done side by side; OK when all are.
+inline Status FirstError(std::span<const Status> statuses) {
+  for (const Status& status : statuses) KV_RETURN_IF_ERROR(status);
+  return OkStatus();
+}
 
 }  // namespace icecache

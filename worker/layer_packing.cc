@@ -46,8 +46,7 @@ Result<std::vector<Packing>> ProposeLayouts(const LayerRows& rows,
     }
     if (options.pump) KV_RETURN_IF_ERROR(options.pump());
   }
-  for (const Status& status : statuses) {
-    if (status.ok()) continue;
+  if (const Status status = FirstError(statuses); !status.ok()) {
     LogWarn("a layer is left to the server to build", {{"reason", status.ToString()}});
     return std::vector<Packing>();
   }

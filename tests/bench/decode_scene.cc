@@ -125,7 +125,7 @@ Status DecodeScene::AddLayer(LayerId layer, ServerLink& link, const ContextHandl
   }
   threads.clear();
   KV_RETURN_IF_ERROR(pumped);
-  for (const Status& s : status) KV_RETURN_IF_ERROR(s);
+  KV_RETURN_IF_ERROR(FirstError(status));
   window_.LoadDocument(layer, *rows);
   local_->Append(layer, *rows);
   LayerUpload upload(link.cache(), context);
