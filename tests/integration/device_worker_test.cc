@@ -37,7 +37,7 @@ class DeviceWorker : public ::testing::Test {
   TempDir dir_;
 };
 
-// Without a server: the emulator is too slow for heartbeats and deadlines.
+// Without a server, which would only make the emulator's seconds a token more.
 TEST_F(DeviceWorker, EmulatedDeviceSaysWhatTheCpuSays) {
   if (gpu::kEmulatorIsSlow) GTEST_SKIP() << "kernels are not emulated under ThreadSanitizer";
   const std::string expected = Answer("cpu", "full_kv", "");
