@@ -86,7 +86,7 @@ class Server {
 constexpr TokenPos kBegin(16), kEnd(100000);
 
 // As a server does: only what the request does not name as held.
-uint8_t HeldRows(const PageCache& cache, const ServerPage& page, uint32_t id) {
+uint8_t HeldRows(PageCache& cache, const ServerPage& page, uint32_t id) {
   std::vector<wire::ResidentPage> resident;
   cache.ListResident(&resident);
   for (const wire::ResidentPage& r : resident) {
