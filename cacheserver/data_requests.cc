@@ -111,8 +111,7 @@ Status DataService::Build(Connection& connection, const InMessage& message) {
   build->connection = connection.id;
   build->request = message.id;
   build->heads_left = request.slices.heads.size();
-  const TimePoint give_up =
-      message.patience > Duration(0) ? reactor_.clock().Now() + message.patience : TimePoint::max();
+  const TimePoint give_up = EndOfPatience(message);
   const std::span<const float> energy(request.decoded_query_energy);
   for (size_t i = 0; i < request.slices.heads.size(); ++i) {
     const std::span<const float> of_head =

@@ -219,7 +219,7 @@ void DataService::Enqueue(Connection& connection, const InMessage& message,
   if (!connection.tenant) return Handle(connection, message);
   TenantWork::Task task;
   task.bytes = message.meta.size() + message.body.size();
-  if (message.patience > Duration(0)) task.deadline = reactor_.clock().Now() + message.patience;
+  task.deadline = EndOfPatience(message);
   const RequestId id = next_request_++;
   task.run = [this, id, alive = std::weak_ptr<int>(alive_)](const Status& status) {
     if (!alive.expired()) Serve(id, status);

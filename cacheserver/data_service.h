@@ -136,6 +136,7 @@ class DataService {
   Status WaitForPages(const Misses& misses);
   // As above; `status`, why there is no room, where waiting is of no use.
   Status WaitForRoom(const Status& status);
+  TimePoint EndOfPatience(const InMessage& message) const;
   Result<RequestId> KeepCurrent();
   void AgainWhenRoom(RequestId kept, const Status& status);
   void Again(RequestId kept, const Status& status);

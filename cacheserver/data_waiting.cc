@@ -8,6 +8,12 @@
 
 namespace icecache {
 
+// From now on; never, of who says nothing of it.
+TimePoint DataService::EndOfPatience(const InMessage& message) const {
+  return message.patience > Duration(0) ? reactor_.clock().Now() + message.patience
+                                        : TimePoint::max();
+}
+
 Result<DataService::RequestId> DataService::KeepCurrent() {
   Request& request = *requests_.at(current_);  // without a tenant nothing is asked of a context
   const TimePoint now = reactor_.clock().Now();

@@ -20,8 +20,8 @@ std::string RealText(double value) {
   return text.str();
 }
 
-std::string Place(const std::string& path, const toml::node& node) {
-  return path + ":" + std::to_string(node.source().begin.line);
+std::string Place(const std::string& path, const toml::source_region& at) {
+  return path + ":" + std::to_string(at.begin.line);
 }
 
 std::vector<FileEntry> Entries(const toml::table& table, const std::string& path, int depth);
@@ -51,7 +51,7 @@ FileEntry Entry(const toml::node& node, const std::string& path, int depth) {
     entry.kind = Kind::kTables;
     for (const auto& item : *node.as_array()) {
       entry.children.push_back(Entry(item, path, depth));
-      entry.children.back().where = Place(path, item);
+      entry.children.back().where = Place(path, item.source());
     }
   } else {
     entry.values = {node.is_array() ? "a list" : node.is_table() ? "a table" : "a date or time"};
@@ -64,7 +64,7 @@ std::vector<FileEntry> Entries(const toml::table& table, const std::string& path
   for (const auto& [key, node] : table) {
     FileEntry entry = Entry(node, path, depth);
     entry.key = key.str();
-    entry.where = path + ":" + std::to_string(key.source().begin.line);
+    entry.where = Place(path, key.source());
     entries.push_back(std::move(entry));
   }
   return entries;
@@ -95,7 +95,7 @@ Result<std::vector<FileEntry>> ParseToml(std::string_view text, const std::strin
   try {
     return Entries(toml::parse(text, source), source, 1);
   } catch (const toml::parse_error& e) {
-    return InvalidArgument(source + ":" + std::to_string(e.source().begin.line) +
+    return InvalidArgument(Place(source, e.source()) +
                            ": not TOML: " + std::string(e.description()));
   }
 }

@@ -142,10 +142,10 @@ class Search {
 };
 
 // Rows lie anywhere in memory, where the hardware does not foresee them: fetch some pages before
-// they are used. Of a partly filled page the frame is fetched; null is fine.
+// they are used. Of a partly filled page the frame is fetched.
 inline constexpr uint32_t kPagesAhead = 2;
 
-// Of 16 values, in eight lanes.
+// Of 16 values, in eight lanes, as Sum16.
 inline float Max16(const float* x) {
   float lane[8];
   for (int i = 0; i < 8; ++i) lane[i] = x[i] > x[i + 8] ? x[i] : x[i + 8];
