@@ -29,5 +29,6 @@ std::unique_ptr<BenchCommand> MakeBatchCommand();
 std::unique_ptr<BenchCommand> MakeTierCommand();
 std::unique_ptr<BenchCommand> MakeGrowthCommand();
 std::unique_ptr<BenchCommand> MakeChainCommand();
+std::unique_ptr<BenchCommand> MakeMachineCommand();
 
 }  // namespace icecache

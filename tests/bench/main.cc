@@ -19,6 +19,7 @@ int main(int argc, char** argv) {
   commands.push_back(icecache::MakeDecodeCommand());
   commands.push_back(icecache::MakeBatchCommand());
   commands.push_back(icecache::MakeTierCommand());
+  commands.push_back(icecache::MakeMachineCommand());
 
   icecache::ConfigParser parser(
       "icecache-bench", "Measures the parts of icecache.",

@@ -3,6 +3,7 @@
 #include <time.h>
 
 #include <algorithm>
+#include <barrier>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -98,21 +99,34 @@ std::string BuildName() {
   return name;
 }
 
-double ReadBandwidthGBs() {
-  constexpr size_t kBytes = size_t{256} << 20;
-  HostBuffer buffer = HostBuffer::Allocate(kBytes).value();
-  std::memset(buffer.data(), 1, kBytes);
-  double best = 0;
-  volatile uint64_t keep = 0;
-  for (int round = 0; round < 3; ++round) {
-    const double begin = ProcessCpuMicros();
+double ReadBandwidthGBs(uint32_t threads) {
+  constexpr size_t kWords = kReadBandwidthBytes / sizeof(uint64_t);
+  constexpr int kRounds = 3;
+  std::vector<double> rates(threads * kRounds);
+  std::barrier together(threads);
+  const auto read = [&](uint32_t thread) {
+    HostBuffer buffer = HostBuffer::Allocate(kReadBandwidthBytes).value();
     const auto* p = reinterpret_cast<const uint64_t*>(buffer.data());
-    uint64_t sum[8] = {};
-    for (size_t i = 0; i < kBytes / 8; i += 8)
-      for (size_t k = 0; k < 8; ++k) sum[k] += p[i + k];
-    keep = keep + std::accumulate(sum, sum + 8, uint64_t{0});
-    best = std::max(best, kBytes / (ProcessCpuMicros() - begin) / 1e3);
+    std::memset(buffer.data(), 1, kReadBandwidthBytes);
+    for (int round = 0; round < kRounds; ++round) {
+      together.arrive_and_wait();
+      const double begin = ThreadCpuMicros();
+      uint64_t sum[8] = {};
+      for (size_t i = 0; i < kWords; i += 8)
+        for (size_t k = 0; k < 8; ++k) sum[k] += p[i + k];
+      const uint64_t all = std::accumulate(sum, sum + 8, uint64_t{0});
+      KV_CHECK(all == kWords * 0x0101010101010101u);
+      rates[round * threads + thread] = kReadBandwidthBytes / (ThreadCpuMicros() - begin) / 1e3;
+    }
+  };
+  {
+    std::vector<std::jthread> others;
+    for (uint32_t i = 1; i < threads; ++i) others.emplace_back(read, i);
+    read(0);
   }
+  double best = 0;
+  for (auto round = rates.begin(); round != rates.end(); round += threads)
+    best = std::max(best, std::accumulate(round, round + threads, 0.0));
   return best;
 }
 

@@ -28,9 +28,10 @@ std::string CommitName();
 // be read.
 std::string BuildName();
 
-// One core's sequential read of 256 MiB, best of three, in GB/s: the ruler for every memory-bound
-// figure.
-double ReadBandwidthGBs();
+// Sequential read of 256 MiB, best of three, in GB/s: by one core the ruler for every memory-bound
+// figure; by several at once, each in a buffer of its own, all together.
+inline constexpr size_t kReadBandwidthBytes = size_t{256} << 20;
+double ReadBandwidthGBs(uint32_t threads = 1);
 
 // Empties the caches of what was in them, by reading 96 MiB: what comes then is as on data that
 // nobody has used for a while.
