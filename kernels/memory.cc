@@ -7,6 +7,7 @@
 #include <cerrno>
 #include <cstring>
 #include <limits>
+#include <map>
 #include <new>
 #include <string>
 #include <utility>
@@ -59,10 +60,66 @@ void HostBuffer::Release() {
   bytes_ = 0;
 }
 
+namespace {
+
+// What a thread has freed, whole huge pages in order of address; neighbours are one.
+class KeptScratch {
+ public:
+  ~KeptScratch() {
+    for (const auto& [at, bytes] : kept_) munmap(at, bytes);
+  }
+
+  // The start of the smallest block that is large enough, or null.
+  void* Take(size_t bytes) {
+    auto best = kept_.end();
+    for (auto block = kept_.begin(); block != kept_.end(); ++block) {
+      if (block->second >= bytes && (best == kept_.end() || block->second < best->second))
+        best = block;
+    }
+    if (best == kept_.end()) return nullptr;
+    const auto [at, all] = *best;
+    kept_.erase(best);
+    if (all > bytes) kept_.emplace(at + bytes, all - bytes);
+    bytes_ -= bytes;
+    return at;
+  }
+
+  // False when there is enough.
+  bool Keep(void* memory, size_t bytes) {
+    if (bytes_ + bytes > kScratchKeptBytesMax) return false;
+    auto block = kept_.emplace(static_cast<std::byte*>(memory), bytes).first;
+    bytes_ += bytes;
+    if (block != kept_.begin()) {
+      const auto before = std::prev(block);
+      if (Join(before, block)) block = before;
+    }
+    if (const auto next = std::next(block); next != kept_.end()) Join(block, next);
+    return true;
+  }
+
+ private:
+  using Blocks = std::map<std::byte*, size_t>;
+
+  bool Join(Blocks::iterator block, Blocks::iterator next) {
+    if (block->first + block->second != next->first) return false;
+    block->second += next->second;
+    kept_.erase(next);
+    return true;
+  }
+
+  Blocks kept_;
+  size_t bytes_ = 0;
+};
+
+thread_local KeptScratch kept_scratch;
+
+}  // namespace
+
 // Straight from the kernel, so that malloc's own thresholds stay where they are.
 void* AllocateScratch(size_t bytes) {
   if (bytes < kScratchHugeMin) return ::operator new(bytes);
   const size_t rounded = WholeHugePages(bytes), mapped = rounded + kHugePageBytes;
+  if (void* const kept = kept_scratch.Take(rounded); kept != nullptr) return kept;
   void* p = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (p == MAP_FAILED) throw std::bad_alloc();
   auto* const first = static_cast<std::byte*>(p);
@@ -76,8 +133,8 @@ void* AllocateScratch(size_t bytes) {
 void FreeScratch(void* memory, size_t bytes) {
   if (bytes < kScratchHugeMin) {
     ::operator delete(memory);
-  } else {
-    munmap(memory, WholeHugePages(bytes));
+  } else if (const size_t rounded = WholeHugePages(bytes); !kept_scratch.Keep(memory, rounded)) {
+    munmap(memory, rounded);
   }
 }
 

@@ -6,7 +6,9 @@
 #pragma once
 
 #include <cstddef>
+#include <new>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "common/status.h"
@@ -39,18 +41,31 @@ class HostBuffer {
   size_t bytes_ = 0;
 };
 
+inline constexpr size_t kScratchKeptBytesMax = size_t{96} << 20;
+
 // Large blocks in huge pages: the first touch of a small page costs some microseconds, more than
-// all that a build does with the keys in it. Throws std::bad_alloc.
+// all that a build does with the keys in it. A thread keeps up to kScratchKeptBytesMax of what it
+// frees for its next blocks, whose content is therefore anything. Throws std::bad_alloc.
 void* AllocateScratch(size_t bytes);
-void FreeScratch(void* memory, size_t bytes);  // as many as were asked for
+void FreeScratch(void* memory, size_t bytes);  // as many as were asked for; by any thread
 
 template <typename T>
 struct ScratchAllocator {
   using value_type = T;
   T* allocate(size_t count) { return static_cast<T*>(AllocateScratch(count * sizeof(T))); }
   void deallocate(T* memory, size_t count) { FreeScratch(memory, count * sizeof(T)); }
+  // Without a value an element is left as it comes: what a pass writes first need not be cleared.
+  template <typename U>
+  void construct(U* element) {
+    ::new (static_cast<void*>(element)) U;
+  }
+  template <typename U, typename... Args>
+  void construct(U* element, Args&&... args) {
+    ::new (static_cast<void*>(element)) U(std::forward<Args>(args)...);
+  }
   bool operator==(const ScratchAllocator&) const = default;
 };
+// resize(n) and ScratchVector(n) leave new elements without a value.
 template <typename T>
 using ScratchVector = std::vector<T, ScratchAllocator<T>>;
 

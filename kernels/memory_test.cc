@@ -2,6 +2,8 @@
 
 #include <gtest/gtest.h>
 
+#include <thread>
+
 #include <cstdint>
 #include <limits>
 #include <utility>
@@ -50,7 +52,7 @@ TEST(ScratchVector, GrowsAndMovesAcrossTheSizeFromWhichItTakesHugePages) {
   for (uint32_t i = 0; i < copy.size(); ++i) ASSERT_EQ(copy[i], i);
 }
 
-TEST(ScratchVector, LargeBlocksAreAlignedToAHugePageAndZeroed) {
+TEST(ScratchVector, LargeBlocksAreAlignedToAHugePageAndZeroedOnce) {
   for (const size_t bytes : {size_t{1} << 17, size_t{1} << 21, (size_t{5} << 20) + 1}) {
     auto* const memory = static_cast<std::byte*>(AllocateScratch(bytes));
     EXPECT_EQ(reinterpret_cast<uintptr_t>(memory) % (2u << 20), 0u);
@@ -58,6 +60,44 @@ TEST(ScratchVector, LargeBlocksAreAlignedToAHugePageAndZeroed) {
     memory[bytes - 1] = std::byte{1};
     FreeScratch(memory, bytes);
   }
+}
+
+TEST(ScratchVector, AThreadReusesWhatItHasFreed) {
+  constexpr size_t kHuge = size_t{2} << 20;
+  std::thread([] {
+    auto* const whole = static_cast<std::byte*>(AllocateScratch(3 * kHuge));
+    whole[0] = std::byte{7};
+    FreeScratch(whole, 3 * kHuge);
+    // Cut in two and joined again, in either order.
+    for (const bool first_goes_first : {true, false}) {
+      void* const first = AllocateScratch(kHuge);
+      void* const rest = AllocateScratch(2 * kHuge);
+      EXPECT_EQ(first, whole);
+      EXPECT_EQ(rest, whole + kHuge);
+      FreeScratch(first_goes_first ? first : rest, (first_goes_first ? 1 : 2) * kHuge);
+      FreeScratch(first_goes_first ? rest : first, (first_goes_first ? 2 : 1) * kHuge);
+    }
+    EXPECT_EQ(AllocateScratch(3 * kHuge), whole);
+    EXPECT_EQ(whole[0], std::byte{7});
+    FreeScratch(whole, 3 * kHuge);
+  }).join();
+}
+
+TEST(ScratchVector, AThreadKeepsABoundedAmount) {
+  std::thread([] {
+    // The second is more than may be kept besides the first: it goes back, and comes as zeroes.
+    constexpr size_t kMost = kScratchKeptBytesMax;
+    void* const first = AllocateScratch(kMost);
+    auto* const second = static_cast<std::byte*>(AllocateScratch(kMost));
+    second[0] = std::byte{7};
+    FreeScratch(first, kMost);
+    FreeScratch(second, kMost);
+    EXPECT_EQ(AllocateScratch(kMost), first);
+    auto* const fresh = static_cast<std::byte*>(AllocateScratch(kMost));
+    EXPECT_EQ(fresh[0], std::byte{0});
+    FreeScratch(first, kMost);
+    FreeScratch(fresh, kMost);
+  }).join();
 }
 
 }  // namespace

@@ -137,80 +137,6 @@ void NearestImpl(const CentroidPanels& panels, const RowTable& rows, size_t row_
   }
 }
 
-// Scores of kRows rows with all panels, padded_count floats per row.
-template <int kRows>
-HWY_INLINE void ScoresTile(const CentroidPanels& panels, const float* const* rows,
-                           size_t padded_count, float* scores) {
-  const size_t panel_floats = PanelFloats(panels);
-  for (uint32_t column = 0; column < panels.count(); column += kPanel) {
-    hn::Vec<Floats> acc[kRows][kVecs];
-    ScorePanels<kRows, 1>(panels.data() + column / kPanel * panel_floats, panel_floats,
-                          panels.dim(), rows, acc);
-    for (int r = 0; r < kRows; ++r) {
-      float* to = scores + padded_count * r + column;
-      for (int v = 0; v < kVecs; ++v) hn::StoreU(acc[r][v], Floats(), to + v * kLanes);
-    }
-  }
-}
-
-// Index of the largest of scores[count], count a multiple of 16; it is then struck out.
-HWY_INLINE uint32_t TakeLargest(float* scores, size_t count) {
-  const Floats d;
-  auto top = hn::LoadU(d, scores);
-  for (size_t i = kLanes; i < count; i += kLanes) top = hn::Max(top, hn::LoadU(d, scores + i));
-  const auto value = hn::MaxOfLanes(d, top);
-  for (size_t i = 0; i < count; i += kLanes) {
-    const intptr_t lane = hn::FindFirstTrue(d, hn::Eq(hn::LoadU(d, scores + i), value));
-    if (lane < 0) continue;
-    scores[i + static_cast<size_t>(lane)] = std::numeric_limits<float>::lowest();
-    return static_cast<uint32_t>(i + static_cast<size_t>(lane));
-  }
-  return 0;  // not a number anywhere
-}
-
-void NearestFewImpl(const CentroidPanels& panels, const RowTable& rows, size_t row_count,
-                    uint32_t few, uint32_t* best) {
-  const size_t padded = (panels.count() + kPanel - 1) / kPanel * kPanel;
-  std::vector<float> scores(padded * kRowTile);
-  const float* at[kRowTile];
-  for (size_t r = 0; r < row_count; r += kRowTile) {
-    const size_t n = std::min<size_t>(kRowTile, row_count - r);
-    for (size_t i = 0; i < n; ++i) at[i] = RowAt(rows, r + i);
-    if (n == kRowTile) {
-      ScoresTile<kRowTile>(panels, at, padded, scores.data());
-    } else {
-      for (size_t i = 0; i < n; ++i)
-        ScoresTile<1>(panels, at + i, padded, scores.data() + i * padded);
-    }
-    for (size_t i = 0; i < n; ++i) {
-      for (uint32_t f = 0; f < few; ++f) {
-        best[(r + i) * few + f] = TakeLargest(scores.data() + i * padded, padded);
-      }
-    }
-  }
-}
-
-void ProjectRowsImpl(const float* line, const RowTable& rows, size_t row_count, uint32_t dim,
-                     float* out) {
-  const Floats d;
-  for (size_t r = 0; r < row_count; ++r) {
-    const float* x = RowAt(rows, r);
-    PrefetchRows(rows, r + 4, std::min(r + 5, row_count), dim);
-    auto sum = hn::Zero(d);
-    auto other = hn::Zero(d);
-    for (uint32_t j = 0; j < dim; j += kPanel) {
-      for (size_t v = 0; v < kPanel; v += 2 * kLanes) {
-        sum = hn::MulAdd(hn::LoadU(d, x + j + v), hn::LoadU(d, line + j + v), sum);
-        if (v + kLanes < kPanel) {
-          other = hn::MulAdd(hn::LoadU(d, x + j + v + kLanes), hn::LoadU(d, line + j + v + kLanes),
-                             other);
-        }
-      }
-    }
-    out[r] = hn::GetLane(hn::SumOfLanes(d, hn::Add(sum, other)));
-  }
-}
-
 void AddRowsByIndexImpl(const RowTable& rows, size_t row_count, uint32_t dim, const uint32_t* into,
                         float* sums) {
   const Floats d;
@@ -232,8 +158,6 @@ HWY_AFTER_NAMESPACE();
 namespace icecache {
 
 HWY_EXPORT(NearestImpl);
-HWY_EXPORT(NearestFewImpl);
-HWY_EXPORT(ProjectRowsImpl);
 HWY_EXPORT(AddRowsByIndexImpl);
 
 void CentroidPanels::Assign(const float* centroids, uint32_t count, uint32_t dim) {
@@ -261,16 +185,6 @@ void CentroidPanels::Assign(const float* centroids, uint32_t count, uint32_t dim
 void Nearest(const CentroidPanels& panels, const RowTable& rows, size_t row_count, uint32_t* best,
              float* score) {
   HWY_DYNAMIC_DISPATCH(NearestImpl)(panels, rows, row_count, best, score);
-}
-
-void NearestFew(const CentroidPanels& panels, const RowTable& rows, size_t row_count, uint32_t few,
-                uint32_t* best) {
-  HWY_DYNAMIC_DISPATCH(NearestFewImpl)(panels, rows, row_count, few, best);
-}
-
-void ProjectRows(const float* line, const RowTable& rows, size_t row_count, uint32_t dim,
-                 float* out) {
-  HWY_DYNAMIC_DISPATCH(ProjectRowsImpl)(line, rows, row_count, dim, out);
 }
 
 void AddRowsByIndex(const RowTable& rows, size_t row_count, uint32_t dim, const uint32_t* into,

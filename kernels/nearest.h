@@ -1,8 +1,9 @@
-// Nearest-centroid assignment as a matrix product, for building the index.
+// Nearest-centroid assignment as a matrix product, exact but for the rounding of f32. Packing has
+// its own on bytes (byte_points.h).
 //
-// argmin |x - c|^2 = argmax x.c - |c|^2 / 2: centroids are packed in panels of 16 columns, a few rows
-// meet a panel or two in registers, and the best column is kept on the way, so that no score need be
-// stored. Runs near the peak of one core's fused multiply-adds for dim >= 32.
+// argmin |x - c|^2 = argmax x.c - |c|^2 / 2: centroids are packed in panels of 16 columns, a few
+// rows meet a panel or two in registers, and the best column is kept on the way, so that no score
+// need be stored. Runs near the peak of one core's fused multiply-adds for dim >= 32.
 #pragma once
 
 #include <cstddef>
@@ -37,15 +38,6 @@ struct RowTable {
 // score[r] = x.c - |c|^2 / 2 of it, when score is not null.
 void Nearest(const CentroidPanels& panels, const RowTable& rows, size_t row_count, uint32_t* best,
              float* score);
-
-// The `few` nearest centroids of each row, nearest first: best[r * few + i].
-// REQUIRES: few <= panels.count().
-void NearestFew(const CentroidPanels& panels, const RowTable& rows, size_t row_count, uint32_t few,
-                uint32_t* best);
-
-// out[r] = line[dim] . row r. dim is a multiple of 16.
-void ProjectRows(const float* line, const RowTable& rows, size_t row_count, uint32_t dim,
-                 float* out);
 
 // sums[into[r], dim] += row r. dim is a multiple of 16.
 void AddRowsByIndex(const RowTable& rows, size_t row_count, uint32_t dim, const uint32_t* into,

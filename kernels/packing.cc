@@ -37,24 +37,28 @@ constexpr uint32_t kFullEnough = 14;  // a page's worth: not mixed with stranger
 
 // Seeds of one part and the supers that group them.
 struct Seeds {
-  Points means;
+  ScratchVector<float> means;  // [count, dim]
+  Points points;               // the same
   std::vector<uint32_t> super_of;
-  Points supers;
-  uint32_t count() const { return means.count(); }
+  ScratchVector<float> supers;  // [super_count, dim]
+
+  uint32_t dim() const { return points.dim; }
+  uint32_t count() const { return points.count(); }
+  uint32_t super_count() const { return static_cast<uint32_t>(supers.size() / dim()); }
+  const float* mean(size_t seed) const { return means.data() + seed * dim(); }
 };
 
 // Divides seeds among supers anew. K-means leaves some groups large, and large ones attract most
 // probes, so they are cut: the cost of a probe is bounded by kSuperSeedsMax.
 void Regroup(Seeds* seeds, Rng& rng) {
-  const uint32_t dim = seeds->means.dim;
+  const uint32_t dim = seeds->dim();
   const uint32_t supers = std::max(1u, seeds->count() / kSuperSeeds);
-  CentroidPanels panels;
-  panels.Assign(TrainCentroids(seeds->means, supers, rng).data(), supers, dim);
+  BytePanels panels;
+  panels.Assign(TrainCentroids(seeds->points, supers, rng).data(), supers, dim);
   seeds->super_of.resize(seeds->count());
-  Nearest(panels, seeds->means.table(), seeds->count(), seeds->super_of.data(), nullptr);
-  Bisector bisector(seeds->means);
-  seeds->supers.dim = dim;
-  seeds->supers.x.clear();
+  Nearest(panels, seeds->points.table(), seeds->count(), seeds->super_of.data(), nullptr);
+  Bisector bisector(seeds->points);
+  seeds->supers.clear();
   const auto add = [&](std::span<uint32_t> group, const auto& self) -> void {
     if (group.size() > kSuperSeedsMax) {
       const uint32_t left = bisector.Divide(group, kBlockRows);
@@ -62,68 +66,63 @@ void Regroup(Seeds* seeds, Rng& rng) {
       self(group.subspan(left), self);
       return;
     }
-    ScratchVector<float>& x = seeds->supers.x;
+    ScratchVector<float>& x = seeds->supers;
     const size_t at = x.size();
     x.resize(at + dim, 0.0f);
     for (uint32_t seed : group) {
       seeds->super_of[seed] = static_cast<uint32_t>(at / dim);
       for (uint32_t j = 0; j < dim; ++j) {
-        x[at + j] += seeds->means.row(seed)[j] / static_cast<float>(group.size());
+        x[at + j] += seeds->mean(seed)[j] / static_cast<float>(group.size());
       }
     }
   };
-  for (std::vector<uint32_t>& group : Group(seeds->super_of, supers)) {
-    if (!group.empty()) add(group, add);
+  Groups groups = Group(seeds->super_of, supers);
+  for (size_t g = 0; g < groups.size(); ++g) {
+    if (!groups[g].empty()) add(groups[g], add);
   }
 }
 
 // For each super the rows that have it among their nearest.
-Result<std::vector<std::vector<uint32_t>>> ProbedBy(std::span<const uint32_t> rows,
-                                                    const Points& supers, uint32_t probes,
-                                                    PointAssigner& assigner) {
-  probes = std::min(probes, supers.count());
+Result<Groups> ProbedBy(std::span<const uint32_t> rows, const Seeds& seeds, uint32_t probes,
+                        PointAssigner& assigner) {
+  probes = std::min(probes, seeds.super_count());
   ScratchVector<uint32_t> nearest(rows.size() * probes);
-  const AssignTask task{rows, supers.x.data(), supers.count(), probes, nearest.data()};
+  const AssignTask task{rows, seeds.supers.data(), seeds.super_count(), probes, nearest.data()};
   KV_RETURN_IF_ERROR(assigner.Assign({&task, 1}));
-  std::vector<std::vector<uint32_t>> probed(supers.count());
-  for (size_t i = 0; i < nearest.size(); ++i) probed[nearest[i]].push_back(rows[i / probes]);
-  return probed;
+  return Group(nearest, seeds.super_count(), rows, probes);
 }
 
 // seed_of[row] = the nearest seed of the row's `probes` nearest supers, for the rows given.
 Status AssignSeeds(const Points& points, std::span<const uint32_t> rows, const Seeds& seeds,
-                   uint32_t probes, PointAssigner& assigner, std::vector<uint32_t>* seed_of) {
-  const uint32_t dim = points.dim;
-  KV_ASSIGN_OR_RETURN(const auto probed, ProbedBy(rows, seeds.supers, probes, assigner));
-  const auto members = Group(seeds.super_of, seeds.supers.count());
+                   uint32_t probes, PointAssigner& assigner, ScratchVector<uint32_t>* seed_of) {
+  KV_ASSIGN_OR_RETURN(const Groups probed, ProbedBy(rows, seeds, probes, assigner));
+  const Groups members = Group(seeds.super_of, seeds.super_count());
   // All supers' tasks at once; room first, since tasks point into it.
-  size_t probes_all = 0;
-  for (const auto& of_super : probed) probes_all += of_super.size();
-  ScratchVector<float> centroids, score(probes_all);
-  ScratchVector<uint32_t> nearest(probes_all);
-  centroids.reserve(seeds.means.x.size());
+  ScratchVector<float> centroids, score(probed.members.size());
+  ScratchVector<uint32_t> nearest(probed.members.size());
+  centroids.reserve(seeds.means.size());
   std::vector<AssignTask> tasks;
   std::vector<size_t> super_of_task;
-  for (size_t s = 0, at = 0; s < members.size(); ++s) {
+  for (size_t s = 0; s < members.size(); ++s) {
     if (members[s].empty() || probed[s].empty()) continue;
     tasks.push_back({probed[s], centroids.data() + centroids.size(),
-                     static_cast<uint32_t>(members[s].size()), 1, nearest.data() + at,
-                     score.data() + at});
+                     static_cast<uint32_t>(members[s].size()), 1, nearest.data() + probed.begin[s],
+                     score.data() + probed.begin[s]});
     super_of_task.push_back(s);
     for (const uint32_t seed : members[s]) {
-      centroids.insert(centroids.end(), seeds.means.row(seed), seeds.means.row(seed) + dim);
+      centroids.insert(centroids.end(), seeds.mean(seed), seeds.mean(seed) + points.dim);
     }
-    at += probed[s].size();
   }
   KV_RETURN_IF_ERROR(assigner.Assign(tasks));
-  std::vector<float> best(points.count(), std::numeric_limits<float>::lowest());
+  ScratchVector<float> best(points.count(), std::numeric_limits<float>::lowest());
   for (size_t t = 0; t < tasks.size(); ++t) {
-    const auto& of_super = members[super_of_task[t]];
-    for (size_t i = 0; i < tasks[t].rows.size(); ++i) {
-      const uint32_t row = tasks[t].rows[i];
-      if (tasks[t].score[i] <= best[row]) continue;
-      best[row] = tasks[t].score[i];
-      (*seed_of)[row] = of_super[tasks[t].best[i]];
+    const std::span<const uint32_t> of_super = members[super_of_task[t]];
+    for (size_t i = 0; i < tasks[t].rows.size();
+         ++i) {  // no branch: one in five would be guessed wrong
+      const uint32_t row = tasks[t].rows[i], seed = of_super[tasks[t].best[i]];
+      const bool better = tasks[t].score[i] > best[row];
+      best[row] = better ? tasks[t].score[i] : best[row];
+      (*seed_of)[row] = better ? seed : (*seed_of)[row];
     }
   }
   return OkStatus();
@@ -131,41 +130,42 @@ Status AssignSeeds(const Points& points, std::span<const uint32_t> rows, const S
 
 // Moves every seed to the mean of its rows; one without rows stays.
 void MoveSeeds(const Points& points, std::span<const uint32_t> rows,
-               const std::vector<uint32_t>& seed_of, Seeds* seeds) {
+               const ScratchVector<uint32_t>& seed_of, Seeds* seeds) {
   const uint32_t dim = points.dim;
-  std::vector<uint32_t> sizes(seeds->count(), 0), into;
-  ScratchVector<float> sums(seeds->means.x.size(), 0.0f);
-  for (uint32_t row : rows) into.push_back(seed_of[row]);
+  std::vector<uint32_t> sizes(seeds->count(), 0);
+  ScratchVector<uint32_t> into(rows.size());
+  ScratchVector<float> sums(seeds->means.size(), 0.0f);
+  for (size_t i = 0; i < rows.size(); ++i) into[i] = seed_of[rows[i]];
   for (uint32_t seed : into) ++sizes[seed];
-  AddRowsByIndex(points.table(rows.data()), rows.size(), dim, into.data(), sums.data());
+  AddPointsByIndex(points.table(rows.data()), rows.size(), into.data(), sums.data());
   for (uint32_t s = 0; s < seeds->count(); ++s) {
     if (sizes[s] == 0) continue;
     const float share = 1.0f / static_cast<float>(sizes[s]);
     for (uint32_t j = 0; j < dim; ++j) {
-      seeds->means.x[size_t{s} * dim + j] = sums[size_t{s} * dim + j] * share;
+      seeds->means[size_t{s} * dim + j] = sums[size_t{s} * dim + j] * share;
     }
   }
+  seeds->points.Encode(seeds->means);
 }
 
 // Clusters of a part: the rows of each seed.
-Result<std::vector<std::vector<uint32_t>>> Cluster(const Points& points, PointAssigner& assigner,
-                                                   Rng& rng, Seeds* seeds) {
+Result<Groups> Cluster(const Points& points, PointAssigner& assigner, Rng& rng, Seeds* seeds) {
   const uint32_t n = points.count();
   const uint32_t count = std::max(1u, n / kSeedTokens);
-  seeds->means.dim = points.dim;
-  std::vector<uint32_t> all(n), half;
+  seeds->means.resize(size_t{count} * points.dim);
+  ScratchVector<uint32_t> all(n), half((n + 1) / 2), seed_of(n, 0u);
   std::iota(all.begin(), all.end(), 0u);
+  for (uint32_t i = 0; i < half.size(); ++i) half[i] = 2 * i;
   for (uint32_t i = 0; i < count; ++i) {
     const size_t low = size_t{i} * n / count;
     const size_t high = std::max(low + 1, size_t{i + 1} * n / count);
-    const float* x = points.row(low + rng() % (high - low));
-    seeds->means.x.insert(seeds->means.x.end(), x, x + points.dim);
+    points.Decode(low + rng() % (high - low), seeds->means.data() + size_t{i} * points.dim);
   }
-  for (uint32_t i = 0; i < n; i += 2) half.push_back(i);
-  std::vector<uint32_t> seed_of(n, 0);
-  KV_RETURN_IF_ERROR(assigner.Load(points.x, points.dim));
+  seeds->points.dim = points.dim;
+  seeds->points.Encode(seeds->means);
+  KV_RETURN_IF_ERROR(assigner.Load(points.table(), n));
   for (const uint32_t probes : kProbedSupers) {
-    const std::vector<uint32_t>& rows = probes == kProbedSupers[0] ? half : all;
+    const ScratchVector<uint32_t>& rows = probes == kProbedSupers[0] ? half : all;
     Regroup(seeds, rng);
     KV_RETURN_IF_ERROR(AssignSeeds(points, rows, *seeds, probes, assigner, &seed_of));
     MoveSeeds(points, rows, seed_of, seeds);
@@ -176,13 +176,16 @@ Result<std::vector<std::vector<uint32_t>>> Cluster(const Points& points, PointAs
 // Groups of seeds, each of at most kSuperTokensMax tokens, that will be supers.
 class SuperPlanner {
  public:
-  SuperPlanner(const Seeds& seeds, const std::vector<std::vector<uint32_t>>& clusters)
-      : seeds_(seeds), clusters_(clusters), bisector_(seeds.means) {}
+  SuperPlanner(const Seeds& seeds, const Groups& clusters)
+      : seeds_(seeds), clusters_(clusters), bisector_(seeds.points) {}
 
   std::vector<std::vector<uint32_t>> Run() {
-    for (std::vector<uint32_t>& group : Group(seeds_.super_of, seeds_.supers.count())) {
-      std::erase_if(group, [&](uint32_t seed) { return clusters_[seed].empty(); });
-      if (!group.empty()) Split(group);
+    Groups groups = Group(seeds_.super_of, seeds_.super_count());
+    for (size_t g = 0; g < groups.size(); ++g) {
+      const auto empty =
+          std::ranges::remove_if(groups[g], [&](uint32_t seed) { return clusters_[seed].empty(); });
+      const auto kept = groups[g].first(groups[g].size() - empty.size());
+      if (!kept.empty()) Split(kept);
     }
     JoinSmall();
     return std::move(groups_);
@@ -207,12 +210,12 @@ class SuperPlanner {
 
   // Each small group joins the nearest that has room for it.
   void JoinSmall() {
-    const uint32_t dim = seeds_.means.dim;
+    const uint32_t dim = seeds_.dim();
     std::vector<std::vector<float>> centre(groups_.size(), std::vector<float>(dim, 0.0f));
     for (size_t g = 0; g < groups_.size(); ++g) {
       for (uint32_t seed : groups_[g]) {
         for (uint32_t j = 0; j < dim; ++j) {
-          centre[g][j] += seeds_.means.row(seed)[j] / static_cast<float>(groups_[g].size());
+          centre[g][j] += seeds_.mean(seed)[j] / static_cast<float>(groups_[g].size());
         }
       }
     }
@@ -242,7 +245,7 @@ class SuperPlanner {
   }
 
   const Seeds& seeds_;
-  const std::vector<std::vector<uint32_t>>& clusters_;
+  const Groups& clusters_;
   Bisector bisector_;
   std::vector<std::vector<uint32_t>> groups_;
 };
@@ -252,11 +255,11 @@ class Pager {
  public:
   Pager(const Points& points, Packing* out) : points_(points), bisector_(points), out_(out) {}
 
-  // rows_of: the clusters, consumed.
-  void Run(std::vector<std::vector<uint32_t>*> rows_of) {
+  // Of the clusters those of `seeds`, whose rows are reordered.
+  void Run(Groups& clusters, std::span<const uint32_t> seeds) {
     out_->super_begin.push_back(static_cast<uint32_t>(out_->layout.page_begin.size()));
     rest_.clear();
-    for (std::vector<uint32_t>* rows : rows_of) Cut(*rows);
+    for (const uint32_t seed : seeds) Cut(clusters[seed]);
     while (!rest_.empty()) MergeOne();
   }
 
@@ -285,9 +288,7 @@ class Pager {
 
   Rest MakeRest(std::vector<uint32_t> rows) const {
     Rest rest{std::move(rows), std::vector<float>(points_.dim, 0.0f)};
-    for (uint32_t row : rest.rows) {
-      for (uint32_t j = 0; j < points_.dim; ++j) rest.sum[j] += points_.row(row)[j];
-    }
+    AddPointsByIndex(points_.table(rest.rows.data()), rest.rows.size(), nullptr, rest.sum.data());
     return rest;
   }
 
@@ -334,8 +335,7 @@ class Pager {
         line[j] = page->sum[j] / static_cast<float>(page->rows.size()) -
                   from.sum[j] / static_cast<float>(from.rows.size());
       }
-      ProjectRows(line.data(), points_.table(from.rows.data()), from.rows.size(), points_.dim,
-                  along.data());
+      ProjectPoints(line.data(), points_.table(from.rows.data()), from.rows.size(), along.data());
       std::vector<std::pair<float, uint32_t>> order;
       for (size_t i = 0; i < along.size(); ++i) order.emplace_back(-along[i], from.rows[i]);
       std::sort(order.begin(), order.end());
@@ -357,27 +357,26 @@ class Pager {
   std::vector<Rest> rest_;
 };
 
-Status PackPart(std::vector<uint32_t> ids, Projection& projection, PointAssigner& assigner,
+Status PackPart(std::span<const uint32_t> ids, Projection& projection, PointAssigner& assigner,
                 Rng& rng, Packing* out) {
   Points points;
-  points.ids = std::move(ids);
+  points.ids.assign(ids.begin(), ids.end());
   projection.Load(&points);
   Seeds seeds;
-  KV_ASSIGN_OR_RETURN(auto clusters, Cluster(points, assigner, rng, &seeds));
+  KV_ASSIGN_OR_RETURN(Groups clusters, Cluster(points, assigner, rng, &seeds));
   Pager pager(points, out);
   for (const std::vector<uint32_t>& group : SuperPlanner(seeds, clusters).Run()) {
-    std::vector<std::vector<uint32_t>*> rows_of;
-    for (uint32_t seed : group) rows_of.push_back(&clusters[seed]);
-    pager.Run(std::move(rows_of));
+    pager.Run(clusters, group);
   }
   return OkStatus();
 }
 
 // Nearest coarse centroid of every token, a block of rows at a time.
-std::vector<uint32_t> AssignCoarse(const Points& coarse, uint32_t count, Projection& projection) {
+std::vector<uint32_t> AssignCoarse(const float* coarse, uint32_t cells, uint32_t count,
+                                   Projection& projection) {
   constexpr uint32_t kBlock = 480;
-  CentroidPanels panels;
-  panels.Assign(coarse.x.data(), coarse.count(), coarse.dim);
+  BytePanels panels;
+  panels.Assign(coarse, cells, projection.dim());
   std::vector<uint32_t> nearest(count);
   Points block;
   for (uint32_t first = 0; first < count; first += kBlock) {
@@ -392,7 +391,7 @@ std::vector<uint32_t> AssignCoarse(const Points& coarse, uint32_t count, Project
 
 // Divides the tokens in parts of at most kPartTokens if it can. Parts are groups of coarse
 // centroids: borders between more and smaller cells cut fewer clusters.
-std::vector<std::vector<uint32_t>> Parts(uint32_t count, Projection& projection, Rng& rng) {
+Groups Parts(uint32_t count, Projection& projection, Rng& rng) {
   std::vector<uint32_t> part_of(count, 0);
   const uint32_t parts = (count + kPartTokens - 1) / kPartTokens;
   if (parts <= 1) return Group(part_of, 1);
@@ -402,9 +401,10 @@ std::vector<std::vector<uint32_t>> Parts(uint32_t count, Projection& projection,
     train.ids.push_back(static_cast<uint32_t>(uint64_t{i} * count / (cells * kPartSample)));
   }
   projection.Load(&train);
+  const ScratchVector<float> centroids = TrainCentroids(train, cells, rng);
   coarse.dim = train.dim;
-  coarse.x = TrainCentroids(train, cells, rng);
-  const std::vector<uint32_t> cell_of = AssignCoarse(coarse, count, projection);
+  coarse.Encode(centroids);
+  const std::vector<uint32_t> cell_of = AssignCoarse(centroids.data(), cells, count, projection);
   std::vector<uint32_t> sizes(cells, 0), order(cells), part_of_cell(cells, 0);
   for (uint32_t cell : cell_of) ++sizes[cell];
   std::iota(order.begin(), order.end(), 0u);
@@ -447,9 +447,10 @@ Result<Packing> PackContent(const TokenRows& rows, const Basis& basis, float val
   Rng rng(seed);
   packing.layout.tokens.reserve(rows.count);
   Projection projection(rows, basis, value_share, rng);
-  for (std::vector<uint32_t>& part : Parts(rows.count, projection, rng)) {
-    if (part.empty()) continue;
-    KV_RETURN_IF_ERROR(PackPart(std::move(part), projection, assigner, rng, &packing));
+  const Groups parts = Parts(rows.count, projection, rng);
+  for (size_t p = 0; p < parts.size(); ++p) {
+    if (parts[p].empty()) continue;
+    KV_RETURN_IF_ERROR(PackPart(parts[p], projection, assigner, rng, &packing));
   }
   packing.super_begin.push_back(static_cast<uint32_t>(packing.layout.page_begin.size()));
   packing.layout.page_begin.push_back(rows.count);

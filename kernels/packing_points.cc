@@ -22,6 +22,7 @@ Projection::Projection(const TokenRows& rows, const Basis& basis, float value_sh
   ChooseDims();
   if (value_share > 0) ChooseValues(value_share, rng);
   dim_ = static_cast<uint32_t>(dims_.size()) + value_dims_;
+  point_.resize(dim_);
 }
 
 void Projection::ChooseDims() {
@@ -93,9 +94,19 @@ void Projection::LoadRow(uint32_t token, float* x) {
 
 void Projection::Load(Points* points) {
   points->dim = dim_;
-  points->x.resize(points->ids.size() * dim_);
-  for (size_t i = 0; i < points->ids.size(); ++i)
-    LoadRow(points->ids[i], points->x.data() + i * dim_);
+  points->bytes.resize(points->ids.size() * dim_);
+  points->scale.resize(points->ids.size());
+  for (size_t i = 0; i < points->ids.size(); ++i) {
+    LoadRow(points->ids[i], point_.data());
+    points->scale[i] = EncodePoint(point_.data(), dim_, points->bytes.data() + i * dim_);
+  }
+}
+
+void Points::Encode(std::span<const float> x) {
+  bytes.resize(x.size());
+  scale.resize(x.size() / dim);
+  for (size_t i = 0; i < scale.size(); ++i)
+    scale[i] = EncodePoint(x.data() + i * dim, dim, bytes.data() + i * dim);
 }
 
 ScratchVector<float> TrainCentroids(const Points& points, uint32_t count, Rng& rng) {
@@ -104,21 +115,21 @@ ScratchVector<float> TrainCentroids(const Points& points, uint32_t count, Rng& r
   for (uint32_t c = 0; c < count; ++c) {
     const size_t low = size_t{c} * points.count() / count;
     const size_t high = std::max(low + 1, size_t{c + 1} * points.count() / count);
-    std::copy_n(points.row(low + rng() % (high - low)), dim, centroids.data() + size_t{c} * dim);
+    points.Decode(low + rng() % (high - low), centroids.data() + size_t{c} * dim);
   }
-  CentroidPanels panels;
+  BytePanels panels;
   std::vector<uint32_t> best(points.count()), sizes(count);
   for (int pass = 0; pass < kTrainPasses; ++pass) {
     panels.Assign(centroids.data(), count, dim);
     Nearest(panels, points.table(), points.count(), best.data(), nullptr);
     std::fill(centroids.begin(), centroids.end(), 0.0f);
     std::fill(sizes.begin(), sizes.end(), 0u);
-    AddRowsByIndex(points.table(), points.count(), dim, best.data(), centroids.data());
+    AddPointsByIndex(points.table(), points.count(), best.data(), centroids.data());
     for (uint32_t b : best) ++sizes[b];
     for (uint32_t c = 0; c < count; ++c) {
       float* to = centroids.data() + size_t{c} * dim;
       if (sizes[c] == 0) {
-        std::copy_n(points.row(rng() % points.count()), dim, to);
+        points.Decode(rng() % points.count(), to);
       } else {
         for (uint32_t j = 0; j < dim; ++j) to[j] /= static_cast<float>(sizes[c]);
       }
@@ -127,10 +138,19 @@ ScratchVector<float> TrainCentroids(const Points& points, uint32_t count, Rng& r
   return centroids;
 }
 
-std::vector<std::vector<uint32_t>> Group(std::span<const uint32_t> group_of, uint32_t count) {
-  std::vector<std::vector<uint32_t>> members(count);
-  for (uint32_t i = 0; i < group_of.size(); ++i) members[group_of[i]].push_back(i);
-  return members;
+Groups Group(std::span<const uint32_t> group_of, uint32_t count, std::span<const uint32_t> numbers,
+             uint32_t each) {
+  Groups groups;
+  groups.begin.assign(count + 1, 0);
+  groups.members.resize(group_of.size());
+  for (uint32_t group : group_of) ++groups.begin[group + 1];
+  std::partial_sum(groups.begin.begin(), groups.begin.end(), groups.begin.begin());
+  std::vector<uint32_t> at(groups.begin.begin(), groups.begin.end() - 1);
+  for (uint32_t i = 0; size_t{i} * each < group_of.size(); ++i) {
+    for (const uint32_t group : group_of.subspan(size_t{i} * each, each))
+      groups.members[at[group]++] = numbers.empty() ? i : numbers[i];
+  }
+  return groups;
 }
 
 namespace {
@@ -154,13 +174,14 @@ uint32_t AlignedCut(uint32_t n, uint32_t natural, uint32_t align) {
 // from low in the same sense: two ends of the set, by dot products alone.
 void Bisector::FarPoints(std::span<const uint32_t> rows, float* low, float* high) {
   const auto farthest = [&](const float* from) {
-    ProjectRows(from, points_.table(rows.data()), rows.size(), points_.dim, projection_.data());
+    ProjectPoints(from, points_.table(rows.data()), rows.size(), projection_.data());
     const auto least = std::min_element(projection_.begin(),
                                         projection_.begin() + static_cast<ptrdiff_t>(rows.size()));
-    return points_.row(rows[static_cast<size_t>(least - projection_.begin())]);
+    return rows[static_cast<size_t>(least - projection_.begin())];
   };
-  std::copy_n(farthest(points_.row(rows[0])), points_.dim, low);
-  std::copy_n(farthest(low), points_.dim, high);
+  points_.Decode(rows[0], low);
+  points_.Decode(farthest(low), low);
+  points_.Decode(farthest(low), high);
 }
 
 // Means of the rows on either side of `middle` along projection_; returns how many lie below.
@@ -173,7 +194,7 @@ uint32_t Bisector::Means(std::span<const uint32_t> rows, float middle, float* lo
   }
   if (below == 0 || below == rows.size()) return below;
   means_.assign(size_t{2} * dim, 0.0f);
-  AddRowsByIndex(points_.table(rows.data()), rows.size(), dim, side_.data(), means_.data());
+  AddPointsByIndex(points_.table(rows.data()), rows.size(), side_.data(), means_.data());
   const float low_share = 1.0f / static_cast<float>(below);
   const float high_share = 1.0f / static_cast<float>(rows.size() - below);
   for (uint32_t j = 0; j < dim; ++j) low[j] = means_[j] * low_share;
@@ -198,7 +219,7 @@ uint32_t Bisector::Divide(std::span<uint32_t> rows, uint32_t align) {
       line[j] = high[j] - low[j];
       middle += 0.5f * (high[j] * high[j] - low[j] * low[j]);
     }
-    ProjectRows(line, points_.table(rows.data()), n, dim, projection_.data());
+    ProjectPoints(line, points_.table(rows.data()), n, projection_.data());
     natural = Means(rows, middle, low, high);
     if (natural == 0 || natural == n) break;
   }

@@ -5,23 +5,29 @@
 #include <span>
 #include <vector>
 
+#include "kernels/byte_points.h"
 #include "kernels/memory.h"
-#include "kernels/nearest.h"
 #include "kernels/packing.h"
 
 namespace icecache::packing {
 
 using Rng = std::mt19937_64;
 
-// x[count, dim]; point i stands for token ids[i] where that means anything.
+// Point i stands for token ids[i] where that means anything.
 struct Points {
   uint32_t dim = 0;
-  std::vector<uint32_t> ids;
-  ScratchVector<float> x;
+  ScratchVector<uint32_t> ids;
+  ScratchVector<uint8_t> bytes;
+  ScratchVector<float> scale;
 
-  uint32_t count() const { return static_cast<uint32_t>(x.size() / (dim > 0 ? dim : 1)); }
-  const float* row(size_t i) const { return x.data() + i * dim; }
-  RowTable table(const uint32_t* rows = nullptr) const { return {x.data(), dim, rows}; }
+  uint32_t count() const { return static_cast<uint32_t>(scale.size()); }
+  // Some of them, or all.
+  BytePoints table(const uint32_t* rows = nullptr) const {
+    return {bytes.data(), scale.data(), dim, rows};
+  }
+  // Becomes x[count, dim].
+  void Encode(std::span<const float> x);
+  void Decode(size_t i, float* x) const { DecodePoint(table(), i, x); }
 };
 
 // Turns stored rows into points: the metric's leading dimensions, then sketched values.
@@ -29,7 +35,8 @@ class Projection {
  public:
   // value_share > 0: values take part, scaled to that share of the keys' variance.
   Projection(const TokenRows& rows, const Basis& basis, float value_share, Rng& rng);
-  // Fills dim and x for points->ids.
+  uint32_t dim() const { return dim_; }
+  // Fills points for points->ids.
   void Load(Points* points);
 
  private:
@@ -40,7 +47,7 @@ class Projection {
 
   const TokenRows& rows_;
   const Basis& basis_;
-  std::vector<float> buffer_;
+  std::vector<float> buffer_, point_;
   std::vector<uint32_t> dims_;  // ascending; all of them when nothing is gained by leaving some out
   std::vector<float> factor_, signs_;
   float value_factor_ = 0;
@@ -51,8 +58,24 @@ class Projection {
 // the order. REQUIRES: 1 <= count <= points.count().
 ScratchVector<float> TrainCentroids(const Points& points, uint32_t count, Rng& rng);
 
-// Members of each of `count` groups, in order.
-std::vector<std::vector<uint32_t>> Group(std::span<const uint32_t> group_of, uint32_t count);
+// Some numbers in groups, one after the other in one piece of memory.
+struct Groups {
+  std::vector<uint32_t> begin = {0};  // [groups + 1]
+  ScratchVector<uint32_t> members;
+
+  size_t size() const { return begin.size() - 1; }
+  std::span<uint32_t> operator[](size_t g) {
+    return {members.data() + begin[g], members.data() + begin[g + 1]};
+  }
+  std::span<const uint32_t> operator[](size_t g) const {
+    return {members.data() + begin[g], members.data() + begin[g + 1]};
+  }
+};
+
+// In each of `count` groups those of `numbers` (0, 1, ... when none are given) that belong to it, in
+// order: number i belongs to the `each` groups from group_of[i * each] on.
+Groups Group(std::span<const uint32_t> group_of, uint32_t count,
+             std::span<const uint32_t> numbers = {}, uint32_t each = 1);
 
 // Two-means over some rows of a set of points.
 class Bisector {

@@ -1,34 +1,32 @@
 #include "kernels/point_assigner.h"
 
-#include "kernels/nearest.h"
+#include "kernels/byte_points.h"
 
 namespace icecache {
 namespace {
 
 class CpuAssigner final : public PointAssigner {
  public:
-  Status Load(std::span<const float> x, uint32_t dim) override {
-    x_ = x;
-    dim_ = dim;
+  Status Load(const BytePoints& points, size_t /*count*/) override {
+    points_ = points;
     return OkStatus();
   }
   Status Assign(std::span<const AssignTask> tasks) override {
     for (const AssignTask& task : tasks) {
-      const RowTable rows{x_.data(), dim_, task.rows.data()};
-      panels_.Assign(task.centroids, task.count, dim_);
+      points_.ids = task.rows.data();
+      panels_.Assign(task.centroids, task.count, points_.dim);
       if (task.few == 1) {
-        Nearest(panels_, rows, task.rows.size(), task.best, task.score);
+        Nearest(panels_, points_, task.rows.size(), task.best, task.score);
       } else {
-        NearestFew(panels_, rows, task.rows.size(), task.few, task.best);
+        NearestFew(panels_, points_, task.rows.size(), task.few, task.best);
       }
     }
     return OkStatus();
   }
 
  private:
-  std::span<const float> x_;
-  uint32_t dim_ = 0;
-  CentroidPanels panels_;
+  BytePoints points_;
+  BytePanels panels_;
 };
 
 }  // namespace

@@ -1,7 +1,8 @@
 // PointAssigner: which centroids are nearest to which points, many small sets at a time: the bulk
 // of packing (packing.h). On the CPU, or on a GPU that has just prefilled the layer (gpu/assign.h).
 //
-// One thread. Implementations agree but for rounding, in which near ties may fall differently.
+// One thread. Implementations agree but for rounding (the CPU's centroids have seven bits, a GPU's
+// are f32), in which near ties may fall differently.
 #pragma once
 
 #include <cstdint>
@@ -9,6 +10,7 @@
 #include <span>
 
 #include "common/status.h"
+#include "kernels/byte_points.h"
 
 namespace icecache {
 
@@ -22,19 +24,19 @@ struct AssignTask {
   float* score =
       nullptr;  // [rows], x.c - |c|^2 / 2 of the nearest; null: not wanted; REQUIRES: few == 1
 };
-inline constexpr uint32_t kAssignFewMax = 16;
+inline constexpr uint32_t kAssignFewMax = kNearestFewMax;
 
 class PointAssigner {
  public:
   virtual ~PointAssigner() = default;
-  // The points of the tasks to come: x[count, dim], alive until the next Load or the end; dim is a
-  // multiple of 16. RESOURCE_EXHAUSTED.
-  virtual Status Load(std::span<const float> x, uint32_t dim) = 0;
+  // The points of the tasks to come, alive until the next Load or the end; all of a table (ids is
+  // null). RESOURCE_EXHAUSTED.
+  virtual Status Load(const BytePoints& points, size_t count) = 0;
   // Fills best and score of all tasks. An error (of a GPU) leaves them undefined.
   virtual Status Assign(std::span<const AssignTask> tasks) = 0;
 };
 
-// Runs near the peak of one core's fused multiply-adds (nearest.h); never fails.
+// Integer products (byte_points.h); never fails.
 std::unique_ptr<PointAssigner> MakeCpuAssigner();
 
 }  // namespace icecache

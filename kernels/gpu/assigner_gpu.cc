@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "kernels/gpu/aligned.h"
+#include "kernels/memory.h"
 
 namespace icecache::gpu {
 namespace {
@@ -29,11 +30,14 @@ class GpuAssigner final : public PointAssigner {
  public:
   explicit GpuAssigner(Device& device) : device_(device) {}
 
-  Status Load(std::span<const float> x, uint32_t dim) override {
-    dim_ = dim;
-    KV_RETURN_IF_ERROR(DeviceMemory::Grow(device_, MemoryKind::kDevice, x.size_bytes(), &points_));
-    device_.Copy(points_.data(), x.data(), x.size_bytes());
-    return device_.Synchronize();  // x is the caller's
+  Status Load(const BytePoints& points, size_t count) override {
+    dim_ = points.dim;
+    ScratchVector<float> x(count * dim_);
+    for (size_t i = 0; i < count; ++i) DecodePoint(points, i, x.data() + i * dim_);
+    const size_t bytes = x.size() * sizeof(float);
+    KV_RETURN_IF_ERROR(DeviceMemory::Grow(device_, MemoryKind::kDevice, bytes, &points_));
+    device_.Copy(points_.data(), x.data(), bytes);
+    return device_.Synchronize();  // before x goes
   }
 
   Status Assign(std::span<const AssignTask> tasks) override {

@@ -9,6 +9,8 @@
 
 #include "cacheserver/select/cluster_tree.h"
 #include "kernels/distance.h"
+#include "kernels/memory.h"
+#include "tests/bench/measure.h"
 
 namespace icecache {
 namespace {
@@ -87,6 +89,23 @@ Result<TraceProfile> ProfileTrace(const Trace& trace, uint64_t seed) {
       profile.emplace_back("page_energy_top32", TopShare(inside, kSketched));
   }
   return profile;
+}
+
+double ExactScanMicros(const Trace& trace) {
+  const size_t count = size_t{trace.keys} * trace.dim;
+  HostBuffer keys = HostBuffer::Allocate(count * sizeof(float)).value();
+  ToF32(trace.k.data(), trace.dtype, count, reinterpret_cast<float*>(keys.data()));
+  std::vector<float> scores(size_t{trace.group} * trace.keys);
+  std::vector<double> micros;
+  const double clock_us = ThreadClockCostMicros();
+  const uint32_t rounds = std::clamp<uint32_t>(8000000 / trace.keys, 5, 100);
+  for (uint32_t i = 0; i < rounds; ++i) {
+    const double begin = ThreadCpuMicros();
+    DotRows(trace.Query(i % trace.query_count), trace.group, keys.data(), DType::kF32, trace.keys,
+            trace.dim, scores.data(), trace.keys);
+    micros.push_back(ThreadCpuMicros() - begin - clock_us);
+  }
+  return Quantile(micros, 0.5);
 }
 
 }  // namespace icecache

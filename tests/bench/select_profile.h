@@ -1,5 +1,5 @@
 // What a trace's keys, values and queries are like: the facts by which the index's defaults are
-// chosen (docs/index.md, "Real heads").
+// chosen (docs/index.md, "Real heads"), and what looking at all of it costs.
 #pragma once
 
 #include <string>
@@ -23,5 +23,9 @@ namespace icecache {
 // Cost: three builds.
 using TraceProfile = std::vector<std::pair<std::string, double>>;
 Result<TraceProfile> ProfileTrace(const Trace& trace, uint64_t seed);
+
+// Scores of all keys for the whole group from f32 keys, no top-k: what every index has to beat.
+// The thread's CPU time, median.
+double ExactScanMicros(const Trace& trace);
 
 }  // namespace icecache
