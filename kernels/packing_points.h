@@ -43,6 +43,7 @@ class Projection {
   void ChooseDims();
   void ChooseValues(float share, Rng& rng);
   void ProjectValue(size_t token, float* out);
+  void Prefetch(uint32_t token) const;
   void LoadRow(uint32_t token, float* x);
 
   const TokenRows& rows_;
@@ -72,8 +73,8 @@ struct Groups {
   }
 };
 
-// In each of `count` groups those of `numbers` (0, 1, ... when none are given) that belong to it, in
-// order: number i belongs to the `each` groups from group_of[i * each] on.
+// In each of `count` groups those of `numbers` (0, 1, ... when none are given) that belong to it,
+// in order: number i belongs to the `each` groups from group_of[i * each] on.
 Groups Group(std::span<const uint32_t> group_of, uint32_t count,
              std::span<const uint32_t> numbers = {}, uint32_t each = 1);
 
