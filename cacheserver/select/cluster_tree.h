@@ -29,7 +29,7 @@ namespace icecache {
 struct ClusterTreeOptions {
   // How tokens are laid out in pages. kAuto builds by keys, and by values too where tokens are
   // sketched, and takes sequential pages instead when they are about as pure, because neighbours
-  // also have values alike.
+  // also have values alike. In a head that is sketched whole values decide more than keys.
   enum class Layout : uint8_t {
     kAuto = 0,
     kContent = 1,

@@ -14,6 +14,9 @@ namespace {
 
 constexpr float kSequentialTolerance =
     1.05f;  // sequential pages win when at most this much less pure
+// What keys count in the choice of a layout where all of their dimensions are sketched: each is
+// known then, wherever it lies, and what pages hide are values (docs/index.md, "Real heads").
+constexpr double kKnownKeysShare = 0.125;
 
 void LoadPage(const TokenRows& rows, const PageLayout& layout, uint32_t page, const Basis& basis,
               PageRows* out) {
@@ -99,15 +102,16 @@ Result<PageLayout> Build(const TokenRows& rows, const BuildHints& hints,
     if (hints.proposed != nullptr) {
       content = *hints.proposed;
     } else {
-      KV_ASSIGN_OR_RETURN(
-          content, PackContent(rows, basis, value_share, build_seed, *MakeCpuAssigner()));
+      KV_ASSIGN_OR_RETURN(content,
+                          PackContent(rows, basis, value_share, build_seed, *MakeCpuAssigner()));
     }
     LearnPages(rows, content, options.sketch, &other);
-    // Both by what the packing aims at; the metric's variance is 1 per dimension. Where values are
-    // not looked at, neighbours get a bonus for having values alike.
+    // The metric's variance is 1 per dimension. Where values are not looked at, neighbours get a
+    // bonus for having values alike.
     const float tolerance = by_value ? 1.0f : kSequentialTolerance;
+    const bool known = by_value && basis.sketch_dims.size() == tree->head_dim;
     const auto impurity = [&](const Basis& of, const Packing& pages) {
-      return of.page_spread +
+      return of.page_spread * (known ? kKnownKeysShare : 1.0) +
              (by_value ? kValueShare * tree->head_dim * ValueSpread(rows, pages) : 0.0);
     };
     if (options.layout != Layout::kAuto ||
