@@ -7,11 +7,8 @@
 #include <array>
 
 namespace icecache {
-namespace {
 
-constexpr size_t kHashHexBytes = 2 * SHA256_DIGEST_LENGTH;
-
-}  // namespace
+static_assert(kSecretHashDigits == 2 * SHA256_DIGEST_LENGTH);
 
 std::string HashSecret(std::string_view salt, std::string_view secret) {
   std::string text(salt);
@@ -65,10 +62,11 @@ Result<TenantId> TenantTable::Authenticate(std::string_view name, std::string_vi
   }
   // Hash and compare for unknown names too, so that time does not tell which names exist.
   static const Tenant kNobody{.salt = "0123456789abcdef0123456789abcdef",
-                              .secret_sha256 = std::string(kHashHexBytes, '0')};
+                              .secret_sha256 = std::string(kSecretHashDigits, '0')};
   const Tenant& against = found != nullptr ? *found : kNobody;
   const std::string hash = HashSecret(against.salt, secret);
-  const bool equal = CRYPTO_memcmp(hash.data(), against.secret_sha256.data(), kHashHexBytes) == 0;
+  const bool equal =
+      CRYPTO_memcmp(hash.data(), against.secret_sha256.data(), kSecretHashDigits) == 0;
   if (found == nullptr || !equal) return Unauthenticated("unknown tenant or wrong secret");
   return found->id;
 }

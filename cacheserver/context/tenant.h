@@ -19,6 +19,7 @@
 // configuration admits that on loopback only. Thread: control. OpenSSL stays behind tenant.cc.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <string>
 #include <string_view>
@@ -28,6 +29,8 @@
 #include "common/status.h"
 
 namespace icecache {
+
+inline constexpr size_t kSecretHashDigits = 64;  // of a SHA-256, in hex
 
 struct Rights {
   bool read = true;    // open, fork, describe, list
@@ -40,7 +43,7 @@ struct Tenant {
   TenantId id;
   std::string name;
   std::string salt;           // empty with an empty hash: no secret is asked for
-  std::string secret_sha256;  // 64 lower-case hex digits
+  std::string secret_sha256;  // kSecretHashDigits lower-case hex digits
   uint64_t quota_bytes = 0;   // 0: no limit
   uint32_t weight = 1;
   Rights rights;

@@ -19,8 +19,6 @@ namespace {
 
 using config::FileEntry;
 
-constexpr size_t kHashHexDigits = 64;  // of a SHA-256
-
 bool IsTenantName(std::string_view name) {
   return !name.empty() && name.size() <= 64 && std::all_of(name.begin(), name.end(), [](char c) {
     return std::isalnum(static_cast<unsigned char>(c)) || c == '-' || c == '_' || c == '.';
@@ -51,7 +49,7 @@ Status SetSecret(Tenant& tenant, const FileEntry& entry) {
   }
   tenant.salt = text.substr(0, colon);
   tenant.secret_sha256 = colon == std::string::npos ? "" : text.substr(colon + 1);
-  if (tenant.secret_sha256.size() == kHashHexDigits && IsLowerHex(tenant.secret_sha256)) {
+  if (tenant.secret_sha256.size() == kSecretHashDigits && IsLowerHex(tenant.secret_sha256)) {
     return OkStatus();
   }
   return InvalidArgument(
