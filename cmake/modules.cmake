@@ -37,6 +37,21 @@ set(ICECACHE_TEST_ENVIRONMENT
     "ASAN_OPTIONS=detect_leaks=1"
     "TSAN_OPTIONS=halt_on_error=1:second_deadlock_stack=1:suppressions=${PROJECT_SOURCE_DIR}/tests/tsan.supp")
 
+# Reading the same headers is half of compiling a test: they are read once, which makes it a quarter to a third shorter.
+# Tests only: a library's file must name all it includes. -DCMAKE_DISABLE_PRECOMPILE_HEADERS=ON does without.
+function(icecache_test_headers)
+  file(CONFIGURE OUTPUT test_headers.cc CONTENT "")
+  add_library(icecache_test_headers OBJECT ${CMAKE_CURRENT_BINARY_DIR}/test_headers.cc)
+  target_link_libraries(icecache_test_headers PRIVATE GTest::gmock)
+  # Exactly as a program is compiled, or it is of no use to one.
+  set_target_properties(icecache_test_headers PROPERTIES POSITION_INDEPENDENT_CODE OFF)
+  target_compile_options(icecache_test_headers PRIVATE -fPIE ${ICECACHE_TEST_OPTIONS})
+  target_precompile_headers(icecache_test_headers PRIVATE <gmock/gmock.h>)
+endfunction()
+
+# A third less to compile; what is tested is in libraries, optimised as ever.
+set(ICECACHE_TEST_OPTIONS $<$<CONFIG:Release>:-O1>)
+
 # icecache_test(FILE.cc [LINK libs...] [LABELS l...] [TIMEOUT s] [SERIAL]): one GoogleTest program = one ctest
 # entry, named after the file. SERIAL: starts processes of its own; one such test at a time, beside others.
 function(icecache_test file)
@@ -45,8 +60,8 @@ function(icecache_test file)
   add_executable(${name} ${file})
   target_include_directories(${name} PRIVATE ${PROJECT_SOURCE_DIR})
   target_link_libraries(${name} PRIVATE ${ARG_LINK} GTest::gmock GTest::gtest_main)
-  # A third less to compile; what is tested is in libraries, optimised as ever.
-  target_compile_options(${name} PRIVATE $<$<CONFIG:Release>:-O1>)
+  target_compile_options(${name} PRIVATE ${ICECACHE_TEST_OPTIONS})
+  target_precompile_headers(${name} REUSE_FROM icecache_test_headers)
   set_target_properties(${name} PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${PROJECT_BINARY_DIR}/tests/bin)
   if(NOT ARG_TIMEOUT)
     set(ARG_TIMEOUT 120)

@@ -44,6 +44,8 @@ if(CCACHE)
   set(CMAKE_C_COMPILER_LAUNCHER ${CCACHE})
   set(CMAKE_CUDA_COMPILER_LAUNCHER ${CCACHE})
   # The compiler's own list of headers suffices: without it a file that is not in the cache is preprocessed twice, an eighth
-  # of a cold build. A header's hash is kept as long as its inode is the same.
-  set(CMAKE_CXX_COMPILER_LAUNCHER env CCACHE_DEPEND=true CCACHE_INODECACHE=true ${CCACHE})
+  # of a cold build. A header's hash is kept as long as its inode is the same: that of 100 MB of precompiled headers
+  # would cost what they win.
+  set(CMAKE_CXX_COMPILER_LAUNCHER env CCACHE_DEPEND=true CCACHE_INODECACHE=true
+                                  CCACHE_SLOPPINESS=pch_defines,time_macros ${CCACHE})
 endif()
