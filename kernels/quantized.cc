@@ -32,11 +32,11 @@ HWY_INLINE void ScoreTile(const QuantizedQueries& q, uint32_t head, const uint8_
   alignas(64) int32_t dots[kBlocks][kHeads * kDigits][kBlockRows];
   const Floats d;
   const hn::Rebind<int32_t, Floats> di;
-  DotBlocks<kHeads * kDigits, kBlocks>(blocks, q.row(head), q.dim(), q.dim(), dots);
+  DotBlocks<8, kHeads * kDigits, kBlocks>(blocks, q.row(head), q.dim(), q.dim(), dots);
   for (int h = 0; h < kHeads; ++h) {
     const auto step = hn::Set(d, q.step(head + h));
     const auto shift = hn::Set(d, base[head + h]);
-    const auto bias = hn::Set(di, q.bias(head + h));
+    const auto bias = hn::Set(di, 128 * q.sum(head + h));
     for (int b = 0; b < kBlocks; ++b) {
       float* to = out + (head + h) * out_stride + b * kBlockRows;
       for (size_t lane = 0; lane < kBlockRows; lane += hn::Lanes(d)) {
@@ -227,7 +227,7 @@ void QuantizedQueries::Assign(const float* queries, uint32_t group, uint32_t dim
   digits_ = digits;
   rows_.resize(size_t{group} * digits * dim);
   step_.resize(group);
-  bias_.resize(group);
+  sum_.resize(group);
   // High digits stay in [-63, 63]: 2 * 255 * 63 fits the 16 bits of maddubs. Low digits are in
   // [-32, 31].
   const int32_t range = digits == 2 ? 63 * 64 + 31 : 63;
@@ -244,7 +244,7 @@ void QuantizedQueries::Assign(const float* queries, uint32_t group, uint32_t dim
     int32_t sum = 0;
     if (inverse == 0) {
       std::fill_n(rows_.data() + size_t{g} * digits * dim, size_t{digits} * dim, int8_t{0});
-      bias_[g] = 0;
+      sum_[g] = 0;
       continue;
     }
     int8_t* high = rows_.data() + size_t{g} * digits * dim;
@@ -259,7 +259,7 @@ void QuantizedQueries::Assign(const float* queries, uint32_t group, uint32_t dim
         high[j] = static_cast<int8_t>(x);
       }
     }
-    bias_[g] = 128 * sum;
+    sum_[g] = sum;
   }
 }
 

@@ -45,14 +45,14 @@ class QuantizedQueries {
   uint32_t dim() const { return dim_; }
   uint32_t digits() const { return digits_; }
   const int8_t* row(uint32_t head) const { return rows_.data() + size_t{head} * digits_ * dim_; }
-  float step(uint32_t head) const { return step_[head]; }    // value of one integer unit
-  int32_t bias(uint32_t head) const { return bias_[head]; }  // 128 * sum of the query's integers
+  float step(uint32_t head) const { return step_[head]; }  // value of one integer unit
+  int32_t sum(uint32_t head) const { return sum_[head]; }  // of the query's integers
 
  private:
   uint32_t group_ = 0, dim_ = 0, digits_ = 0;
   std::vector<int8_t> rows_;  // [group][digits][dim]: high digit, then low
   std::vector<float> step_;
-  std::vector<int32_t> bias_;
+  std::vector<int32_t> sum_;
 };
 
 // out[g * out_stride + 16 i + lane] = base[g] + q_g . row(lane of blocks[i]), for i in [0, count).

@@ -84,7 +84,7 @@ TEST(Quantized, QueriesThatAreNotFiniteCountAsZero) {
   QuantizedQueries q;
   q.Assign(queries.data(), 2, 16, 2);
   EXPECT_EQ(q.step(0), 0.0f);
-  EXPECT_EQ(q.bias(0), 0);
+  EXPECT_EQ(q.sum(0), 0);
   EXPECT_GT(q.step(1), 0.0f);
 }
 

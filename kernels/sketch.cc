@@ -72,7 +72,7 @@ HWY_INLINE void DotFourPages(const QuantizedQueries& q, uint32_t head, const Ske
   for (int p = 0; p < kPagesTogether; p += kBlocks) {
     const uint8_t* blocks[kBlocks];
     for (int b = 0; b < kBlocks; ++b) blocks[b] = pages[p + b].block;
-    DotBlocks<kHeads, kBlocks>(blocks, q.row(head), q.dim(), q.dim(), dots + p);
+    DotBlocks<kSketchBits, kHeads, kBlocks>(blocks, q.row(head), q.dim(), q.dim(), dots + p);
   }
 }
 
@@ -119,7 +119,7 @@ HWY_INLINE void FourPages(const QuantizedQueries& q, uint32_t head, const Sketch
   DotFourPages<kHeads>(q, head, pages, dots);
   for (int h = 0; h < kHeads; ++h) {
     const size_t row = (head + h) * stride;
-    const auto bias = hn::Set(di, -q.bias(head + h));
+    const auto bias = hn::Set(di, -15 * q.sum(head + h));  // a code c is 2c - 15
     alignas(16) float scale[kPagesTogether], shift[kPagesTogether];
     const auto step = hn::Set(d4, q.step(head + h) * kLog2E);
     hn::Store(hn::Mul(step, scales), d4, scale);
@@ -127,7 +127,8 @@ HWY_INLINE void FourPages(const QuantizedQueries& q, uint32_t head, const Sketch
     FloatVec x[kParts][kPagesTogether];  // log2 of the weights
     for (int p = 0; p < kPagesTogether; ++p) {
       for (size_t part = 0; part < kParts; ++part) {
-        const auto dot = hn::Add(hn::Load(di, dots[p][h] + part * kLanes), bias);
+        const auto code_dot = hn::Load(di, dots[p][h] + part * kLanes);
+        const auto dot = hn::Add(hn::Add(code_dot, code_dot), bias);
         x[part][p] = hn::MulAdd(hn::ConvertTo(d, dot), hn::Set(d, scale[p]), hn::Set(d, shift[p]));
       }
     }
@@ -199,7 +200,7 @@ template <Want kWant>
 void AllPages(const QuantizedQueries& q, const SketchPage* pages, uint32_t count,
               const float* centre, const float* least, size_t stride, float* out, float* top) {
   constexpr size_t kWidth = kWant == Want::kWeights ? kBlockRows : 1;
-  const size_t block_bytes = size_t{q.dim()} * kBlockRows;
+  const size_t block_bytes = SketchBytes(q.dim());
   uint32_t i = 0;
   for (; i + kPagesTogether <= count; i += kPagesTogether) {
     for (uint32_t ahead = i + kPagesForeseen;
@@ -243,6 +244,23 @@ HWY_AFTER_NAMESPACE();
 
 #if HWY_ONCE
 namespace icecache {
+
+float PackSketch(const float* deltas, uint32_t count, uint32_t dims, uint8_t* block) {
+  float top = 0;
+  for (size_t i = 0; i < size_t{count} * dims; ++i) top = std::max(top, std::fabs(deltas[i]));
+  const float scale = top / (1 << kSketchBits);
+  const float inverse = scale > 1e-30f ? 0.5f / scale : 0.0f;
+  std::fill_n(block, SketchBytes(dims), uint8_t{0});
+  for (uint32_t t = 0; t < count; ++t) {
+    const float* delta = deltas + size_t{t} * dims;
+    for (uint32_t j = 0; j < dims; ++j) {
+      const auto code = static_cast<uint32_t>(delta[j] * inverse + 8.0f);  // in [0, 16]
+      block[j / 8 * kBlockRows * 4 + t * 4 + j % 4] |=
+          static_cast<uint8_t>(std::min(code, 15u) << (j / 4 % 2 * kSketchBits));
+    }
+  }
+  return inverse > 0 ? scale : 0.0f;
+}
 
 HWY_EXPORT(SumSketchesImpl);
 HWY_EXPORT(SumSketchesWithTopsImpl);

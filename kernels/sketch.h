@@ -1,12 +1,17 @@
-// Token sketches: of each token of a page, the int8 deviation from the page's mean in a few
-// dimensions, in a block of quantized.h whose 16 rows are the tokens.
+// Token sketches: of each token of a page, the deviation from the page's mean in a few dimensions,
+// in 4 bits each: about an eighth of a deviation is lost, little next to the dimensions that are
+// not sketched (docs/index.md).
+//
+// The block of a page holds 16 tokens as [dims / 8][16][4] bytes: byte i of four has dimension
+// 8k + i in its low half and 8k + 4 + i in its high half, so that one load brings eight dimensions
+// of all tokens, which two dpbusd multiply with the query. A code c stands for (2c - 15) scale.
 //
 // A token's logit is the page's centre (mean and what the sketch leaves out) plus the query's
 // product with the deviation. Sums of exponentials over pages come first, for all pages; single
 // tokens only of the few pages where they matter, from blocks that are then in the cache.
 //
 // Cost, group of 4, 32 dimensions, AVX-512: about 40 cycles a page, half of them exponentials; a
-// page is 512 bytes, so that memory is the limit when blocks come from there.
+// page is 256 bytes, so that memory is the limit when blocks come from there.
 #pragma once
 
 #include <cstddef>
@@ -15,6 +20,13 @@
 #include "kernels/quantized.h"
 
 namespace icecache {
+
+inline constexpr int kSketchBits = 4;
+constexpr size_t SketchBytes(uint32_t dims) { return size_t{dims} * kBlockRows * kSketchBits / 8; }
+
+// Writes a block from deltas[count, dims] of `count` tokens, 16 at most; dims is a multiple of 8.
+// Returns the scale, 0 when all deviations are next to nothing.
+float PackSketch(const float* deltas, uint32_t count, uint32_t dims, uint8_t* block);
 
 // One page: of the 16 lanes of its block the first `fill` are tokens, maybe none. A page without
 // any costs nothing beside three like it.

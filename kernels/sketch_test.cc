@@ -11,12 +11,35 @@
 namespace icecache {
 namespace {
 
+// Blocks of random deviations, with what their codes stand for beside them.
+struct Sketches {
+  Sketches(uint32_t page_count, uint32_t dims, float size, uint64_t seed)
+      : bytes(page_count * SketchBytes(dims)) {
+    const std::vector<float> all = RandomQueries(page_count * kBlockRows, dims, seed);
+    for (uint32_t p = 0; p < page_count; ++p) {
+      std::vector<float> deltas(all.begin() + p * kBlockRows * dims,
+                                all.begin() + (p + 1) * kBlockRows * dims);
+      for (float& x : deltas) x *= size;
+      uint8_t* block = bytes.data() + p * SketchBytes(dims);
+      const float scale = PackSketch(deltas.data(), kBlockRows, dims, block);
+      pages.push_back({block, scale, kBlockRows});
+      for (const float x : deltas) {
+        const float code = scale > 0 ? std::floor(x / (2 * scale)) : 0.0f;
+        values.push_back(static_cast<int8_t>(2 * std::clamp(code, -8.0f, 7.0f) + 1));
+        EXPECT_NEAR(scale * static_cast<float>(values.back()), x, 1.001f * scale);
+      }
+    }
+  }
+  std::vector<uint8_t> bytes;
+  std::vector<SketchPage> pages;
+  std::vector<int8_t> values;  // [page][token][dims] in units of the page's scale
+};
+
 TEST(Sketch, WeightsAreExponentialsOfTheirLogits) {
   constexpr uint32_t kDim = 32, kPages = 37;
-  const Blocks blocks(kPages, kDim, 9);
-  std::vector<SketchPage> pages;
-  for (uint32_t p = 0; p < kPages; ++p)
-    pages.push_back({blocks.blocks[p], 0.002f, 1 + p % kBlockRows});
+  Sketches sketches(kPages, kDim, 0.25f, 9);
+  std::vector<SketchPage>& pages = sketches.pages;
+  for (uint32_t p = 0; p < kPages; ++p) pages[p].fill = 1 + p % kBlockRows;
   for (uint32_t group : {1u, 2u, 4u, 5u, 8u}) {
     SCOPED_TRACE(group);
     QuantizedQueries q;
@@ -35,7 +58,7 @@ TEST(Sketch, WeightsAreExponentialsOfTheirLogits) {
           const double logit = centre[g * kPages + p] +
                                double{q.step(g)} * pages[p].scale *
                                    static_cast<double>(IntegerDot(
-                                       q, g, blocks.rows.data() + (p * kBlockRows + lane) * kDim));
+                                       q, g, &sketches.values[(p * kBlockRows + lane) * kDim]));
           const double want = lane < pages[p].fill && logit > -87 ? std::exp(logit) : 0.0;
           EXPECT_NEAR(weights[at], want, 1e-5 * want + 1e-37);
           total += want;
@@ -52,12 +75,11 @@ TEST(Sketch, WeightsAreExponentialsOfTheirLogits) {
 // written beyond them.
 TEST(Sketch, AnyNumberOfPagesGivesTheSameSums) {
   constexpr uint32_t kDim = 32, kPages = 23, kGroup = 5;
-  const Blocks blocks(kPages, kDim, 4);
+  Sketches sketches(kPages, kDim, 0.1f, 4);
   QuantizedQueries q;
   q.Assign(RandomQueries(kGroup, kDim, 3).data(), kGroup, kDim, 1);
-  std::vector<SketchPage> pages;
-  for (uint32_t p = 0; p < kPages; ++p)
-    pages.push_back({blocks.blocks[p], 0.001f, p / 4 == 2 ? 0 : 16 - p % 3});
+  std::vector<SketchPage>& pages = sketches.pages;
+  for (uint32_t p = 0; p < kPages; ++p) pages[p].fill = p / 4 == 2 ? 0 : 16 - p % 3;
   const std::vector<float> centre = RandomQueries(kGroup, kPages, 8);
   std::vector<float> all(kGroup * kPages), some;
   const std::vector<float> least(kGroup, -100.0f);
@@ -77,11 +99,10 @@ TEST(Sketch, AnyNumberOfPagesGivesTheSameSums) {
 
 TEST(Sketch, PagesWithoutATokenOfWeightKeepTheirSumUpToABound) {
   constexpr uint32_t kDim = 32, kPages = 12;
-  const Blocks blocks(kPages, kDim, 6);
+  const Sketches sketches(kPages, kDim, 0.01f, 6);
   QuantizedQueries q;
   q.Assign(RandomQueries(2, kDim, 5).data(), 2, kDim, 1);
-  std::vector<SketchPage> pages;
-  for (uint32_t p = 0; p < kPages; ++p) pages.push_back({blocks.blocks[p], 0.0001f, 16});
+  const std::vector<SketchPage>& pages = sketches.pages;
   // Logits are within 1 of their centre; the first head's second four pages and the second head's
   // last four are light, one page of the third four is heavy for the first head.
   std::vector<float> centre(2 * kPages, 0.0f), sum(2 * kPages, 1e-3f), exact(sum), top(sum);
@@ -104,8 +125,9 @@ TEST(Sketch, PagesWithoutATokenOfWeightKeepTheirSumUpToABound) {
 }
 
 TEST(Sketch, ExponentIsCutWhereFloatsStillAdd) {
-  const Blocks blocks(1, 32, 2);
-  const SketchPage page{blocks.blocks[0], 0.0f, 16};
+  const Sketches sketches(1, 32, 0.0f, 2);
+  const SketchPage& page = sketches.pages[0];
+  EXPECT_EQ(page.scale, 0.0f);
   QuantizedQueries q;
   const std::vector<float> query(32, 1.0f);
   q.Assign(query.data(), 1, 32, 1);

@@ -21,14 +21,18 @@ void PutRows(ImageWriter& out, const ChunkedRows& rows) {
   out.PutAll(flat);
 }
 
+void FillRows(const std::vector<uint8_t>& flat, ChunkedRows* rows) {
+  rows->Resize(flat.size() / rows->row_bytes());
+  for (size_t i = 0; i < rows->row_count(); ++i) {
+    std::memcpy(rows->row(i), flat.data() + i * rows->row_bytes(), rows->row_bytes());
+  }
+}
+
 void GetRows(ImageReader& in, ChunkedRows* rows, size_t expected_rows) {
   const std::vector<uint8_t> flat = in.GetAll<uint8_t>();
   if (flat.size() != expected_rows * rows->row_bytes())
     return in.Fail("a table of summaries has the wrong size");
-  rows->Resize(expected_rows);
-  for (size_t i = 0; i < expected_rows; ++i) {
-    std::memcpy(rows->row(i), flat.data() + i * rows->row_bytes(), rows->row_bytes());
-  }
+  FillRows(flat, rows);
 }
 
 void PutNodes(ImageWriter& out, const NodeTable& nodes) {
@@ -43,10 +47,12 @@ void PutNodes(ImageWriter& out, const NodeTable& nodes) {
 struct Bounds {
   explicit Bounds(uint32_t head_dim)
       : scale(kSlack * 2 * kCoordinateMax / 127),
+        sketch_scale(kSlack * 2 * kCoordinateMax / (1 << kSketchBits)),
         square(kSlack * static_cast<float>(head_dim) * kCoordinateMax * kCoordinateMax),
         spread(std::sqrt(square)) {}
   static constexpr float kSlack = 1.05f;  // for rounding
-  float scale;                            // of int8 rows of coordinates, or of differences of two
+  float scale;                            // of int8 rows of coordinates
+  float sketch_scale;                     // of differences of two
   float square;                           // sum_j weight_j z_j^2; weights sum to head_dim
   float spread;
 };
@@ -258,7 +264,7 @@ bool NumbersInRange(const Tree& tree) {
   };
   return std::all_of(tree.pages.begin(), tree.pages.end(),
                      [&](const Page& page) {
-                       return scale_ok(page) && in_range(page.sketch_scale, most.scale) &&
+                       return scale_ok(page) && in_range(page.sketch_scale, most.sketch_scale) &&
                               in_range(page.rest_spread, most.spread);
                      }) &&
          std::all_of(tree.supers.begin(), tree.supers.end(), scale_ok);
@@ -271,6 +277,40 @@ bool SameSlot(const NodeTable& a, const NodeTable& b, uint32_t dim, uint32_t slo
   return std::memcmp(x, y, dim) == 0 && a.scale[slot] == b.scale[slot] &&
          a.log_count[slot] == b.log_count[slot] && a.spread[slot] == b.spread[slot] &&
          a.square[slot] == b.square[slot];
+}
+
+// Older images have 8 bits of each dimension, blocks of quantized.h: such rows are twice as long.
+void GetSketches(ImageReader& in, Tree* tree) {
+  if (!in.ok() || !tree->basis.sketched()) return GetRows(in, &tree->sketches, 0);
+  const auto dims = static_cast<uint32_t>(tree->basis.sketch_dims.size());
+  const std::vector<uint8_t> flat = in.GetAll<uint8_t>();
+  for (const size_t row_bytes : {SketchBytes(dims), size_t{dims} * kBlockRows}) {
+    if (flat.size() != tree->pages.size() * row_bytes) continue;
+    tree->sketches = ChunkedRows(row_bytes);
+    return FillRows(flat, &tree->sketches);
+  }
+  in.Fail("the table of sketches has the wrong size");
+}
+
+// Rows of 8 bits become such as are written now. REQUIRES: checked numbers.
+void ShortenSketches(Tree* tree) {
+  const auto dims = static_cast<uint32_t>(tree->basis.sketch_dims.size());
+  if (dims == 0 || tree->sketches.row_bytes() == SketchBytes(dims)) return;
+  const Bounds most(tree->head_dim);
+  ChunkedRows shorter(SketchBytes(dims));
+  shorter.Resize(tree->page_count());
+  for (uint32_t p = 0; p < tree->page_count(); ++p) {
+    Page& page = tree->pages[p];
+    const float scale = std::min(page.sketch_scale, most.scale);
+    float deltas[kPageRows * kSketchDimsMax];
+    for (uint32_t t = 0; t < page.count; ++t) {
+      int8_t row[kSketchDimsMax];
+      UnpackBlockRow(tree->sketches.row(p), dims, t, row);
+      for (uint32_t i = 0; i < dims; ++i) deltas[t * dims + i] = scale * static_cast<float>(row[i]);
+    }
+    page.sketch_scale = PackSketch(deltas, page.count, dims, shorter.row(p));
+  }
+  tree->sketches = std::move(shorter);
 }
 
 }  // namespace
@@ -317,9 +357,7 @@ Status Restore(std::string_view image, const PolicyOptions& options, Tree* tree)
   FillColumn(in, &read.pages, &Page::sketch_scale);
   FillColumn(in, &read.pages, &Page::rest_spread);
   GetRows(in, &read.values, read.pages.size());
-  if (in.ok() && read.basis.sketched())
-    read.sketches = ChunkedRows(read.basis.sketch_dims.size() * kBlockRows);
-  GetRows(in, &read.sketches, read.basis.sketched() ? read.pages.size() : 0);
+  GetSketches(in, &read);
   GetNodes(in, options.head_dim, &read.super_nodes);
   const size_t supers_max = size_t{read.super_nodes.block_count()} * kBlockRows;
   const std::vector<uint8_t> values = in.GetAll<uint8_t>();
@@ -337,6 +375,7 @@ Status Restore(std::string_view image, const PolicyOptions& options, Tree* tree)
   if (!NumbersInRange(read)) return DataLoss("index image: a number of a page is out of range");
   if (const Status links = CheckLinks(read); !links.ok())
     return DataLoss("index image: " + links.message());
+  ShortenSketches(&read);
   *tree = std::move(read);
   return OkStatus();
 }

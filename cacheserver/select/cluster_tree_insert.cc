@@ -369,7 +369,7 @@ void Rebase(const PagedKv& pages, Tree* tree) {
   const TokenRows all{DType::kF32, dim, rows, reinterpret_cast<const std::byte*>(k.data()),
                       reinterpret_cast<const std::byte*>(v.data())};
   LearnPages(all, packing, ClusterTreeOptions::Sketch::kAuto, &tree->basis);
-  tree->sketches = ChunkedRows(SketchDims(tree->head_dim) * kBlockRows);  // an old image has fewer
+  tree->sketches = ChunkedRows(SketchBytes(SketchDims(tree->head_dim)));  // an old image has fewer
   tree->sketches.Resize(tree->basis.sketched() ? tree->page_count() : 0);
   for (uint32_t p = 0; p < tree->page_count(); ++p) {
     PageRows page(dim);

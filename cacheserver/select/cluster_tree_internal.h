@@ -16,6 +16,7 @@
 #include "cacheserver/select/cluster_tree.h"
 #include "kernels/packing.h"
 #include "kernels/quantized.h"
+#include "kernels/sketch.h"
 
 namespace icecache::cluster_tree {
 
@@ -114,7 +115,7 @@ struct Tree {
       : head_dim(dim),
         leaves(dim),
         values(dim ? dim : 1),
-        sketches(SketchDims(dim) * kBlockRows),
+        sketches(dim ? SketchBytes(SketchDims(dim)) : 1),
         super_nodes(dim),
         super_values(dim ? dim : 1) {}
   uint32_t head_dim = 0;

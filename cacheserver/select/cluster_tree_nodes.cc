@@ -117,29 +117,18 @@ void WriteSketch(Tree& tree, uint32_t page, const PageRows& rows, const float* m
                  const float* deviation) {
   const Basis& basis = tree.basis;
   const auto dims = static_cast<uint32_t>(basis.sketch_dims.size());
-  uint8_t* block = tree.sketches.row(page);
-  alignas(64) float delta[kPageRows][kSketchDimsMax];
-  float top = 0, sketched = 0, all = 0;
+  alignas(64) float deltas[kPageRows * kSketchDimsMax];
   for (uint32_t r = 0; r < rows.count; ++r) {
     const float* z = rows.z.data() + size_t{r} * rows.dim;
     for (uint32_t i = 0; i < dims; ++i) {
       const uint32_t j = basis.sketch_dims[i];
-      delta[r][i] = z[j] - mean[j];
-      top = std::max(top, std::fabs(delta[r][i]));
+      deltas[size_t{r} * dims + i] = z[j] - mean[j];
     }
   }
+  float sketched = 0, all = 0;
   for (uint32_t j = 0; j < rows.dim; ++j) all += basis.weight[j] * deviation[j];
   for (uint32_t j : basis.sketch_dims) sketched += basis.weight[j] * deviation[j];
-  const float scale = top / 127.0f;
-  const float inverse = scale > 1e-30f ? 1.0f / scale : 0.0f;
-  std::memset(block, 128, size_t{dims} * kBlockRows);
-  for (uint32_t r = 0; r < rows.count; ++r) {
-    int8_t q[kSketchDimsMax];
-    for (uint32_t i = 0; i < dims; ++i)
-      q[i] = static_cast<int8_t>(RoundToInt(delta[r][i] * inverse));
-    PackBlockRow(q, dims, r, block);
-  }
-  tree.pages[page].sketch_scale = inverse > 0 ? scale : 0.0f;
+  tree.pages[page].sketch_scale = PackSketch(deltas, rows.count, dims, tree.sketches.row(page));
   tree.pages[page].rest_spread =
       std::sqrt(std::max(0.0f, all - sketched) / static_cast<float>(rows.count));
 }

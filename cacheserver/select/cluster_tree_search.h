@@ -15,7 +15,6 @@
 #include <vector>
 
 #include "cacheserver/select/cluster_tree_internal.h"
-#include "kernels/sketch.h"
 
 namespace icecache::cluster_tree {
 
