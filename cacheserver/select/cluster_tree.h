@@ -11,8 +11,8 @@
 // on mixed pages). A sketch holds each token's deviation from its page's mean, in all of up to 64
 // dimensions or in the 32 in which logits vary most inside pages.
 //
-// Costs: about 55 bytes a key with sketch and 22 without at head_dim 128; build a few us per key; a
-// query reads 128 bytes per page, with the sketch 512 more of pages that may hold a heavy token,
+// Costs: about 39 bytes a key with sketch and 22 without at head_dim 128; build a few us per key; a
+// query reads 128 bytes per page, with the sketch 256 more of pages that may hold a heavy token,
 // then 256 per token re-ranked. Bad at: keys whose logits vary in many dimensions at once (broad
 // spectra), where pages are impure and only exact reads help; slices under a few pages, where a
 // plain scan is as fast. Thread and lifecycle: as SelectionPolicy says. Details: docs/index.md.
