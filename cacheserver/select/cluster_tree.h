@@ -45,7 +45,7 @@ struct ClusterTreeOptions {
   uint32_t rerank_pages_min = 10;
   uint32_t rerank_pages_max = 52;
   uint32_t rerank_pages_sketch = 4;  // when the tokens were sketched
-  uint32_t scan_pages = 3584;  // pages scanned, more with sketch; a larger slice goes by supers
+  uint32_t scan_pages = 2560;  // pages scanned, more with sketch; a larger slice goes by supers
   // With SelectRequest::near: pages scanned besides the supers that hold those named.
   uint32_t near_scan_pages = 512;
   uint32_t sketch_pages = 4096;   // pages whose sketches one query reads at most

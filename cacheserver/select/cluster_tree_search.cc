@@ -132,7 +132,7 @@ void Search::ScanSupers() {
   super_mass_.assign(size_t{group_} * supers, kMinusInfinity);
   super_scanned_.assign(supers, 1);
   // Sketches cost more than the scan, and heads that need them hide single tokens in dull supers.
-  uint32_t scan_pages = options_->scan_pages * (tree_->basis.sketched() ? 3 : 1);
+  uint32_t scan_pages = options_->scan_pages * (tree_->basis.sketched() ? 4 : 1);
   if (narrow_) scan_pages = std::min(scan_pages, options_->near_scan_pages);
   if (tree_->page_count() > scan_pages && !read_all_) {
     RankSupers(scan_pages);
