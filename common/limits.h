@@ -135,6 +135,7 @@ inline constexpr size_t kControlReplyBytesQueuedMax = 8u << 20; // per control c
 inline constexpr uint32_t kAttachmentsPerConnectionMax = 256;   // contexts attached on one data connection
 inline constexpr size_t kReplyBytesQueuedMax = 256u << 20;      // per data connection; above: refused
 inline constexpr uint32_t kBuildsQueuedMax = 4096;              // per shard and tenant: running or waiting for a thread
+inline constexpr size_t kScratchKeptBytesMax = size_t{96} << 20;    // a thread that builds keeps so much for its next build
 inline constexpr uint32_t kReclustersInFlightMax = 4;           // per shard
 inline constexpr milliseconds kHelloTimeout{5000};              // a control connection must say Hello within
 inline constexpr milliseconds kAttachTimeout{10000};            // a data connection must attach within

@@ -12,6 +12,8 @@
 #include <string>
 #include <utility>
 
+#include "common/limits.h"
+
 namespace icecache {
 
 namespace {
@@ -86,7 +88,7 @@ class KeptScratch {
 
   // False when there is enough.
   bool Keep(void* memory, size_t bytes) {
-    if (bytes_ + bytes > kScratchKeptBytesMax) return false;
+    if (bytes_ + bytes > limits::kScratchKeptBytesMax) return false;
     auto block = kept_.emplace(static_cast<std::byte*>(memory), bytes).first;
     bytes_ += bytes;
     if (block != kept_.begin()) {

@@ -41,11 +41,9 @@ class HostBuffer {
   size_t bytes_ = 0;
 };
 
-inline constexpr size_t kScratchKeptBytesMax = size_t{96} << 20;
-
 // Large blocks in huge pages: the first touch of a small page costs some microseconds, more than
-// all that a build does with the keys in it. A thread keeps up to kScratchKeptBytesMax of what it
-// frees for its next blocks, whose content is therefore anything. Throws std::bad_alloc.
+// all that a build does with the keys in it. A thread keeps up to limits::kScratchKeptBytesMax of
+// what it frees for its next blocks, whose content is therefore anything. Throws std::bad_alloc.
 void* AllocateScratch(size_t bytes);
 void FreeScratch(void* memory, size_t bytes);  // as many as were asked for; by any thread
 

@@ -8,6 +8,8 @@
 #include <limits>
 #include <utility>
 
+#include "common/limits.h"
+
 namespace icecache {
 namespace {
 
@@ -86,7 +88,7 @@ TEST(ScratchVector, AThreadReusesWhatItHasFreed) {
 TEST(ScratchVector, AThreadKeepsABoundedAmount) {
   std::thread([] {
     // The second is more than may be kept besides the first: it goes back, and comes as zeroes.
-    constexpr size_t kMost = kScratchKeptBytesMax;
+    constexpr size_t kMost = limits::kScratchKeptBytesMax;
     void* const first = AllocateScratch(kMost);
     auto* const second = static_cast<std::byte*>(AllocateScratch(kMost));
     second[0] = std::byte{7};
