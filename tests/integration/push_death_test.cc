@@ -66,14 +66,6 @@ class PushDeath : public ::testing::Test {
     server_ = std::make_unique<TestServer>(std::vector<std::string>{
         "--memory-size", "256MiB", "--threads", "2", "--push-pages", "emulated"});
   }
-  // Until the metric is what `right` says.
-  bool Wait(const std::string& metric, const std::function<bool(double)>& right) {
-    const auto limit = std::chrono::steady_clock::now() + std::chrono::seconds(60);
-    while (!right(server_->Metric(metric)) && std::chrono::steady_clock::now() < limit) {
-      std::this_thread::sleep_for(std::chrono::milliseconds(20));
-    }
-    return right(server_->Metric(metric));
-  }
   std::unique_ptr<TestServer> server_;
 };
 
@@ -82,14 +74,15 @@ TEST_F(PushDeath, AServerOutlivesWorkersThatDieWhileItWrites) {
   for (int round = 0; round < 3; ++round) {
     SCOPED_TRACE(round);
     Process worker("/proc/self/exe", {"--pushed-worker", server_->address()});
-    ASSERT_TRUE(Wait("icecache_pages_pushed_total", [&](double now) {
+    ASSERT_TRUE(server_->WaitForMetric("icecache_pages_pushed_total", [&](double now) {
       return now >= pushed + 3 * kPagesOfStep;
     })) << worker.Err();
     worker.Signal(SIGKILL);
     worker.Wait(Seconds(20));
     pushed = server_->Metric("icecache_pages_pushed_total");
     // Its memory is let go.
-    EXPECT_TRUE(Wait("icecache_push_targets", [](double open) { return open == 0; }));
+    EXPECT_TRUE(
+        server_->WaitForMetric("icecache_push_targets", [](double open) { return open == 0; }));
   }
   EXPECT_TRUE(server_->process().Running());
 }

@@ -139,12 +139,8 @@ class PageSharingProcesses : public ::testing::Test {
     return giver;
   }
   bool WaitForSharing(double count) {
-    const auto limit = std::chrono::steady_clock::now() + std::chrono::seconds(60);
-    while (server_->Metric("icecache_sharing_workers") != count &&
-           std::chrono::steady_clock::now() < limit) {
-      std::this_thread::sleep_for(std::chrono::milliseconds(20));
-    }
-    return server_->Metric("icecache_sharing_workers") == count;
+    return server_->WaitForMetric("icecache_sharing_workers",
+                                  [&](double now) { return now == count; });
   }
   std::unique_ptr<TestServer> server_;
   LinkedWorker author_;

@@ -223,6 +223,16 @@ double TestServer::Metric(const std::string& name) const {
   return at == std::string::npos ? -1 : std::stod(page.substr(at + name.size() + 2));
 }
 
+bool TestServer::WaitForMetric(const std::string& name,
+                               const std::function<bool(double)>& right) const {
+  const auto limit = std::chrono::steady_clock::now() + std::chrono::seconds(60);
+  while (!right(Metric(name))) {
+    if (std::chrono::steady_clock::now() >= limit) return false;
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+  }
+  return true;
+}
+
 double TestServer::StatusNumber(const std::string& pointer) const {
   const auto status = nlohmann::json::parse(HttpGet("/status"), nullptr, false);
   const nlohmann::json::json_pointer at(pointer);

@@ -7,6 +7,7 @@
 
 #include <chrono>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -85,6 +86,8 @@ class TestServer {
   std::string HttpGet(const std::string& path) const;
   // A metric without labels; -1 when absent.
   double Metric(const std::string& name) const;
+  // Until the metric is what `right` says; false after a minute.
+  bool WaitForMetric(const std::string& name, const std::function<bool(double)>& right) const;
   // A number of /status by JSON pointer ("/memory/used_bytes"); -1 when absent.
   double StatusNumber(const std::string& pointer) const;
 
