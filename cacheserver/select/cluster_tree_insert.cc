@@ -119,22 +119,7 @@ class Descender {
   }
 
   void VisitAll(const Tree& tree, const PagedKv& pages, Descent* descent) {
-    for (size_t i = 0; i < nearest_.size(); ++i) {
-      if (i + 1 < nearest_.size()) Foresee(tree, tree.supers[nearest_[i + 1].second]);
-      Visit(tree, tree.supers[nearest_[i].second], pages, descent);
-    }
-  }
-
-  // Supers lie apart in memory, where nothing foresees the next one.
-  static void Foresee(const Tree& tree, const Super& super) {
-    const NodeTable& nodes = tree.leaves;
-    for (uint32_t b = 0; b < super.block_count; ++b) {
-      const size_t block = super.blocks[b];
-      Prefetch(reinterpret_cast<const std::byte*>(nodes.keys.row(block)), nodes.keys.row_bytes());
-      for (const auto* numbers : {&nodes.scale, &nodes.square, &nodes.log_count})
-        __builtin_prefetch(numbers->data() + block * kBlockRows);
-      __builtin_prefetch(tree.page_of_slot.data() + block * kBlockRows);
-    }
+    for (const auto& [distance, super] : nearest_) Visit(tree, tree.supers[super], pages, descent);
   }
 
   // Tokens of a slot, 0 of an empty one.

@@ -154,14 +154,7 @@ void Search::AddReadPages(const AttentionStateRef& states) {
     candidate_valued_[c] = 1;
     found_.push_back(c);
   }
-  const auto prefetch = [&](size_t i) {
-    if (i >= found_.size()) return;
-    Prefetch(kv_->pages[PageOf(candidates_[found_[i]])].v, kPageRows * kv_->row_bytes());
-  };
-  for (uint32_t i = 0; i < kPagesAhead; ++i) prefetch(i);
-  for (size_t i = 0; i < found_.size(); ++i) {
-    prefetch(i + kPagesAhead);
-    const uint32_t c = found_[i];
+  for (const uint32_t c : found_) {
     const PageView& page = kv_->pages[PageOf(candidates_[c])];
     for (uint32_t g = 0; g < group_; ++g) {
       states.denom[g] += candidate_mass_[size_t{g} * count + c] * weight_[g];
