@@ -183,6 +183,7 @@ class Chaos {
                              "--registry", RegistryFile(worker.tenant), "--foreign",
                              RegistryFile(worker.tenant == "alice" ? "bob" : "alice"), "--damage",
                              disk_.damage_file(), "--id", id, "--seed", std::to_string(seed)});
+    if (!worker.process->WaitForOutput(kWorkerReady, kPatience)) Fail("a worker does not start");
   }
 
   void Make(const Turn& turn) {

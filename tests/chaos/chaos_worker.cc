@@ -445,6 +445,7 @@ int Main(int argc, char** argv) {
     (void)!write(STDERR_FILENO, kText, sizeof kText - 1);
     _exit(kBadExit);
   });
+  std::fprintf(stderr, "%s\n", kWorkerReady);
   InitLogging(LogLevel::kWarn, LogFormat::kText, "chaos_worker");
   Options options;
   std::map<std::string, std::string> flags;

@@ -23,6 +23,9 @@
 
 namespace icecache::chaos {
 
+// What a worker says on stderr once SIGTERM ends its work, and no longer its life.
+inline constexpr char kWorkerReady[] = "CHAOS: ready";
+
 inline uint64_t NowMs() {
   return static_cast<uint64_t>(std::chrono::steady_clock::now().time_since_epoch() /
                                std::chrono::milliseconds(1));
