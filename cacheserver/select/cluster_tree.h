@@ -49,7 +49,7 @@ struct ClusterTreeOptions {
   // With SelectRequest::near: pages scanned besides the supers that hold those named.
   uint32_t near_scan_pages = 512;
   uint32_t sketch_pages = 4096;   // pages whose sketches one query reads at most
-  float token_threshold = 1e-3f;  // estimated weight above which a single token is read exactly
+  float token_threshold = 8e-4f;  // estimated weight above which a single token is read exactly
   float insert_slack =
       0.5f;  // mean page variances an inserted token may go beyond its nearest page
 };
