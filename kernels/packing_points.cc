@@ -14,7 +14,6 @@ constexpr int kBisectPasses = 3;
 constexpr float kEnergyKept =
     0.97f;  // of the metric's variance, by the dimensions that packing looks at
 constexpr uint32_t kValueDims = 32;  // of the value's sketch
-constexpr size_t kRowsAhead = 6;     // fetched before they are needed
 constexpr uint32_t kRowStep = 16;    // kernels want dimensions in multiples of this
 }  // namespace
 
@@ -93,22 +92,11 @@ void Projection::LoadRow(uint32_t token, float* x) {
   for (uint32_t i = 0; i < value_dims_; ++i) values[i] *= value_factor_;
 }
 
-// Of a part's rows each lies some rows from the one before, too far for the CPU to foresee.
-void Projection::Prefetch(uint32_t token) const {
-  const size_t at = token * rows_.row_bytes();
-  for (size_t line = 0; line < rows_.row_bytes(); line += 64) {
-    __builtin_prefetch(rows_.k + at + line);
-    if (value_dims_ > 0) __builtin_prefetch(rows_.v + at + line);
-  }
-}
-
 void Projection::Load(Points* points) {
   points->dim = dim_;
   points->bytes.resize(points->ids.size() * dim_);
   points->scale.resize(points->ids.size());
-  const size_t count = points->ids.size();
-  for (size_t i = 0; i < count; ++i) {
-    Prefetch(points->ids[std::min(i + kRowsAhead, count - 1)]);
+  for (size_t i = 0; i < points->ids.size(); ++i) {
     LoadRow(points->ids[i], point_.data());
     points->scale[i] = EncodePoint(point_.data(), dim_, points->bytes.data() + i * dim_);
   }

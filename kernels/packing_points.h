@@ -43,7 +43,6 @@ class Projection {
   void ChooseDims();
   void ChooseValues(float share, Rng& rng);
   void ProjectValue(size_t token, float* out);
-  void Prefetch(uint32_t token) const;
   void LoadRow(uint32_t token, float* x);
 
   const TokenRows& rows_;
