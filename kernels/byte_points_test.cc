@@ -11,17 +11,10 @@
 #include "hwy/targets.h"
 #include "kernels/distance.h"
 #include "kernels/packing.h"
+#include "kernels/test_blocks.h"
 
 namespace icecache {
 namespace {
-
-std::vector<float> RandomRows(size_t count, uint32_t dim, uint64_t seed) {
-  std::mt19937_64 rng(seed);
-  std::normal_distribution<float> normal;
-  std::vector<float> rows(count * dim);
-  for (float& x : rows) x = normal(rng);
-  return rows;
-}
 
 // Points of rows[count, dim], and what they are as bytes.
 struct Encoded {

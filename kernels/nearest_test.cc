@@ -5,16 +5,10 @@
 #include <random>
 #include <vector>
 
+#include "kernels/test_blocks.h"
+
 namespace icecache {
 namespace {
-
-std::vector<float> RandomRows(size_t count, uint32_t dim, uint64_t seed) {
-  std::mt19937_64 rng(seed);
-  std::normal_distribution<float> normal;
-  std::vector<float> rows(count * dim);
-  for (float& x : rows) x = normal(rng);
-  return rows;
-}
 
 double Distance(const float* a, const float* b, uint32_t dim) {
   double sum = 0;

@@ -21,7 +21,7 @@ TEST(Quantized, ScoresOfBlocksAreTheIntegerDotProducts) {
                      << "dim " << dim << " group " << group << " digits " << digits);
         const Blocks blocks(3, dim, dim + group);
         QuantizedQueries q;
-        const std::vector<float> queries = RandomQueries(group, dim, 5 + group);
+        const std::vector<float> queries = RandomRows(group, dim, 5 + group);
         q.Assign(queries.data(), group, dim, digits);
         std::vector<float> base(group), out(group * 64, -1.0f);
         for (uint32_t g = 0; g < group; ++g) base[g] = static_cast<float>(g);
@@ -63,7 +63,7 @@ TEST(Quantized, ExtremeBytesAndQueriesDoNotSaturate) {
 
 TEST(Quantized, TwoDigitsKeepTwelveBitsOfAQuery) {
   constexpr uint32_t kDim = 128;
-  const std::vector<float> query = RandomQueries(1, kDim, 3);
+  const std::vector<float> query = RandomRows(1, kDim, 3);
   for (uint32_t digits : {1u, 2u}) {
     QuantizedQueries q;
     q.Assign(query.data(), 1, kDim, digits);
@@ -95,7 +95,7 @@ TEST(Quantized, AddInt8RowsAddsWeightedRows) {
       const Blocks source(9, dim, dim);
       std::vector<const int8_t*> rows;
       for (uint32_t i = 0; i < count; ++i) rows.push_back(source.rows.data() + size_t{i} * dim);
-      const std::vector<float> weights = RandomQueries(group, 140, 77);
+      const std::vector<float> weights = RandomRows(group, 140, 77);
       std::vector<float> out(group * dim, 2.0f);
       AddInt8Rows(weights.data(), 140, group, rows.data(), count, dim, out.data());
       for (uint32_t g = 0; g < group; ++g) {
@@ -111,7 +111,7 @@ TEST(Quantized, AddInt8RowsAddsWeightedRows) {
 
 TEST(Quantized, RowsSurviveQuantisingAndPacking) {
   for (uint32_t dim : {16u, 80u, 128u}) {
-    const std::vector<float> row = RandomQueries(1, dim, dim);
+    const std::vector<float> row = RandomRows(1, dim, dim);
     std::vector<int8_t> q(dim), back(dim);
     std::vector<uint8_t> block(size_t{dim} * kBlockRows, 0);
     const float scale = QuantizeRow(row.data(), dim, q.data());
@@ -136,7 +136,7 @@ TEST(Quantized, RowsSurviveQuantisingAndPacking) {
 
 TEST(Quantized, IndicesAtLeastFindsThemAllInOrder) {
   for (uint32_t count : {0u, 1u, 7u, 16u, 33u, 200u}) {
-    const std::vector<float> x = RandomQueries(1, count, count + 1);
+    const std::vector<float> x = RandomRows(1, count, count + 1);
     for (float bound : {-10.0f, 0.0f, 1.5f, 10.0f}) {
       std::vector<uint32_t> got(count + 16), want;
       got.resize(IndicesAtLeast(x.data(), count, bound, got.data()));

@@ -15,7 +15,7 @@ namespace {
 struct Sketches {
   Sketches(uint32_t page_count, uint32_t dims, float size, uint64_t seed)
       : bytes(page_count * SketchBytes(dims)) {
-    const std::vector<float> all = RandomQueries(page_count * kBlockRows, dims, seed);
+    const std::vector<float> all = RandomRows(page_count * kBlockRows, dims, seed);
     for (uint32_t p = 0; p < page_count; ++p) {
       std::vector<float> deltas(all.begin() + p * kBlockRows * dims,
                                 all.begin() + (p + 1) * kBlockRows * dims);
@@ -43,7 +43,7 @@ TEST(Sketch, WeightsAreExponentialsOfTheirLogits) {
   for (uint32_t group : {1u, 2u, 4u, 5u, 8u}) {
     SCOPED_TRACE(group);
     QuantizedQueries q;
-    const std::vector<float> queries = RandomQueries(group, kDim, group);
+    const std::vector<float> queries = RandomRows(group, kDim, group);
     q.Assign(queries.data(), group, kDim, 1);
     std::vector<float> centre(group * kPages), weights(group * kPages * kBlockRows),
         sum(group * kPages), top(sum);
@@ -77,10 +77,10 @@ TEST(Sketch, AnyNumberOfPagesGivesTheSameSums) {
   constexpr uint32_t kDim = 32, kPages = 23, kGroup = 5;
   Sketches sketches(kPages, kDim, 0.1f, 4);
   QuantizedQueries q;
-  q.Assign(RandomQueries(kGroup, kDim, 3).data(), kGroup, kDim, 1);
+  q.Assign(RandomRows(kGroup, kDim, 3).data(), kGroup, kDim, 1);
   std::vector<SketchPage>& pages = sketches.pages;
   for (uint32_t p = 0; p < kPages; ++p) pages[p].fill = p / 4 == 2 ? 0 : 16 - p % 3;
-  const std::vector<float> centre = RandomQueries(kGroup, kPages, 8);
+  const std::vector<float> centre = RandomRows(kGroup, kPages, 8);
   std::vector<float> all(kGroup * kPages), some;
   const std::vector<float> least(kGroup, -100.0f);
   SumSketches(q, pages.data(), kPages, centre.data(), least.data(), kPages, all.data());
@@ -101,7 +101,7 @@ TEST(Sketch, PagesWithoutATokenOfWeightKeepTheirSumUpToABound) {
   constexpr uint32_t kDim = 32, kPages = 12;
   const Sketches sketches(kPages, kDim, 0.01f, 6);
   QuantizedQueries q;
-  q.Assign(RandomQueries(2, kDim, 5).data(), 2, kDim, 1);
+  q.Assign(RandomRows(2, kDim, 5).data(), 2, kDim, 1);
   const std::vector<SketchPage>& pages = sketches.pages;
   // Logits are within 1 of their centre; the first head's second four pages and the second head's
   // last four are light, one page of the third four is heavy for the first head.

@@ -45,12 +45,12 @@ inline int64_t IntegerDot(const QuantizedQueries& q, uint32_t g, const int8_t* r
   return sum;
 }
 
-inline std::vector<float> RandomQueries(uint32_t group, uint32_t dim, uint64_t seed) {
+inline std::vector<float> RandomRows(size_t count, uint32_t dim, uint64_t seed) {
   std::mt19937_64 rng(seed);
   std::normal_distribution<float> normal;
-  std::vector<float> q(size_t{group} * dim);
-  for (float& x : q) x = normal(rng);
-  return q;
+  std::vector<float> rows(count * dim);
+  for (float& x : rows) x = normal(rng);
+  return rows;
 }
 
 }  // namespace icecache
